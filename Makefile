@@ -1,0 +1,49 @@
+# make demo: a virtual machine migrates live between two nodes through migproxy
+# make test: everything that CI checks
+# make venv, lint, unit, net, e2e, lock: the parts
+
+SHELL := /bin/sh
+BIN := .venv/bin
+
+.PHONY: demo test venv lint unit net e2e lock lab-packages clean
+
+demo: venv lab-packages
+	@scripts/demo
+
+test: venv lab-packages lint
+	@rm -f .coverage .coverage.*
+	scripts/sandbox $(BIN)/pytest --cov --cov-report= $(PYTEST_ARGS)
+	$(BIN)/coverage report
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: venv
+	$(BIN)/pytest tests/unit $(PYTEST_ARGS)
+
+net e2e: venv lab-packages
+	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
+
+venv: .venv/ready
+
+.venv/ready: requirements.lock pyproject.toml
+	@scripts/system-packages venv
+	@python=$$(scripts/find-python) || { echo "migproxy: no Python 3.11 or newer with venv on this machine" >&2; exit 1; }; \
+	[ -x $(BIN)/python ] || "$$python" -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+lab-packages:
+	@scripts/system-packages lab
+
+# Needs uv, which is not among the locked packages: it is only used to make the lock.
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	  --no-emit-index-url --no-emit-find-links --extra dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

@@ -1,0 +1,1 @@
+"""The laboratory: two nodes on one machine, a virtual machine, and migproxy between them."""

@@ -1,0 +1,1 @@
+"""KubeVirt's live-migration proxy as a node daemon of its own."""

@@ -1,0 +1,183 @@
+"""The command line. Each command imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shlex
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from migproxy import settings as options
+from migproxy.portmap import LAUNCHER_RUN_DIR, migration_uris, virsh_command
+
+app = typer.Typer(
+    name="migproxy",
+    help="KubeVirt's live-migration proxy as a node daemon of its own.",
+    no_args_is_help=True,
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"migproxy {installed('migproxy')}")
+        raise typer.Exit
+
+
+_CONTROL_SOCKET = typer.Option(
+    "--control-socket", envvar="MIGPROXY_CONTROL_SOCKET", help="The control socket of the daemon to ask."
+)
+_DEFAULT_CONTROL_SOCKET = str(options.Settings.model_fields["control_socket"].default)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    typer.echo(f"migproxy: {message}", err=True)
+    raise typer.Exit(status)
+
+
+def _run(context: typer.Context, config: str | None, **flags: Any) -> None:
+    """Run the daemon of one node."""
+    given = {name: value for name, value in flags.items() if value not in (None, False)}
+    try:
+        settings = options.load(given, {name: _origin(context, name) for name in given}, config)
+    except options.SettingsError as error:
+        _fail(str(error), 2)
+
+    import uvloop
+
+    from migproxy import logs, tls
+    from migproxy.control import ControlError
+    from migproxy.daemon import serve
+    from migproxy.inventory import InventoryError
+
+    logs.configure(settings.log_format, settings.log_level)
+    try:
+        uvloop.run(serve(settings, tls.security(disable_tls=settings.disable_tls)))
+    except (tls.SecurityError, ControlError, InventoryError) as error:
+        _fail(str(error))
+
+
+def _origin(context: typer.Context, field: str) -> str:
+    source = context.get_parameter_source(field)
+    if source is not None and source.name == "ENVIRONMENT":
+        return " or ".join(options.variables(field))
+    return options.option(field)
+
+
+def _daemon_command(settings: type[options.Settings]) -> Any:
+    """Makes the command whose options are the fields of the settings: text here, checked there."""
+    parameters = [
+        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        _parameter(
+            "config", str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="TOML file of options.")
+        ),
+    ]
+    for name, field in settings.model_fields.items():
+        is_flag = field.annotation is bool
+        has_default = not (is_flag or field.is_required() or field.default is None or field.default_factory)
+        option = typer.Option(
+            options.option(name),
+            envvar=options.variables(name),
+            help=(field.description or "") + (f" Default: {field.default}." if has_default else ""),
+            show_default=False,
+            show_envvar=True,
+        )
+        parameters.append(_parameter(name, bool if is_flag else str | None, option))
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        _run(*args, **kwargs)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = _run.__doc__
+    return run
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    default = False if kind is bool else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+app.command("run")(_daemon_command(options.Settings))
+
+
+@app.command()
+def status(
+    control_socket: Annotated[str, _CONTROL_SOCKET] = _DEFAULT_CONTROL_SOCKET,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
+) -> None:
+    """Show the migrations of the running daemon."""
+    from migproxy import control
+    from migproxy.status import render
+
+    try:
+        report = control.ask(control_socket)
+    except control.ControlError as error:
+        _fail(str(error))
+    typer.echo(json.dumps(report, indent=2) if as_json else render(report))
+
+
+@app.command()
+def uri(
+    file: Annotated[str, typer.Argument(help="File that holds the VMI, in YAML or JSON; - for standard input.")],
+    vmi: Annotated[str | None, typer.Option("--vmi", help="NAMESPACE/NAME, where the file holds several.")] = None,
+    connect: Annotated[
+        str | None,
+        typer.Option("--connect", "-c", help="The source libvirt's URI for virsh. Default: its local socket."),
+    ] = None,
+    run_dir: Annotated[
+        str, typer.Option("--run-dir", help="/var/run as the source libvirt and QEMU see it.")
+    ] = LAUNCHER_RUN_DIR,
+    session: Annotated[bool, typer.Option("--session", help="A non-root launcher: qemu:///session.")] = False,
+    domain: Annotated[str | None, typer.Option("--domain", help="libvirt's name. Default: NAMESPACE_NAME.")] = None,
+    parallel: Annotated[
+        int, typer.Option("--parallel-connections", min=0, help="Connections for the memory (multifd); 0: one stream.")
+    ] = 0,
+    only_uris: Annotated[bool, typer.Option("--uris", help="Print the three URIs, one a line, instead.")] = False,
+) -> None:
+    """Print the virsh command that migrates a VMI by hand, through the source proxy's sockets."""
+    from migproxy.inventory.document import Contents, SyntaxFlaw, read
+
+    try:
+        with open(0 if file == "-" else file, encoding="utf-8") as text:
+            contents = read(text.read(), Contents())
+    except (OSError, UnicodeDecodeError, SyntaxFlaw) as error:
+        _fail(f"{file}: {error}")
+    for flaw in contents.flaws:
+        typer.echo(f"migproxy: {file}:{flaw.line}: {flaw.reason}", err=True)
+    found = [entry.vmi for entry in contents.entries]
+    if vmi is not None:
+        found = [one for one in found if f"{one.namespace}/{one.name}" == vmi]
+    if len(found) != 1:
+        names = ", ".join(f"{one.namespace}/{one.name}" for one in found)
+        _fail(f"{file}: " + (f"holds several VMIs, choose with --vmi: {names}" if found else "holds no such VMI"))
+    try:
+        uris = migration_uris(run_dir, found[0].source_key(), session=session)
+    except ValueError as error:
+        _fail(str(error))
+    if only_uris:
+        typer.echo(f"{uris.destination}\n{uris.migration}\n{uris.disks}")
+        return
+    command = virsh_command(
+        uris,
+        domain or found[0].domain(),
+        connect=connect or f"qemu:///{'session' if session else 'system'}",
+        parallel=parallel,
+        copy_storage=found[0].uses_block(),
+    )
+    typer.echo(shlex.join(command))

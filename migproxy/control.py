@@ -1,0 +1,100 @@
+"""The control socket: the running daemon answers HTTP with JSON on a unix socket, for `migproxy status`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+STATUS = "/status"
+
+
+class ControlError(Exception):
+    """The control socket cannot be made, or the daemon cannot be asked."""
+
+
+@asynccontextmanager
+async def serve(path: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
+    """Answers on a unix socket, readable by its owner and group, while the context lasts.
+
+    Args:
+        path: Where; its folder is made if need be, a socket that a dead daemon left is replaced.
+        report: What to answer; called for each request.
+
+    Raises:
+        ControlError: Another daemon answers there, or the socket cannot be made.
+    """
+    from aiohttp import web  # slow to import, and only the daemon needs it
+
+    async def status(_: web.Request) -> web.Response:
+        return web.json_response(report())
+
+    app = web.Application()
+    app.router.add_get(STATUS, status)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        try:
+            _clear(path)
+            await web.UnixSite(runner, path).start()
+            os.chmod(path, 0o660)
+        except OSError as error:
+            raise ControlError(f"--control-socket {path}: {error.strerror}") from error
+        yield
+    finally:
+        await runner.cleanup()
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _clear(path: str) -> None:
+    os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise ControlError(
+        f"--control-socket {path}: another migproxy answers there; stop it, or give this one a socket of its own"
+    )
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=5)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def ask(path: str) -> dict[str, Any]:
+    """Asks the daemon for its status.
+
+    Args:
+        path: Its control socket.
+
+    Raises:
+        ControlError: Nobody answers there.
+    """
+    connection = _UnixConnection(path)
+    try:
+        connection.request("GET", STATUS)
+        answer: dict[str, Any] = json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ControlError(
+            f"{path}: {why}: is `migproxy run` running, with that --control-socket, and may you read it?"
+        ) from error
+    finally:
+        connection.close()
+    return answer

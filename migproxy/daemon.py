@@ -1,0 +1,138 @@
+"""The life of the daemon: wires the parts, runs until it is told to stop, drains, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import resource
+import signal
+from collections.abc import Coroutine
+from importlib.metadata import version
+from typing import Any
+
+import structlog
+
+from migproxy import control
+from migproxy.inventory.files import FileInventory
+from migproxy.launcher import Launchers
+from migproxy.netif import AddressWatcher
+from migproxy.node import Node, NodeOptions
+from migproxy.portmap import IPAddress
+from migproxy.proxy import ProxyError, Surroundings
+from migproxy.settings import Settings
+from migproxy.sockets import TCPOptions
+from migproxy.target import PortRange
+from migproxy.tls import Security
+from migproxy.watch import Watcher
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(settings: Settings, security: Security) -> None:
+    """Runs the daemon until a signal ends it.
+
+    SIGTERM or SIGINT drains: no new migration is taken, running ones go on to their end or for
+    `drain_timeout` seconds. A second one ends it at once.
+
+    Args:
+        settings: The options.
+        security: What protects the connections between the nodes.
+
+    Raises:
+        InventoryError, ControlError: The daemon cannot start; says why.
+    """
+    _raise_file_limit()
+    signals = _Signals()
+    async with Watcher() as watcher:
+        node = _make_node(settings, security, watcher)
+        async with control.serve(settings.control_socket, node.report):
+            log.info("started", version=version("migproxy"), node=settings.node_name, vmi_dir=settings.vmi_dir)
+            running = asyncio.create_task(node.run())
+            try:
+                await _first(running, signals.first())
+                await _drain(node, running, signals, settings.drain_timeout)
+            finally:
+                running.cancel()
+                await asyncio.wait([running])
+    log.info("stopped")
+
+
+def _make_node(settings: Settings, security: Security, watcher: Watcher) -> Node:
+    def local_address(ip_version: int) -> IPAddress:
+        state = node.address
+        addresses: tuple[IPAddress, ...] = state.addresses if state else ()
+        for address in addresses:
+            if address.version == ip_version:
+                return address
+        why = (state and state.problem) or f"this node's migration address is not IPv{ip_version}"
+        raise ProxyError(f"no address to connect from: {why}")
+
+    override, pod_ip = (
+        address and ipaddress.ip_address(str(address)) for address in (settings.migration_address, settings.pod_ip)
+    )
+    low, high = settings.port_range or (0, 0)
+    node = Node(
+        NodeOptions(settings.node_name, PortRange(low, high), settings.socket_owner, settings.libvirt_socket),
+        Surroundings(
+            launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
+            tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout),
+            security=security,
+            local_address=local_address,
+            dial_timeout=settings.dial_timeout,
+            max_connections=settings.max_connections,
+        ),
+        FileInventory(settings.vmi_dir, watcher),
+        AddressWatcher(settings.migration_interface, override, pod_ip),
+        watcher,
+    )
+    return node
+
+
+async def _drain(node: Node, running: asyncio.Task[None], signals: _Signals, timeout: float) -> None:
+    log.info("draining: no new migration is taken", timeout=timeout)
+    try:
+        async with asyncio.timeout(timeout):
+            await _first(running, node.drain(), signals.second())
+    except TimeoutError:
+        log.warning("migrations still run: ended now", timeout=timeout)
+
+
+class _Signals:
+    """Counts the signals that ask the daemon to stop."""
+
+    def __init__(self) -> None:
+        self._arrived = (asyncio.Event(), asyncio.Event())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._count)
+
+    def _count(self) -> None:
+        first, second = self._arrived
+        (second if first.is_set() else first).set()
+
+    async def first(self) -> None:
+        """Returns when one has arrived."""
+        await self._arrived[0].wait()
+
+    async def second(self) -> None:
+        """Returns when another one has arrived."""
+        await self._arrived[1].wait()
+        log.warning("told to stop again: running migrations are ended now")
+
+
+async def _first(running: asyncio.Task[None], *others: Coroutine[Any, Any, None]) -> None:
+    """Returns when one of them has ended; raises what it raised."""
+    tasks = [running, *(asyncio.create_task(other) for other in others)]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks[1:]:
+            task.cancel()
+        await asyncio.wait(tasks[1:])
+
+
+def _raise_file_limit() -> None:
+    """A connection takes six descriptors; the soft limit is meant for programs that use select(2)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,50 @@
+"""Where VMIs come from, and where a target's address and ports are published."""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+from migproxy.portmap import IPAddress, PortMap
+from migproxy.vmi import VMI
+
+__all__ = ["Inventory", "InventoryError", "PublishError"]
+
+
+class InventoryError(Exception):
+    """The inventory cannot be used at all: what it is to read is missing or unreadable."""
+
+
+class PublishError(Exception):
+    """A target's address and ports could not be published; the message says why and what to do."""
+
+
+class Inventory(Protocol):
+    """VMIs as they are now and as they change, and the way back to their status."""
+
+    def changes(self) -> AsyncIterator[Mapping[str, VMI | None]]:
+        """Yield batches of changes: VMI UID to its new state, None where the VMI is gone.
+
+        The first batch is the whole state, empty where there is no VMI: from then on the inventory is
+        synchronised. Nothing is told twice. To be iterated once.
+
+        Raises:
+            InventoryError: there is nothing to read from.
+        """
+        ...
+
+    async def publish(self, vmi: VMI, address: IPAddress, ports: PortMap) -> None:
+        """Write the target's address and ports into the VMI's status; nothing where they stand already.
+
+        Args:
+            vmi: the target VMI, as `changes` told it.
+            address: this node's migration address.
+            ports: the TCP ports that the target listens on, by channel.
+
+        Raises:
+            PublishError: they could not be written, or the VMI has changed meanwhile.
+        """
+        ...
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """What is wrong now: where it is (a path, path:line, a URL) to what it is; empty when all is well."""
+        ...

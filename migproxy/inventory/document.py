@@ -1,0 +1,589 @@
+"""VMIs in the text of a file: finding them, and putting a target's address and ports in. Pure.
+
+A text is YAML or JSON (which is YAML's flow style), of one or more documents: VMIs, lists of them as
+kubectl prints them, and objects of other kinds, which are passed over.
+
+Scalars resolve as in YAML 1.2: a time, yes, no or 10:20 stay strings. Publishing is an edit of the text at
+the positions that the parser reports, so that comments, quoting, order and indentation stay as they are.
+"""
+
+import gc
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
+
+from migproxy.vmi import VMI, InvalidVMI, parse
+
+VMI_KIND: Final = "VirtualMachineInstance"
+LIST_KINDS: Final = {"List": None, f"{VMI_KIND}List": VMI_KIND}
+"""Kinds of lists, and the kind of an item that does not say its own (the API leaves it out)."""
+
+Published = Mapping[str, str | Mapping[str, int]]
+
+
+class SyntaxFlaw(ValueError):
+    """The text is not YAML.
+
+    Args:
+        reason: what the parser says, without the position.
+        line: where, from 1; None where the parser does not tell.
+    """
+
+    def __init__(self, reason: str, line: int | None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.line = line
+
+
+class EditError(ValueError):
+    """The address and ports cannot be put into the text; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A VMI and the line that it begins on, from 1."""
+
+    vmi: VMI
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """What is wrong with one document or VMI, and the line that it begins on (None: the whole file)."""
+
+    reason: str
+    line: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a file holds.
+
+    Args:
+        entries: the VMIs in force, in the file's order; of one that is flawed now, its last good state.
+        flaws: what is wrong now.
+        ignored: objects of other kinds: the line and the kind.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    flaws: tuple[Flaw, ...] = ()
+    ignored: tuple[tuple[int, str], ...] = ()
+
+
+EMPTY: Final = Contents()
+
+
+def read(text: str, last: Contents) -> Contents:
+    """Find the VMIs in a file's text.
+
+    Args:
+        text: the whole file.
+        last: what the file held before; the source of a flawed VMI's last good state.
+
+    Raises:
+        SyntaxFlaw: the text does not parse; `last` stays in force.
+    """
+    entries: list[Entry] = []
+    flaws: list[Flaw] = []
+    ignored: list[tuple[int, str]] = []
+    with _collector_paused():
+        for node, kind in _objects(_compose(_masked(_split_mark(text)[1]))):
+            line = _line(node)
+            if kind == VMI_KIND:
+                try:
+                    entries.append(Entry(_vmi(node), line))
+                except InvalidVMI as error:
+                    flaws.append(Flaw(str(error), line))
+                    entries += [Entry(one.vmi, line) for one in last.entries if _is_same(one.vmi, node)]
+            elif kind is None:
+                flaws.append(Flaw("this is no Kubernetes object: it has no kind", line))
+            else:
+                ignored.append((line, kind))
+    return Contents(tuple(entries), tuple(flaws), tuple(ignored))
+
+
+def publish(text: str, uid: str, migration_uid: str | None, address: str, ports: Mapping[str, int]) -> str | None:
+    """Put a target's address and ports into the status of a VMI, and change nothing else.
+
+    They become status.migrationState.targetNodeAddress and .targetDirectMigrationNodePorts, and nodeAddress
+    and directMigrationNodePorts of status.migrationState.targetState where that is a mapping (KubeVirt).
+
+    Args:
+        text: the whole file.
+        uid: metadata.uid of the VMI.
+        migration_uid: the status.migrationState.migrationUid that it must have.
+        address: the target's address.
+        ports: TCP port, as a string, to the channel's number.
+
+    Returns:
+        The new text; None where the VMI has exactly these values already.
+
+    Raises:
+        SyntaxFlaw: the text does not parse.
+        EditError: the text does not hold that VMI and migration (any more), or no edit of it could be made
+            whose only effect are these values.
+    """
+    mark, body = _split_mark(text)
+    with _collector_paused():
+        documents = _compose(_masked(body))
+        targets = _targets(documents, uid, migration_uid, address, ports)
+        step = _indentation_step(documents, uid)
+        edits = [edit for mapping, values in targets for edit in _edits(body, mapping, values, step)]
+        if not edits:
+            return None
+        edited = _applied(body, edits)
+        try:
+            again = _compose(_masked(edited))
+            targets_again = _targets(again, uid, migration_uid, address, ports)
+        except (SyntaxFlaw, EditError) as error:
+            raise EditError(f"an edit would break the file ({error})") from None
+        if not _only_difference(documents, targets, again, targets_again):
+            raise EditError("an edit would change more than the address and ports")
+    return mark + edited
+
+
+# Parsing
+
+
+_BYTE_ORDER_MARK: Final = "\N{ZERO WIDTH NO-BREAK SPACE}"
+_SURROGATE_ESCAPE: Final = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+_SCALARS: Final = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+)
+
+
+def _make_loader() -> Any:
+    """libyaml's parser (15 times faster), if its marks count characters as Python's do, else PyYAML's own."""
+    loader: Any = yaml.SafeLoader
+    sample = "a: \N{LATIN SMALL LETTER E WITH ACUTE}\N{GRINNING FACE} # \N{GREEK SMALL LETTER ALPHA}\r\nb: c"
+    fast = getattr(yaml, "CSafeLoader", None)
+    if fast:
+        node = yaml.compose(sample, fast)
+        if isinstance(node, MappingNode) and node.value[-1][1].start_mark.index == len(sample) - 1:
+            loader = fast
+    loader = type("Loader", (loader,), {"yaml_implicit_resolvers": {}})
+    for tag, pattern, first in _SCALARS:
+        loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})\\Z"), first)
+    return loader
+
+
+_Loader: Final = _make_loader()
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from walking a growing tree again and again.
+
+    5 MB of YAML: 0.3 s instead of 1.8 s. Where two threads do this at once, one of them may lose the gain.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _split_mark(text: str) -> tuple[str, str]:
+    """Take the byte order mark off, which libyaml does not count among the characters."""
+    body = text.removeprefix(_BYTE_ORDER_MARK)
+    return text[: len(text) - len(body)], body
+
+
+def _masked(body: str) -> str:
+    """The text as the parser can take it, every position the same.
+
+    JSON allows two things that YAML does not: tabs between tokens, and surrogate pairs as two escapes.
+    """
+    if not _is_json(body):
+        return body
+    return _SURROGATE_ESCAPE.sub(r"\\ufffd", body.replace("\t", " "))
+
+
+def _is_json(body: str) -> bool:
+    return body.lstrip()[:1] in ("{", "[")
+
+
+def _compose(body: str) -> list[Node]:
+    try:
+        loader = _Loader(body)
+        try:
+            documents = []
+            while loader.check_node():
+                documents.append(loader.get_node())
+            return documents
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        reason = ": ".join(part for part in (error.context, error.problem) if part)
+        mark = error.problem_mark or error.context_mark
+        raise SyntaxFlaw(reason, mark.line + 1 if mark else None) from None
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise SyntaxFlaw(" ".join(str(error).split()), None) from None
+    except RecursionError:
+        raise SyntaxFlaw("it is nested too deeply", None) from None
+
+
+def _objects(documents: list[Node]) -> Iterator[tuple[Node, str | None]]:
+    """The objects and their kinds, lists opened up; kind None: not an object."""
+    for document in documents:
+        kind = _text(_value(document, "kind"))
+        if kind in LIST_KINDS:
+            items = _value(document, "items")
+            for item in items.value if isinstance(items, SequenceNode) else ():
+                default = LIST_KINDS[kind] if isinstance(item, MappingNode) else None
+                yield item, _text(_value(item, "kind")) or default
+        elif not _is_null(document):
+            yield document, kind
+
+
+def _vmi(node: Node) -> VMI:
+    """Read a VMI, but for its spec: most of the text, and nothing there is needed."""
+    assert isinstance(node, MappingNode)
+    needed = [pair for pair in node.value if _text(pair[0]) != "spec"]
+    document = _construct(MappingNode(node.tag, needed, node.start_mark, node.end_mark))
+    if not isinstance(document, Mapping):
+        raise InvalidVMI("a VMI must be a mapping")
+    return parse(document)
+
+
+def _construct(node: Node) -> Any:
+    try:
+        return yaml.constructor.SafeConstructor().construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InvalidVMI(f"VMI {_name(node)}: {error.problem}{where}") from None
+    except (ValueError, LookupError, RecursionError) as error:
+        raise InvalidVMI(f"VMI {_name(node)}: a value does not fit its tag: {error}") from None
+
+
+def _pair(mapping: Node | None, name: str) -> tuple[Node, Node] | None:
+    """A key and its value; the last of several, as parsers have it."""
+    if not isinstance(mapping, MappingNode):
+        return None
+    return next((pair for pair in reversed(mapping.value) if _text(pair[0]) == name), None)
+
+
+def _value(mapping: Node | None, *path: str) -> Node | None:
+    for name in path:
+        pair = _pair(mapping, name)
+        mapping = pair[1] if pair else None
+    return mapping
+
+
+def _text(node: Node | None) -> str | None:
+    return node.value if isinstance(node, ScalarNode) and not _is_null(node) else None
+
+
+def _is_null(node: Node) -> bool:
+    return bool(node.tag == "tag:yaml.org,2002:null")
+
+
+def _line(node: Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _name(node: Node) -> str:
+    metadata = _value(node, "metadata")
+    return f"{_text(_value(metadata, 'namespace')) or 'default'}/{_text(_value(metadata, 'name'))}"
+
+
+def _is_same(vmi: VMI, node: Node) -> bool:
+    """By UID; by name where the document has lost its UID."""
+    uid = _text(_value(node, "metadata", "uid"))
+    return vmi.uid == uid if uid else f"{vmi.namespace}/{vmi.name}" == _name(node)
+
+
+# Publishing
+
+
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """Replace text[start:end]."""
+
+    start: int
+    end: int
+    text: str
+
+
+def _targets(
+    documents: list[Node], uid: str, migration_uid: str | None, address: str, ports: Mapping[str, int]
+) -> list[tuple[MappingNode, Published]]:
+    """The mappings to change, and what each is to hold."""
+    state = _value(_find(documents, uid), "status", "migrationState")
+    if not isinstance(state, MappingNode):
+        raise EditError("the VMI has no status.migrationState (any more)")
+    present = _text(_value(state, "migrationUid"))
+    if (present or None) != migration_uid:
+        raise EditError(f"the VMI's migration is {present or 'without a UID'} now")
+    targets: list[tuple[MappingNode, Published]] = [
+        (state, {"targetDirectMigrationNodePorts": ports, "targetNodeAddress": address})
+    ]
+    target_state = _value(state, "targetState")
+    if isinstance(target_state, MappingNode):
+        targets.append((target_state, {"directMigrationNodePorts": ports, "nodeAddress": address}))
+    return targets
+
+
+def _find(documents: list[Node], uid: str) -> Node:
+    for node, kind in _objects(documents):
+        if kind == VMI_KIND and _text(_value(node, "metadata", "uid")) == uid:
+            return node
+    raise EditError(f"the file holds no VMI with the UID {uid} (any more)")
+
+
+def _indentation_step(documents: list[Node], uid: str) -> int:
+    status = _value(_find(documents, uid), "status")
+    state = _value(status, "migrationState")
+    step = _column(state) - _column(status)
+    return step if step > 0 else 2
+
+
+def _column(mapping: Node | None) -> int:
+    return mapping.value[0][0].start_mark.column if isinstance(mapping, MappingNode) and mapping.value else 0
+
+
+def _edits(text: str, mapping: MappingNode, values: Published, step: int) -> Iterator[_Edit]:
+    missing: dict[str, str | Mapping[str, int]] = {}
+    for name, value in values.items():
+        pair = _pair(mapping, name)
+        if pair is None:
+            missing[name] = value
+        elif not _holds(pair[1], value):
+            yield from _replacement(text, mapping, *pair, value, step)
+    if mapping.flow_style and not mapping.value:
+        style = _FlowStyle.of(text, mapping)
+        if missing:
+            yield _insertion(mapping.start_mark.index + 1, style.pairs(missing))
+    elif mapping.flow_style:
+        style = _FlowStyle.of(text, mapping)
+        for name, value in missing.items():
+            after = _end(_predecessor(mapping, name))
+            yield _insertion(after, style.separator + style.pairs({name: value}))
+    else:
+        newline = "\r\n" if "\r\n" in text else "\n"
+        for name, value in missing.items():
+            after = _line_end(text, _end(_predecessor(mapping, name)))
+            column = _column(mapping)
+            yield _insertion(after, newline + " " * column + name + _block_value(value, column + step, newline))
+
+
+def _holds(node: Node, value: str | Mapping[str, int]) -> bool:
+    if isinstance(value, str):
+        return _text(node) == value
+    if not isinstance(node, MappingNode) or len(node.value) != len(value):
+        return False
+    return {_text(port): _integer(channel) for port, channel in node.value} == value
+
+
+def _integer(node: Node) -> int | None:
+    is_integer = isinstance(node, ScalarNode) and node.tag == "tag:yaml.org,2002:int" and node.value.isdecimal()
+    return int(node.value) if is_integer else None
+
+
+def _replacement(
+    text: str,
+    mapping: MappingNode,
+    key: Node,
+    old: Node,
+    new: str | Mapping[str, int],
+    step: int,
+) -> Iterator[_Edit]:
+    start, end = old.start_mark.index, _end(old)
+    if start < key.end_mark.index:
+        raise EditError(f"the value of {_text(key)} is an alias of another one")
+    if isinstance(new, str):
+        space = " " if start == end and text[start - 1] == ":" else ""
+        yield _Edit(start, end, space + _quoted(new, old, mapping))
+    elif renamed := _renamed_ports(old, new):
+        yield from renamed
+    elif "#" in text[start:end]:
+        raise EditError(f"the value of {_text(key)} has comments that would be lost")
+    elif mapping.flow_style or (isinstance(old, CollectionNode) and old.flow_style):
+        yield _Edit(start, end, _FlowStyle.of(text, mapping).nested(new))
+    else:
+        newline = "\r\n" if "\r\n" in text else "\n"
+        column = _column(old) or _column(mapping) + step
+        yield _Edit(key.end_mark.index, end, _block_value(new, column, newline))
+
+
+def _renamed_ports(old: Node, new: Mapping[str, int]) -> list[_Edit]:
+    """Change only the ports, where the old map has the same channels: its comments and layout stay."""
+    ports = {channel: port for port, channel in new.items()}
+    if not isinstance(old, MappingNode):
+        return []
+    channels = [(key, _integer(value)) for key, value in old.value]
+    if Counter(channel for _, channel in channels) != Counter(ports):
+        return []
+    edits = []
+    for key, channel in channels:
+        assert channel is not None
+        quote = "'" if key.style == "'" else '"'
+        edits.append(_Edit(key.start_mark.index, key.end_mark.index, quote + ports[channel] + quote))
+    return edits
+
+
+def _quoted(value: str, old: Node, mapping: MappingNode) -> str:
+    """An address as the old one was quoted; an IPv6 address always is (its colons mean something in YAML)."""
+    plain = isinstance(old, ScalarNode) and old.style is None and not mapping.flow_style and ":" not in value
+    quote = "" if plain else "'" if isinstance(old, ScalarNode) and old.style == "'" else '"'
+    return quote + value + quote
+
+
+def _block_value(value: str | Mapping[str, int], column: int, newline: str) -> str:
+    if isinstance(value, str):
+        return f': "{value}"' if ":" in value else f": {value}"
+    return ":" + "".join(f'{newline}{" " * column}"{port}": {channel}' for port, channel in sorted(value.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class _FlowStyle:
+    """How a mapping in flow style is laid out.
+
+    Args:
+        separator: between two pairs, such as ", " or a comma and an indented new line.
+        colon: between a key and its value.
+        closing: before the closing bracket.
+        quote: around keys.
+    """
+
+    separator: str
+    colon: str
+    closing: str
+    quote: str
+
+    @classmethod
+    def of(cls, text: str, mapping: MappingNode) -> "_FlowStyle":
+        if not mapping.flow_style or not mapping.value:
+            return cls(", ", ": ", "", '"' if _is_json(text) else "")
+        (key, value), *others = mapping.value
+        colon = text[key.end_mark.index : value.start_mark.index]
+        colon = colon if colon.strip() == ":" else ": "
+        lead = text[mapping.start_mark.index + 1 : key.start_mark.index]
+        separator = "," + (lead if "\n" in lead and not lead.strip() else " " if colon != ":" else "")
+        if others:
+            between = text[_end(value) : others[0][0].start_mark.index]
+            separator = between if between.strip() == "," else separator
+        closing = text[_end(mapping.value[-1][1]) : mapping.end_mark.index - 1]
+        return cls(separator, colon, "" if closing.strip() else closing, '"' if key.style == '"' else "")
+
+    def pairs(self, values: Published) -> str:
+        return self.separator.join(
+            f"{self.quote}{name}{self.quote}{self.colon}"
+            + (f'"{value}"' if isinstance(value, str) else self.nested(value))
+            for name, value in values.items()
+        )
+
+    def nested(self, ports: Mapping[str, int]) -> str:
+        """A port map as the value of a pair of this mapping."""
+        outer = self.separator.partition(",")[2]
+        inner = outer + (outer.removeprefix(self.closing) or "  ") if "\n" in outer else ""
+        separator = "," + inner if inner else self.separator
+        pairs = separator.join(f'"{port}"{self.colon}{channel}' for port, channel in sorted(ports.items()))
+        return "{" + inner + pairs + (outer if inner else "") + "}"
+
+
+def _predecessor(mapping: MappingNode, name: str) -> Node:
+    """The value after which a new key goes: the alphabetical neighbour (kubectl sorts keys), else the last.
+
+    A value whose end in the text is not known exactly (a block scalar, an alias) cannot serve.
+    """
+    usable: list[tuple[Node, Node]] = [
+        (key, value)
+        for key, value in mapping.value
+        if key.end_mark.index <= value.start_mark.index and not _is_block_scalar(_leaf(value))
+    ]
+    if not usable:
+        raise EditError("there is no place in status.migrationState to put a new key")
+    before = [pair for pair in usable if (_text(pair[0]) or "") < name]
+    _, value = max(before, key=lambda pair: _text(pair[0]) or "") if before else usable[-1]
+    return value
+
+
+def _leaf(node: Node) -> Node:
+    """What the text of a value ends with: itself, or for a collection in block style its last value's leaf."""
+    while isinstance(node, CollectionNode) and not node.flow_style and node.value:
+        node = node.value[-1][1] if isinstance(node, MappingNode) else node.value[-1]
+    return node
+
+
+def _is_block_scalar(node: Node) -> bool:
+    return isinstance(node, ScalarNode) and node.style in ("|", ">")
+
+
+def _end(node: Node) -> int:
+    """Where the text of a value ends; the parser's own mark of a block collection is at the next token."""
+    return int(_leaf(node).end_mark.index)
+
+
+def _line_end(text: str, position: int) -> int:
+    match = re.compile(r"[\r\n]|\Z").search(text, position)
+    assert match
+    return match.start()
+
+
+def _insertion(position: int, text: str) -> _Edit:
+    return _Edit(position, position, text)
+
+
+def _applied(text: str, edits: list[_Edit]) -> str:
+    parts = []
+    done = 0
+    for edit in sorted(edits, key=lambda edit: edit.start):
+        parts += [text[done : edit.start], edit.text]
+        done = edit.end
+    return "".join([*parts, text[done:]])
+
+
+def _only_difference(
+    before: list[Node],
+    targets_before: list[tuple[MappingNode, Published]],
+    after: list[Node],
+    targets_after: list[tuple[MappingNode, Published]],
+) -> bool:
+    """The new text holds what was to be published, and is the old one in all else."""
+    if not all(_holds_all(mapping, values) for mapping, values in targets_after):
+        return False
+    for mapping, values in targets_before + targets_after:
+        mapping.value = [pair for pair in mapping.value if _text(pair[0]) not in values]
+    return _same(before, after)
+
+
+def _holds_all(mapping: MappingNode, values: Published) -> bool:
+    pairs = {name: _pair(mapping, name) for name in values}
+    return all(pair and _holds(pair[1], values[name]) for name, pair in pairs.items())
+
+
+def _same(left: list[Node], right: list[Node]) -> bool:
+    pairs: list[tuple[Any, Any]] = [(left, right)]
+    seen = set()
+    while pairs:
+        one, other = pairs.pop()
+        if isinstance(one, (list, tuple)):
+            if len(one) != len(other):
+                return False
+            pairs += zip(one, other, strict=True)
+        elif (id(one), id(other)) in seen:
+            continue  # an alias
+        elif type(one) is not type(other) or one.tag != other.tag:
+            return False
+        elif isinstance(one, ScalarNode):
+            if one.value != other.value:
+                return False
+        else:
+            seen.add((id(one), id(other)))
+            pairs.append((one.value, other.value))
+    return True

@@ -1,0 +1,521 @@
+"""VMIs from files: a folder of them, or a single one, followed by inotify.
+
+A file is read when a writer has closed it, when it was renamed into its place, or when a symbolic link on
+the way to it was set anew (ConfigMap mounts replace a folder's link), never while it is being written. It
+counts as deleted when it has been missing for a moment: some editors rename the old file away before they
+write the new one, and to believe that the VMI is gone would end its running migration.
+"""
+
+import asyncio
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import stat
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import structlog
+
+from migproxy.inventory import InventoryError, PublishError
+from migproxy.inventory.document import EMPTY, Contents, EditError, Flaw, SyntaxFlaw, publish, read
+from migproxy.portmap import IPAddress, PortMap
+from migproxy.vmi import VMI
+from migproxy.watch import Mask, Subscription, Watcher
+
+SUFFIXES: Final = (".yaml", ".yml", ".json")
+MISSING_SECONDS: Final = 0.25
+LOCK_SECONDS: Final = 10.0
+PUBLISH_ATTEMPTS: Final = 5
+MAX_LINKS: Final = 40
+"""More symbolic links on one way are a loop to the kernel too (path_resolution(7))."""
+
+_WRITTEN: Final = Mask.CLOSE_WRITE | Mask.MOVED_TO
+_WATCHED: Final = _WRITTEN | Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.ATTRIB | Mask.MOVE_SELF
+
+Step = tuple[str, str]
+"""A folder, and a name in it that was met on the way to a file."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What is known of a file.
+
+    Args:
+        digest: of the bytes that were read last; empty before that.
+        contents: in force; of a file with a flaw, what it held before.
+        flaw: what is wrong with the file as a whole.
+        unreadable: the flaw is that the file could not even be read.
+    """
+
+    digest: bytes = b""
+    contents: Contents = EMPTY
+    flaw: Flaw | None = None
+    unreadable: bool = False
+
+
+class FileInventory:
+    """An `Inventory` of the VMIs in the *.yaml, *.yml and *.json files of a folder, or in a single file.
+
+    If the folder (or the single file) itself vanishes, that is a problem, and what it held stays in force.
+
+    Args:
+        path: the folder or file.
+        watcher: has to be running while `changes` is iterated.
+
+    Raises:
+        InventoryError: the path is missing or cannot be read.
+    """
+
+    def __init__(self, path: str, watcher: Watcher) -> None:
+        self._path = os.path.abspath(path)
+        self._watcher = watcher
+        self._root: tuple[Step, ...] = ()
+        self._absent = False
+        self._missing: dict[str, float] = {}
+        self._files: dict[str, _File] = {}
+        self._state: dict[str, VMI] = {}
+        self._told: dict[str, VMI] = {}
+        self._owners: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
+        self._faulty: set[str] = set()
+        try:
+            if os.path.isfile(self._path):
+                open(self._path, "rb").close()
+            _list(self._path)
+        except OSError as error:
+            raise InventoryError(_explained("cannot read VMIs from", self._path, error)) from error
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """What is wrong now: path or path:line to what it is."""
+        return self._problems
+
+    async def changes(self) -> AsyncGenerator[Mapping[str, VMI | None], None]:
+        """See `Inventory.changes`."""
+        feed = _Feed(self._watcher)
+        synchronised = False
+        try:
+            while True:
+                await self._refresh(feed)
+                batch = self._untold()
+                if batch or not synchronised:
+                    synchronised = True
+                    yield batch
+                await feed.wait(min(self._missing.values(), default=None))
+        finally:
+            await feed.close()
+
+    async def publish(self, vmi: VMI, address: IPAddress, ports: PortMap) -> None:
+        """See `Inventory.publish`: an edited copy of the VMI's own file is renamed into its place.
+
+        Daemons that share the folder take turns (flock on it); an editor's change is never overwritten.
+        """
+        if vmi.migration is None:
+            raise PublishError(f"{_who(vmi)}: it has no status.migrationState to publish to")
+        path = self._owners.get(vmi.uid)
+        if path is None:
+            raise PublishError(f"{_who(vmi)}: no file of {self._path} holds it any more")
+        await asyncio.to_thread(_publish, path, vmi, str(address), ports.published())
+
+    async def _refresh(self, feed: "_Feed") -> None:
+        """Bring `_files` up to the disk's state, reading no file but those that the news are about."""
+        news = feed.take()
+        if self._absent or self._is_replaced(news):
+            news.everything = True
+        if news.everything:
+            feed.reset()
+        trails, error = self._follow(feed)
+        problems = dict(feed.unwatched)
+        changed = set()
+        if error is None:
+            self._absent = False
+            self._forget_missing(trails)
+            for path in sorted(path for path, trail in trails.items() if self._is_stale(path, trail, news)):
+                before = self._files.get(path, _File())
+                self._files[path] = await asyncio.to_thread(_load, path, before)
+                if self._files[path] is not before:
+                    changed.add(path)
+        elif self._absent or not isinstance(error, FileNotFoundError) or self._is_overdue(self._path):
+            self._absent = True
+            self._missing.clear()
+            what = _explained("cannot read VMIs from", self._path, error)
+            problems[self._path] = f"{what}; those read before stay in force"
+        else:
+            self._missing = {self._path: self._missing[self._path]}
+        self._merge(problems, changed)
+
+    def _is_replaced(self, news: "_News") -> bool:
+        """The folder, or a link on the way to it, may be another one now."""
+        return not os.path.isfile(self._path) and not news.steps.keys().isdisjoint(self._root)
+
+    def _follow(self, feed: "_Feed") -> tuple[dict[str, tuple[Step, ...]], OSError | None]:
+        """The files there are and the ways to them, all of which are watched when this returns."""
+        while True:
+            self._root = _trail(self._path)
+            try:
+                trails, failure = _list(self._path), None
+            except OSError as error:
+                trails, failure = {}, error
+            ways = [self._root, *trails.values()]
+            folders = {folder for way in ways for folder, _ in way}
+            if failure is None and os.path.isdir(self._path):
+                folders.add(os.path.realpath(self._path))
+            if not feed.follow(folders):
+                return trails, failure
+
+    def _is_stale(self, path: str, trail: Iterable[Step], news: "_News") -> bool:
+        if news.everything:
+            return True
+        wanted = _WRITTEN
+        if path in self._files and self._files[path].unreadable:
+            wanted |= Mask.ATTRIB
+        masks = [(step, news.steps[step]) for step in trail if step in news.steps]
+        return any(mask & wanted or (mask & Mask.CREATE and _is_linked(step)) for step, mask in masks)
+
+    def _forget_missing(self, present: Collection[str]) -> None:
+        for path in [self._path, *present]:
+            self._missing.pop(path, None)
+        for path in self._files.keys() - present:
+            if self._is_overdue(path):
+                del self._files[path]
+
+    def _is_overdue(self, path: str) -> bool:
+        now = asyncio.get_running_loop().time()
+        if now < self._missing.setdefault(path, now + MISSING_SECONDS):
+            return False
+        del self._missing[path]
+        return True
+
+    def _merge(self, problems: dict[str, str], changed: Collection[str]) -> None:
+        """Make one state of all files, the first by name having the say on a UID, and report what is wrong."""
+        self._state, self._owners = {}, {}
+        places: dict[str, str] = {}
+        found: list[tuple[str, int | None, str]] = [(path, None, what) for path, what in problems.items()]
+        for path, file in sorted(self._files.items()):
+            flaws = [*([file.flaw] if file.flaw else []), *file.contents.flaws]
+            for entry in file.contents.entries:
+                vmi, place = entry.vmi, f"{path}:{entry.line}"
+                if vmi.uid in self._state:
+                    first = places[vmi.uid]
+                    flaws.append(
+                        Flaw(f"{_name(vmi)} has the UID {vmi.uid} that {first} has; that one counts", entry.line)
+                    )
+                else:
+                    self._state[vmi.uid], self._owners[vmi.uid], places[vmi.uid] = vmi, path, place
+            found += [(path, flaw.line, flaw.reason) for flaw in flaws]
+            if path in changed:
+                for line, kind in file.contents.ignored:
+                    log.debug("object is no VMI: ignored", path=path, line=line, kind=kind)
+        self._report(found, changed)
+
+    def _report(self, found: list[tuple[str, int | None, str]], changed: Collection[str]) -> None:
+        now = {path if line is None else f"{path}:{line}": what for path, line, what in found}
+        for path, line, what in found:
+            where = path if line is None else f"{path}:{line}"
+            if path in changed or self._problems.get(where) != what:
+                log.error("problem with VMI files", path=path, line=line, problem=what)
+        faulty = {path for path, _, _ in found}
+        for path in sorted(self._faulty - faulty):
+            log.info("problem with VMI files is over", path=path)
+        self._problems, self._faulty = now, faulty
+
+    def _untold(self) -> dict[str, VMI | None]:
+        batch: dict[str, VMI | None] = {uid: vmi for uid, vmi in self._state.items() if self._told.get(uid) != vmi}
+        batch |= dict.fromkeys(self._told.keys() - self._state.keys())
+        self._told = self._state
+        return batch
+
+
+@dataclass(slots=True)
+class _News:
+    """What inotify told: per step all that happened to it, or that everything has to be looked at again."""
+
+    steps: dict[Step, Mask] = field(default_factory=dict)
+    everything: bool = False
+
+
+class _Feed:
+    """Watches folders and gathers what happens in them."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._subscriptions: dict[str, Subscription] = {}
+        self._listeners: set[asyncio.Task[None]] = set()
+        self._news = _News(everything=True)
+        self._arrived = asyncio.Event()
+        self.unwatched: dict[str, str] = {}
+
+    def follow(self, folders: Collection[str]) -> bool:
+        """Watch these folders and no others; tells whether to look again at what was there before."""
+        self.unwatched = {}
+        for folder in self._subscriptions.keys() - folders:
+            self._subscriptions.pop(folder).close()
+        new = set(folders) - self._subscriptions.keys()
+        for folder in new:
+            try:
+                self._subscribe(folder)
+            except FileNotFoundError:
+                pass  # it has vanished just now: the caller looks again
+            except OSError as error:
+                self.unwatched[folder] = _explained("changes are not noticed in", folder, error, _WATCH_REMEDIES)
+        return not new <= self.unwatched.keys()
+
+    def _subscribe(self, folder: str) -> None:
+        subscription = self._watcher.watch(folder, _WATCHED | Mask.ONLYDIR)
+        self._subscriptions[folder] = subscription
+        listener = asyncio.create_task(self._listen(folder, subscription), name=f"inotify {folder}")
+        self._listeners.add(listener)
+        listener.add_done_callback(self._listeners.discard)
+
+    def reset(self) -> None:
+        """Forget all watches: a folder may be another one by now than the one watched under its name."""
+        for subscription in self._subscriptions.values():
+            subscription.close()
+        self._subscriptions.clear()
+
+    def take(self) -> _News:
+        """The news since the last time; everything, the first time."""
+        news, self._news = self._news, _News()
+        self._arrived.clear()
+        return news
+
+    async def wait(self, deadline: float | None) -> None:
+        """Wait for news, until the loop's time is `deadline` at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                await self._arrived.wait()
+
+    async def close(self) -> None:
+        self.reset()
+        await asyncio.gather(*self._listeners)
+
+    async def _listen(self, folder: str, subscription: Subscription) -> None:
+        async for event in subscription:
+            if event.overflow or event.gone or Mask.MOVE_SELF in event.mask:
+                self._news.everything = True
+            elif event.name is not None:
+                step = (folder, event.name)
+                self._news.steps[step] = self._news.steps.get(step, Mask.ZERO) | event.mask
+            self._arrived.set()
+
+
+# Reading
+
+
+def _list(path: str) -> dict[str, tuple[Step, ...]]:
+    """The files of the folder (or the single file itself), and the way to each.
+
+    Raises:
+        OSError: there is no such folder or file, or it cannot be read.
+    """
+    if os.path.isdir(path):
+        real = os.path.realpath(path)
+        names = [name for name in os.listdir(real) if name.endswith(SUFFIXES) and not name.startswith(".")]
+        return {
+            os.path.join(path, name): _trail(os.path.join(real, name))
+            for name in names
+            if _is_file(os.path.join(real, name))
+        }
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is neither a folder nor a regular file")
+    return {path: _trail(path)}
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except PermissionError:
+        return True  # there is something, and reading it will report why it cannot be read
+    except OSError:
+        return False
+
+
+def _trail(path: str) -> tuple[Step, ...]:
+    """The steps to a file that decide which file it is: each symbolic link met, and the last step.
+
+    Where the way ends early (something is missing), the last step is the one that failed.
+    """
+    trail: list[Step] = []
+    here, rest = "/", _names(path)
+    while rest:
+        step = (here, rest.pop())
+        if step[1] == "..":
+            here = os.path.dirname(here)
+            continue
+        try:
+            link = os.readlink(os.path.join(*step))
+        except OSError as error:
+            if error.errno != errno.EINVAL or not rest:  # EINVAL: it exists and is no link
+                return (*trail, step)
+            here = os.path.join(*step)
+            continue
+        trail.append(step)
+        if len(trail) > MAX_LINKS:
+            break
+        here = "/" if link.startswith("/") else here
+        rest += _names(link)
+    return tuple(trail)
+
+
+def _names(path: str) -> list[str]:
+    """A path's components, last one first."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _is_linked(step: Step) -> bool:
+    """Whether what was created is there at once: a link or a folder, not a file that is yet to be written."""
+    try:
+        status = os.lstat(os.path.join(*step))
+    except OSError:
+        return False
+    return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+
+
+def _load(path: str, before: _File) -> _File:
+    """Read a file; `before` itself where nothing has changed."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        return before  # to be seen missing, or back, in a moment
+    except OSError as error:
+        flaw = Flaw(f"{_explained('cannot read', path, error)}; what was read before stays in force", None)
+        return replace(before, digest=b"", flaw=flaw, unreadable=True)
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    if digest == before.digest:
+        return before
+    try:
+        return _File(digest, read(data.decode(), before.contents))
+    except UnicodeDecodeError as error:
+        flaw = Flaw("the file is not UTF-8", data.count(b"\n", 0, error.start) + 1)
+    except SyntaxFlaw as error:
+        flaw = Flaw(f"{error.reason}; what was read of the file before stays in force", error.line)
+    return _File(digest, replace(before.contents, flaws=()), flaw)
+
+
+# Publishing
+
+
+def _publish(path: str, vmi: VMI, address: str, ports: Mapping[str, int]) -> None:
+    assert vmi.migration
+    uid, migration_uid = vmi.uid, vmi.migration.migration_uid
+
+    def edit(text: str) -> str | None:
+        return publish(text, uid, migration_uid, address, ports)
+
+    real = os.path.realpath(path)
+    try:
+        with _locked(os.path.dirname(real)) as folder:
+            if not any(_rewrite(folder, os.path.basename(real), edit) for _ in range(PUBLISH_ATTEMPTS)):
+                raise PublishError(f"{_who(vmi)}: {path} keeps changing; let its writer finish")
+    except SyntaxFlaw as error:
+        where = path if error.line is None else f"{path}:{error.line}"
+        raise PublishError(f"{_who(vmi)}: {where} does not parse now: {error}") from error
+    except UnicodeDecodeError as error:
+        raise PublishError(f"{_who(vmi)}: {path} is not UTF-8") from error
+    except EditError as error:
+        pairs = ", ".join(f'"{port}": {channel}' for port, channel in sorted(ports.items()))
+        raise PublishError(
+            f"{_who(vmi)}: cannot publish in {path}: {error}. By hand, under status.migrationState:"
+            f' targetNodeAddress: "{address}" and targetDirectMigrationNodePorts: {{{pairs}}}'
+        ) from error
+    except OSError as error:
+        raise PublishError(f"{_who(vmi)}: {_explained('cannot publish in', path, error)}") from error
+
+
+@contextmanager
+def _locked(folder: str) -> Iterator[int]:
+    """The folder's descriptor, with the lock that other daemons sharing it take too."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    reason = f"another process has held the lock on its folder for {LOCK_SECONDS:.0f} s"
+                    raise TimeoutError(errno.ETIMEDOUT, reason) from None
+            time.sleep(0.01)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _rewrite(folder: int, name: str, edit: Callable[[str], str | None]) -> bool:
+    """Edit a file; False where somebody else changed it meanwhile."""
+    with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+        before = os.fstat(file.fileno())
+        text = file.read().decode()
+    edited = edit(text)
+    if edited is None:
+        return True
+    temporary = f".migproxy-{secrets.token_hex(8)}"
+    try:
+        _write_like(before, folder, temporary, edited.encode())
+        if _identity(os.stat(name, dir_fd=folder, follow_symlinks=False)) != _identity(before):
+            return False
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
+    os.fsync(folder)
+    return True
+
+
+def _write_like(model: os.stat_result, folder: int, name: str, data: bytes) -> None:
+    """Write a new file, durably, with the owner and mode of another one."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with open(os.open(name, flags, 0o600, dir_fd=folder), "wb", buffering=0) as file:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fchown(file.fileno(), model.st_uid, model.st_gid)
+        os.fchmod(file.fileno(), stat.S_IMODE(model.st_mode))
+        os.fsync(file.fileno())
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+
+
+# Messages
+
+
+_REMEDIES: Final = {
+    errno.ENOENT: "create it, or give another path",
+    errno.EACCES: "give the daemon's user the right to it",
+    errno.EPERM: "give the daemon's user the right to it",
+    errno.EROFS: "use a writable folder (a ConfigMap mount never is)",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EBUSY: "mount its folder instead of the file alone",
+}
+
+
+_WATCH_REMEDIES: Final = {
+    errno.EACCES: _REMEDIES[errno.EACCES],
+    errno.ENOSPC: "raise the sysctl fs.inotify.max_user_watches",
+}
+
+
+def _explained(what: str, path: str, error: OSError, remedies: Mapping[int, str] = _REMEDIES) -> str:
+    remedy = remedies.get(error.errno or 0)
+    return f"{what} {path}: {error.strerror or error}" + (f" ({remedy})" if remedy else "")
+
+
+def _name(vmi: VMI) -> str:
+    return f"VMI {vmi.namespace}/{vmi.name}"
+
+
+def _who(vmi: VMI) -> str:
+    uid = vmi.migration.migration_uid if vmi.migration else None
+    return f"{_name(vmi)} (migration {uid})" if uid else _name(vmi)

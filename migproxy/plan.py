@@ -1,0 +1,332 @@
+"""What should run on a node: a pure function of the VMIs, the node's name and its migration addresses."""
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import StrEnum
+
+from migproxy.portmap import (
+    AddressError,
+    Channel,
+    IPAddress,
+    PortMap,
+    PortMapError,
+    ProxyKeyError,
+    channels_for,
+    check_key,
+    parse_address,
+    parse_port_map,
+    salvage_port_map,
+)
+from migproxy.vmi import VMI, MigrationState
+
+
+class Role(StrEnum):
+    """The side of a migration that a proxy serves."""
+
+    SOURCE = "source"
+    TARGET = "target"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Migration:
+    """The identity of one migration of one VMI; migration_uid is "" where the status has none."""
+
+    namespace: str
+    name: str
+    vmi_uid: str
+    migration_uid: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name} (migration {self.migration_uid or 'without a UID'})"
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """Where to look for the virt-launcher of a VMI on this node.
+
+    Args:
+        pods: UIDs of the pods that status.activePods has on this node, sorted; each is safe in a path.
+    """
+
+    namespace: str
+    name: str
+    vmi_uid: str
+    pods: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceProxy:
+    """Unix listeners at the source launcher, one per channel, each leading to the target's port.
+
+    Args:
+        key: in the sockets' names; safe in a path.
+        address, ports: what the target published.
+        running: the migration has started.
+        warnings: what will not work, although the proxy can run.
+    """
+
+    migration: Migration
+    launcher: Launcher
+    key: str
+    address: IPAddress
+    ports: PortMap
+    running: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def role(self) -> Role:
+        return Role.SOURCE
+
+
+@dataclass(frozen=True, slots=True)
+class TargetProxy:
+    """TCP listeners at the migration address, one per channel, each leading to the target launcher's socket.
+
+    Args:
+        key: in the names of QEMU's sockets; safe in a path.
+        channels: those to listen for.
+        published_address, published: what the status holds and is this node's own: to be bound again
+            exactly. published is None where every port is free to choose, and lacks a channel where that
+            one is.
+        running: the migration has started: nothing may be published any more, and channels are exactly
+            those of published.
+        publish_target_state: status.migrationState.targetState exists and wants the same values.
+        warnings: what will not work, although the proxy can run.
+    """
+
+    migration: Migration
+    launcher: Launcher
+    key: str
+    channels: tuple[Channel, ...]
+    published_address: IPAddress | None
+    published: PortMap | None
+    running: bool
+    publish_target_state: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def role(self) -> Role:
+        return Role.TARGET
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A migration of this node for which no proxy can run now.
+
+    Args:
+        reason: what it waits for, or what is wrong and the remedy.
+        error: somebody must mend something; False for an ordinary wait.
+    """
+
+    migration: Migration
+    role: Role
+    reason: str
+    error: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What should run on the node, each part sorted by migration."""
+
+    sources: tuple[SourceProxy, ...]
+    targets: tuple[TargetProxy, ...]
+    held: tuple[Held, ...]
+
+
+def make_plan(vmis: Iterable[VMI], node: str, own_addresses: Collection[IPAddress], now: datetime) -> Plan:
+    """Decide which proxies should run on a node. The order of the VMIs does not matter.
+
+    Args:
+        vmis: all VMIs known, in any order, each once.
+        node: this node's name.
+        own_addresses: every migration address that this node has had since the daemon started; may be empty.
+        now: aware; a migration has started when its startTimestamp is not after it.
+    """
+    planner = _Planner(node, own_addresses, now)
+    decisions = [decision for vmi in vmis for decision in planner.decide(vmi)]
+    targets, refused = _settle_ports([proxy for proxy in decisions if isinstance(proxy, TargetProxy)])
+    sources = [proxy for proxy in decisions if isinstance(proxy, SourceProxy)]
+    held = [*refused, *(held for held in decisions if isinstance(held, Held))]
+    return Plan(
+        sources=tuple(sorted(sources, key=_by_migration)),
+        targets=tuple(sorted(targets, key=_by_migration)),
+        held=tuple(sorted(held, key=_by_migration)),
+    )
+
+
+def _by_migration(decision: SourceProxy | TargetProxy | Held) -> tuple[Migration, Role]:
+    return decision.migration, decision.role
+
+
+class _Hold(Exception):
+    """No proxy for this role now; see Held."""
+
+    def __init__(self, reason: str, *, error: bool) -> None:
+        super().__init__(reason)
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """What one VMI asks of the node, whatever the other VMIs ask."""
+
+    node: str
+    own_addresses: Collection[IPAddress]
+    now: datetime
+
+    def decide(self, vmi: VMI) -> Iterator[SourceProxy | TargetProxy | Held]:
+        if vmi.has_ended() or vmi.is_done():
+            return
+        if vmi.is_source_on(self.node) or vmi.awaits_target_on(self.node):
+            yield self._proxy_or_held(vmi, Role.SOURCE)
+        if vmi.is_target_on(self.node):
+            yield self._proxy_or_held(vmi, Role.TARGET)
+
+    def _proxy_or_held(self, vmi: VMI, role: Role) -> SourceProxy | TargetProxy | Held:
+        try:
+            if vmi.migration is None:
+                raise _Hold("waiting for status.migrationState", error=False)
+            proxy = self._source if role is Role.SOURCE else self._target
+            return proxy(vmi, vmi.migration)
+        except _Hold as hold:
+            return Held(_identity(vmi), role, str(hold), hold.error)
+
+    def _source(self, vmi: VMI, migration: MigrationState) -> SourceProxy:
+        launcher, key = self._launcher(vmi), _checked(vmi.source_key(), "the VMI's UID")
+        address, ports = _published_to_source(vmi, migration)
+        return SourceProxy(
+            migration=_identity(vmi),
+            launcher=launcher,
+            key=key,
+            address=address,
+            ports=ports,
+            running=vmi.is_running(self.now),
+            warnings=_missing_channels(vmi, ports),
+        )
+
+    def _target(self, vmi: VMI, migration: MigrationState) -> TargetProxy:
+        if vmi.created_for_migration and not (migration.source_state and vmi.migration_transport):
+            raise _Hold("waiting for sourceState and migrationTransport from the source's cluster", error=False)
+        launcher, key = self._launcher(vmi), _checked(vmi.target_key(), "the UID in the sockets' names")
+        running = vmi.is_running(self.now)
+        address = self._own_published_address(migration, running)
+        published = _published_by_us(migration, running) if address else None
+        # While it runs nothing more can be published, so that there is nothing more to listen for.
+        needed = () if running else channels_for(vmi.uses_block())
+        channels = tuple(sorted({*needed, *(published or ())}))
+        return TargetProxy(
+            migration=_identity(vmi),
+            launcher=launcher,
+            key=key,
+            channels=channels,
+            published_address=address,
+            published=published,
+            running=running,
+            publish_target_state=migration.target_state is not None,
+            warnings=_missing_channels(vmi, channels),
+        )
+
+    def _launcher(self, vmi: VMI) -> Launcher:
+        pods = sorted(pod for pod, node in vmi.active_pods.items() if node == self.node)
+        return Launcher(
+            namespace=vmi.namespace,
+            name=vmi.name,
+            vmi_uid=_checked(vmi.uid, "the VMI's UID"),
+            pods=tuple(_checked(pod, "a pod's UID in status.activePods") for pod in pods),
+        )
+
+    def _own_published_address(self, migration: MigrationState, running: bool) -> IPAddress | None:
+        """This node's address in the status; None where there is none and one may still be published."""
+        text = migration.target_node_address
+        if text is None:
+            if running:
+                raise _Hold(
+                    "the migration has started (startTimestamp), but the status has no targetNodeAddress: "
+                    "nothing may be published any more; start it anew",
+                    error=True,
+                )
+            return None
+        remedy = (
+            "it is left alone while the migration runs"
+            if running
+            else "it is left alone; if nobody listens there, clear targetNodeAddress and "
+            "targetDirectMigrationNodePorts in the status"
+        )
+        try:
+            address = parse_address(text)
+        except AddressError as error:
+            raise _Hold(f"targetNodeAddress: {error}; {remedy}", error=True) from None
+        if not self.own_addresses:
+            raise _Hold(f"waiting for a migration address: {address} in the status may be ours", error=False)
+        if address not in self.own_addresses:
+            raise _Hold(f"targetNodeAddress {address} is not an address of this node: {remedy}", error=True)
+        return address
+
+
+def _identity(vmi: VMI) -> Migration:
+    migration_uid = vmi.migration.migration_uid if vmi.migration else None
+    return Migration(vmi.namespace, vmi.name, vmi.uid, migration_uid or "")
+
+
+def _checked(uid: str, what: str) -> str:
+    try:
+        return check_key(uid)
+    except ProxyKeyError as error:
+        raise _Hold(f"{what} must not be used in a path: {error}", error=True) from None
+
+
+def _published_to_source(vmi: VMI, migration: MigrationState) -> tuple[IPAddress, PortMap]:
+    text, raw = migration.target_node_address, migration.target_ports
+    if vmi.is_decentralized() and (other := migration.target_state):
+        # The target is another VMI, in another cluster: its side of the status tells (virt-handler).
+        text, raw = other.node_address, raw if other.ports is None else other.ports
+    missing = [what for what, value in (("address", text), ("ports", raw)) if value is None]
+    if text is None or raw is None:
+        raise _Hold(f"waiting for the target to publish its {' and '.join(missing)}", error=False)
+    try:
+        return parse_address(text), parse_port_map(raw)
+    except (AddressError, PortMapError) as error:
+        raise _Hold(f"what the target published cannot be used: {error}", error=True) from None
+
+
+def _published_by_us(migration: MigrationState, running: bool) -> PortMap | None:
+    if not running:
+        return salvage_port_map(migration.target_ports)
+    try:
+        return parse_port_map(migration.target_ports)
+    except PortMapError as error:
+        raise _Hold(
+            f"the migration runs, but which ports were published cannot be told: {error}; "
+            "restore targetDirectMigrationNodePorts in the status",
+            error=True,
+        ) from None
+
+
+def _missing_channels(vmi: VMI, ports: Collection[Channel]) -> tuple[str, ...]:
+    return tuple(
+        f"no port is published for the {channel.label} channel, which this migration needs"
+        for channel in channels_for(vmi.uses_block())
+        if channel not in ports
+    )
+
+
+def _settle_ports(proxies: list[TargetProxy]) -> tuple[list[TargetProxy], list[Held]]:
+    """Leave each published port to one target: one that runs before one that does not, then by migration."""
+    kept: list[TargetProxy] = []
+    refused: list[Held] = []
+    owners: dict[tuple[IPAddress | None, int], Migration] = {}
+    for proxy in sorted(proxies, key=lambda proxy: (not proxy.running, proxy.migration)):
+        claims = [(proxy.published_address, port) for port in (proxy.published or {}).values()]
+        taken = next((claim for claim in claims if claim in owners), None)
+        if taken is None:
+            owners.update(dict.fromkeys(claims, proxy.migration))
+            kept.append(proxy)
+            continue
+        address, port = taken
+        why = f"port {port} at {address} is published for {owners[taken]} too, which keeps it"
+        if proxy.running:
+            refused.append(Held(proxy.migration, Role.TARGET, f"{why}: abort one of the two", error=True))
+        else:
+            kept.append(replace(proxy, published=None, warnings=(*proxy.warnings, why)))
+    return kept, refused

@@ -1,0 +1,246 @@
+"""What the two proxies of a migration share: accepting, dialling the other leg, relaying, counting, ending."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from migproxy.launcher import Launchers
+from migproxy.plan import Migration, Role
+from migproxy.portmap import Channel, IPAddress
+from migproxy.relay import Relay, Traffic
+from migproxy.sockets import TCPOptions, reset, widen_unix
+from migproxy.tls import Security
+
+_ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class ProxyError(Exception):
+    """A proxy cannot do what its plan asks for (yet); the message says why, and what to do."""
+
+
+class DialError(Exception):
+    """The other leg of a connection cannot be had."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the proxies of a node use and do not own.
+
+    Attributes:
+        launchers: Finds the launchers' folders.
+        tcp: Options of the connections between the nodes.
+        security: Protects them.
+        local_address: This node's migration address of an IP version (4 or 6); raises ProxyError without one.
+        dial_timeout: Seconds that the other leg may take to appear, retried meanwhile.
+        max_connections: Open connections per channel of a migration; more wait in the listener's queue, so that
+            no launcher can use up the daemon's descriptors.
+    """
+
+    launchers: Launchers
+    tcp: TCPOptions
+    security: Security
+    local_address: Callable[[int], IPAddress]
+    dial_timeout: float
+    max_connections: int
+
+
+class Proxy(ABC):
+    """One side of one migration: owns its accepting tasks and its relays.
+
+    Attributes:
+        role: Which side.
+        migration: Which migration.
+        traffic: What each channel has carried.
+        last_error: The latest connection's failure, for people.
+        began: When it was made (`time.time`).
+    """
+
+    role: Role
+
+    def __init__(self, migration: Migration, around: Surroundings) -> None:
+        self.migration = migration
+        self.traffic: dict[Channel, Traffic] = {}
+        self.last_error: str | None = None
+        self.began = time.time()
+        self.log = structlog.get_logger(__name__).bind(
+            namespace=migration.namespace,
+            name=migration.name,
+            migration_uid=migration.migration_uid,
+            role=str(self.role),
+        )
+        self._around = around
+        self._connections: dict[asyncio.Task[None], socket.socket] = {}
+        self._slots: dict[Channel, asyncio.Semaphore] = {}
+        self._samples = [(time.monotonic(), 0, 0)] * 2
+
+    @abstractmethod
+    async def _dial(self, channel: Channel) -> socket.socket:
+        """Tries once to connect the other leg.
+
+        Raises:
+            DialError: It cannot be had, and trying again will not help.
+            OSError, ProxyError, LauncherError: It cannot be had yet.
+        """
+
+    @property
+    @abstractmethod
+    def retriable(self) -> tuple[type[Exception], ...]:
+        """The errors of `_dial` that another try may mend."""
+
+    @abstractmethod
+    def peer(self, channel: Channel) -> str:
+        """Where the other leg of a channel is, for people."""
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that are relayed or being dialled now."""
+        return len(self._connections)
+
+    @property
+    def rate(self) -> tuple[float, float]:
+        """Bytes per second sent and received, over the last one to two seconds."""
+        then, sent, received = self._samples[0]
+        seconds = max(time.monotonic() - then, 1e-3)
+        now_sent, now_received = self._moved()
+        return (now_sent - sent) / seconds, (now_received - received) / seconds
+
+    def sample(self) -> None:
+        """Remembers the counters for `rate`; to be called each second."""
+        self._samples = [self._samples[1], (time.monotonic(), *self._moved())]
+
+    def _moved(self) -> tuple[int, int]:
+        traffic = self.traffic.values()
+        return sum(one.sent for one in traffic), sum(one.received for one in traffic)
+
+    async def accept(self, listener: socket.socket, channel: Channel) -> None:
+        """Accepts connections and relays each in a task of its own; runs until cancelled.
+
+        Args:
+            listener: A non-blocking listening socket; stays the caller's.
+            channel: The channel that it serves.
+        """
+        slots = self._slots.setdefault(channel, asyncio.Semaphore(self._around.max_connections))
+        self.traffic.setdefault(channel, Traffic())
+        while True:
+            if slots.locked():
+                self.log.warning(
+                    "connections wait: the channel is full",
+                    channel=channel.label,
+                    open=self._around.max_connections,
+                    remedy="end the launcher's surplus connections, or raise --max-connections",
+                )
+            await slots.acquire()
+            try:
+                accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError as error:
+                slots.release()
+                if error.errno in _OUT_OF_RESOURCES:
+                    self.log.error(
+                        "cannot accept connections",
+                        channel=channel.label,
+                        error=error.strerror,
+                        remedy="raise the limit of open files (ulimit -n, LimitNOFILE=)",
+                    )
+                    await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            except asyncio.CancelledError:
+                slots.release()
+                raise
+            task = asyncio.create_task(self._connection(accepted, channel, slots))
+            self._connections[task] = accepted
+            task.add_done_callback(lambda done: self._connections.pop(done).close())
+
+    async def _connection(self, accepted: socket.socket, channel: Channel, slots: asyncio.Semaphore) -> None:
+        traffic = self.traffic[channel]
+        log = self.log.bind(channel=channel.label, peer=self.peer(channel))
+        try:
+            relay = await self._connect(accepted, channel, traffic, log)
+            if relay is not None:
+                await self._relay(relay, channel, log)
+        finally:
+            slots.release()
+
+    async def _connect(
+        self, accepted: socket.socket, channel: Channel, traffic: Traffic, log: structlog.stdlib.BoundLogger
+    ) -> Relay | None:
+        """Turns an accepted connection into a relay; without one, both legs are closed and it is said why."""
+        legs = [accepted]
+        try:
+            legs.append(await self._dial_until(channel))
+            unix, tcp = legs if accepted.family == socket.AF_UNIX else reversed(legs)
+            tcp = await self._around.security.secure(tcp, server=tcp is accepted)
+            widen_unix(unix)
+            return Relay(unix, tcp, f"{self.migration.migration_uid[:8]} {channel.label}")
+        except (DialError, ProxyError, OSError) as error:
+            traffic.failed += 1
+            self.last_error = f"channel {channel.label}: {error}"
+            log.error("connection failed", error=str(error))
+            for leg in legs:
+                reset(leg)
+            return None
+        except BaseException:
+            for leg in legs:
+                reset(leg)
+            raise
+
+    async def _dial_until(self, channel: Channel) -> socket.socket:
+        """Dials until it works, an error is final, or the time is up."""
+        pause = 0.005
+        last: Exception | None = None
+        try:
+            async with asyncio.timeout(self._around.dial_timeout):
+                while True:
+                    try:
+                        return await self._dial(channel)
+                    except self.retriable as error:
+                        last = error
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, 0.25)
+        except TimeoutError:
+            why = str(last) if last else "no answer"
+            raise DialError(f"{why} (tried for {self._around.dial_timeout:g} s)") from last
+
+    async def _relay(self, relay: Relay, channel: Channel, log: structlog.stdlib.BoundLogger) -> None:
+        traffic = self.traffic[channel]
+        traffic.begin(relay)
+        log.info("connection opened")
+        outcome, error = "connection closed", None
+        try:
+            await relay.run()
+        except OSError as broken:
+            traffic.failed += 1
+            outcome, error = "connection broken", broken.strerror or str(broken)
+            self.last_error = f"channel {channel.label}: {error}"
+        finally:
+            traffic.end(relay)
+            seconds = round(time.monotonic() - relay.opened, 3)
+            counts = {"sent": relay.sent, "received": relay.received, "seconds": seconds}
+            if error:
+                log.warning(outcome, **counts, error=error)
+            else:
+                log.info(outcome, **counts)
+
+    async def close(self) -> None:
+        """Ends every connection at once, and logs what the migration has moved."""
+        ending = list(self._connections)
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+        sent, received = self._moved()
+        self.log.info(
+            "proxy ended",
+            sent=sent,
+            received=received,
+            connections=sum(traffic.connections for traffic in self.traffic.values()),
+            failed=sum(traffic.failed for traffic in self.traffic.values()),
+            seconds=round(time.time() - self.began, 3),
+        )

@@ -1,0 +1,166 @@
+"""One accepted connection: its two sockets, the two pumps between them, and what they have moved."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import socket
+import struct
+import termios
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from migproxy.splice import Pump
+
+_FLUSH_SECONDS = 5.0
+
+
+class Relay:
+    """A connection between a launcher's unix socket and a TCP socket; owns both, and closes both.
+
+    Each direction has a thread that blocks in the kernel and holds Python's lock for microseconds at a time, so
+    that a relay at full speed leaves the event loop free. (Non-blocking splices on readiness measured 7 % slower,
+    and would share one thread.)
+
+    Attributes:
+        opened: When it was made (`time.monotonic`).
+    """
+
+    def __init__(self, unix: socket.socket, tcp: socket.socket, name: str) -> None:
+        self.opened = time.monotonic()
+        self._unix = unix
+        self._tcp = tcp
+        self._name = name
+        self._stopped = False
+        self._first_error: OSError | None = None
+        for sock in (unix, tcp):
+            sock.setblocking(True)
+        self._send = Pump(unix, tcp)
+        try:
+            self._receive = Pump(tcp, unix)
+        except OSError:
+            self._send.close()
+            raise
+
+    @property
+    def sent(self) -> int:
+        """Bytes taken from the launcher and handed to TCP."""
+        return self._send.moved
+
+    @property
+    def received(self) -> int:
+        """Bytes taken from TCP and handed to the launcher."""
+        return self._receive.moved
+
+    async def run(self) -> None:
+        """Pumps until both directions have ended, then closes both sockets.
+
+        Raises:
+            OSError: What broke the connection first; its TCP peer has been told by a reset, never by an end of
+                stream that would pass for a complete one.
+        """
+        running: list[asyncio.Future[None]] = []
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            for pump in (self._send, self._receive):
+                running.append(self._start(pump))
+        except RuntimeError as error:  # no more threads to be had
+            self._first_error = OSError(errno.EAGAIN, str(error))
+            self.stop()
+        for pump_ended in running:
+            while not pump_ended.done():
+                try:
+                    await asyncio.shield(pump_ended)
+                except asyncio.CancelledError as error:
+                    cancelled = error
+                    self.stop()
+        try:
+            if self._first_error and not self._stopped and self._send.error is None:
+                await self._flush()
+        finally:
+            self._close(abort=self._stopped or self._first_error is not None)
+        if cancelled:
+            raise cancelled
+        if self._first_error and not self._stopped:
+            raise self._first_error
+
+    def _start(self, pump: Pump) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def work() -> None:
+            pump.run()
+            self._first_error = self._first_error or pump.error
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(ended.set_result, None)
+
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+        return ended
+
+    def stop(self) -> None:
+        """Ends both directions at once; `run` then returns, and the TCP peer sees a reset."""
+        self._stopped = True
+        for sock in (self._unix, self._tcp):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    async def _flush(self) -> None:
+        """Waits until TCP has delivered what the launcher wrote before it went away: a reset would discard it."""
+        deadline = time.monotonic() + _FLUSH_SECONDS
+        while _unsent(self._tcp) and time.monotonic() < deadline and not self._stopped:
+            await asyncio.sleep(0.01)
+
+    def _close(self, *, abort: bool) -> None:
+        if abort:
+            with suppress(OSError):
+                self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        for closing in (self._tcp, self._unix, self._send, self._receive):
+            closing.close()
+
+
+def _unsent(tcp: socket.socket) -> int:
+    """Bytes in the send queue that the peer has not acknowledged (tcp(7), SIOCOUTQ)."""
+    with suppress(OSError):
+        return int.from_bytes(fcntl.ioctl(tcp, termios.TIOCOUTQ, bytes(4)), "little")
+    return 0
+
+
+@dataclass
+class Traffic:
+    """What one channel of one migration has carried; read at any time, at no cost to the relays.
+
+    Attributes:
+        connections: Connections relayed so far.
+        failed: Connections that ended with an error, dialling included.
+        relays: Those that are open now.
+    """
+
+    connections: int = 0
+    failed: int = 0
+    relays: set[Relay] = field(default_factory=set)
+    _sent: int = 0
+    _received: int = 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes from the launcher to the network, all connections."""
+        return self._sent + sum(relay.sent for relay in self.relays)
+
+    @property
+    def received(self) -> int:
+        """Bytes from the network to the launcher, all connections."""
+        return self._received + sum(relay.received for relay in self.relays)
+
+    def begin(self, relay: Relay) -> None:
+        """Counts a relay as open."""
+        self.connections += 1
+        self.relays.add(relay)
+
+    def end(self, relay: Relay) -> None:
+        """Counts a relay as over, and keeps what it moved."""
+        self.relays.discard(relay)
+        self._sent += relay.sent
+        self._received += relay.received

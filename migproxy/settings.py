@@ -1,0 +1,187 @@
+"""The daemon's options: each is a flag, an environment variable and a key of the configuration file.
+
+They are declared once, here; the command line is made from the declaration, and values from all three places
+are checked by it in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, IPvAnyAddress, ValidationError, field_validator
+
+from migproxy.launcher import Launchers
+
+
+class SettingsError(Exception):
+    """Options are missing or wrong; the message names each of them, where it was given, and why."""
+
+
+def _pair(separator: str, text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    match = re.fullmatch(rf"(\d+){separator}(\d+)", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"two numbers joined by {separator!r} are expected")
+    return int(match[1]), int(match[2])
+
+
+def _port_range(value: object) -> object:
+    pair = _pair("-", value)
+    if isinstance(pair, tuple) and not 1 <= pair[0] <= pair[1] <= 65535:
+        raise ValueError("ports go from 1 to 65535, the lower one first")
+    return pair
+
+
+class Settings(BaseModel):
+    """What `migproxy run` is told. Each field's description is the option's help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    node_name: str = Field(
+        default_factory=lambda: os.uname().nodename,
+        min_length=1,
+        description="This node's name, as the VMIs' status and labels have it. Default: the host name.",
+    )
+    vmi_dir: str = Field(
+        min_length=1,
+        description="Folder (or single file) of VMIs in YAML or JSON, as `kubectl get vmis -A -o yaml` prints them. "
+        "Read again whenever it changes; the target's address and ports are written into it.",
+    )
+    migration_interface: str = Field(
+        "migration0", min_length=1, description="Interface whose first global-unicast address is the migration address."
+    )
+    migration_address: IPvAnyAddress | None = Field(
+        None, description="The migration address itself, instead of an interface's."
+    )
+    pod_ip: IPvAnyAddress | None = Field(
+        None,
+        description="The migration address where the interface does not exist. Also read from MY_POD_IP.",
+        json_schema_extra={"env": "MY_POD_IP"},
+    )
+    port_range: Annotated[tuple[int, int] | None, BeforeValidator(_port_range)] = Field(
+        None, description="LOW-HIGH: ports that targets listen on. Default: the kernel's choice."
+    )
+    launcher_run_dir: str = Field(
+        "/proc/{pid}/root/var/run",
+        description="Where a launcher's /var/run is, seen from here; may use {pid} (found by the launcher's command "
+        "socket), {uid}, {namespace} and {name} (the VMI's).",
+    )
+    pods_dir: str = Field("/var/lib/kubelet/pods", description="The kubelet's pods folder, to find {pid}.")
+    libvirt_socket: str = Field(
+        "libvirt/virtqemud-sock",
+        pattern=r"^[^/].*$",
+        description="The target libvirt's socket, below the launcher's /var/run (libvirt/libvirt-sock for libvirtd).",
+    )
+    socket_owner: Annotated[tuple[int, int] | None, BeforeValidator(lambda value: _pair(":", value))] = Field(
+        None,
+        description="UID:GID that the source's socket files are given, which QEMU and libvirt run as. "
+        "Default: the owner of the launcher's kubevirt folder.",
+    )
+    congestion_control: str = Field(
+        "cubic",
+        pattern=r"^[a-z0-9_]+$",
+        description="TCP congestion control of the migration's connections; `system` leaves the system's default.",
+    )
+    tcp_user_timeout: float = Field(
+        30.0,
+        ge=1,
+        le=3600,
+        description="Seconds after which a connection counts as broken whose peer acknowledges nothing or takes "
+        "nothing (TCP_USER_TIMEOUT).",
+    )
+    dial_timeout: float = Field(
+        10.0, gt=0, le=600, description="Seconds to try to connect the other leg: the target node, or QEMU's socket."
+    )
+    max_connections: int = Field(
+        256, ge=1, le=65536, description="Open connections per channel of a migration; further ones wait."
+    )
+    drain_timeout: float = Field(
+        600.0, ge=0, description="Seconds that SIGTERM waits for running migrations. A second SIGTERM ends them."
+    )
+    disable_tls: bool = Field(
+        False,
+        description="Relay in plaintext: whoever is on the migration network can read and alter the guests' memory.",
+    )
+    control_socket: str = Field(
+        "/run/migproxy/control.sock",
+        max_length=107,
+        description="Unix socket on which the daemon answers `migproxy status`.",
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="`console`, `json`, or `auto`: console on a terminal."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged."
+    )
+
+    @field_validator("launcher_run_dir")
+    @classmethod
+    def _known_placeholders(cls, value: str) -> str:
+        Launchers(pattern=value, pods="/")
+        return value
+
+
+def option(field: str) -> str:
+    """The flag of a field: port_range -> --port-range."""
+    return "--" + key(field)
+
+
+def key(field: str) -> str:
+    """A field's name in the configuration file: port_range -> port-range."""
+    return field.replace("_", "-")
+
+
+def variables(field: str) -> list[str]:
+    """The environment variables of a field, the first one preferred."""
+    extra = Settings.model_fields[field].json_schema_extra
+    also = [str(extra["env"])] if isinstance(extra, dict) else []
+    return [f"MIGPROXY_{field.upper()}", *also]
+
+
+def load(given: Mapping[str, Any], origins: Mapping[str, str], config: str | None) -> Settings:
+    """Merges and checks the options.
+
+    Args:
+        given: Values from the command line and the environment, by field; they win over the file's.
+        origins: Where each of those was given, for messages.
+        config: Path of a TOML file with the flags' names (without dashes in front) as keys, or None.
+
+    Raises:
+        SettingsError: A value is wrong, an option is unknown or missing, or the file cannot be read.
+    """
+    values, where = _read(config) if config else ({}, {})
+    values |= given
+    where |= origins
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(dict(problem), where) for problem in error.errors()]
+        raise SettingsError("\n".join(lines)) from error
+
+
+def _read(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"--config {path}: {error}") from error
+    unknown = sorted(set(table) - {key(field) for field in Settings.model_fields})
+    if unknown:
+        raise SettingsError(
+            "\n".join(f"{path}: {name}: there is no such option; see `migproxy run --help`" for name in unknown)
+        )
+    values = {name.replace("-", "_"): value for name, value in table.items()}
+    return values, {field: f"{path}: {key(field)}" for field in values}
+
+
+def _explain(problem: dict[str, Any], where: Mapping[str, str]) -> str:
+    field = str(problem["loc"][0])
+    if problem["type"] == "missing":
+        return f"{option(field)} is missing (or {variables(field)[0]}, or {key(field)} in the configuration file)"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where.get(field, option(field))}: {problem['input']!r}: {message}"

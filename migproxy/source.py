@@ -1,0 +1,355 @@
+"""The source side of a migration: unix sockets in the launcher's folder, each leading to a port of the target's."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import stat
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from asyncinotify import Mask
+
+from migproxy.launcher import LauncherError, RunDir
+from migproxy.plan import Role, SourceProxy
+from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
+from migproxy.proxy import Proxy, ProxyError, Surroundings
+from migproxy.sockets import BACKLOG, new_tcp
+from migproxy.watch import Watcher
+
+_FOLDER_CHANGES = (
+    Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MOVE_SELF | Mask.DELETE_SELF | Mask.ONLYDIR
+)
+_MODE = 0o660  # of a socket file: its owner's and group's alone
+_CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
+_MAX_PAUSE = 1.0  # seconds between two times that a socket file is put back, when somebody insists
+
+
+@dataclass(frozen=True, slots=True)
+class _SocketFile:
+    """A listener and the identity (device, inode) of the file that leads to it."""
+
+    listener: socket.socket
+    identity: tuple[int, int]
+
+
+class SocketFolder:
+    """The migrationproxy folder of a launcher; owns its descriptor.
+
+    Attributes:
+        fd: The folder.
+        path: Its path, for messages only.
+        owner: User and group that libvirt and QEMU run as in the pod, or they could not connect.
+
+    Args:
+        run: The launcher's /var/run.
+        owner: The owner to use, or None for that of the launcher's kubevirt folder.
+
+    Raises:
+        LauncherError: The kubevirt folder is missing, or a symbolic link stands in the way.
+        ProxyError: The folder cannot be made, or cannot be given to the owner.
+    """
+
+    def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:
+        self.path = f"{run.path}/{MIGRATION_PROXY_DIR}"
+        parent, name = MIGRATION_PROXY_DIR.split("/")
+        kubevirt = run.open_folder(parent)
+        try:
+            status = os.stat(kubevirt)
+            self.owner = owner or (status.st_uid, status.st_gid)
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o755, dir_fd=kubevirt)
+        except OSError as error:
+            raise ProxyError(f"{self.path} cannot be made: {error.strerror}") from error
+        finally:
+            os.close(kubevirt)
+        self.fd = run.open_folder(MIGRATION_PROXY_DIR)
+        try:
+            self._give(self.fd, self.path)
+        except ProxyError:
+            os.close(self.fd)
+            raise
+
+    def close(self) -> None:
+        """Closes the folder; what stands in it stays."""
+        os.close(self.fd)
+
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """Device and inode of the folder, None once it has been removed."""
+        status = os.stat(self.fd)
+        return (status.st_dev, status.st_ino) if status.st_nlink else None
+
+    def _give(self, fd: int, path: str) -> None:
+        status = os.stat(fd)
+        if (status.st_uid, status.st_gid) == self.owner:
+            return
+        try:
+            os.chown(f"/proc/self/fd/{fd}", *self.owner)
+        except OSError as error:
+            raise ProxyError(
+                f"{path} cannot be given to {self.owner[0]}:{self.owner[1]}: {error.strerror}; run as root "
+                "(CAP_CHOWN), or name another --socket-owner"
+            ) from error
+
+    def place(self, name: str) -> _SocketFile:
+        """Puts a listening socket at `name`, atomically, over whatever stands there: nobody finds the name empty.
+
+        Raises:
+            ProxyError: It cannot be done; says why.
+        """
+        temporary = ".migproxy-" + hashlib.sha256(name.encode()).hexdigest()[:16]
+        path = f"{self.path}/{name}"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=self.fd)
+            listener.bind(f"/proc/self/fd/{self.fd}/{temporary}")
+            identity = self._prepare(temporary, path)
+            listener.listen(BACKLOG)
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError as error:
+            listener.close()
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=self.fd)
+            raise ProxyError(f"{path} cannot be put in place: {error.strerror}") from error
+        except ProxyError:
+            listener.close()
+            raise
+        return _SocketFile(listener, identity)
+
+    def _prepare(self, temporary: str, path: str) -> tuple[int, int]:
+        node = os.open(temporary, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            status = os.stat(node)
+            if not stat.S_ISSOCK(status.st_mode) or status.st_nlink != 1:
+                raise ProxyError(f"{path}: somebody in the pod replaced the socket while it was being made")
+            self._give(node, path)
+            os.chmod(f"/proc/self/fd/{node}", _MODE)
+        finally:
+            os.close(node)
+        return status.st_dev, status.st_ino
+
+    def holds(self, name: str, file: _SocketFile) -> bool:
+        """Whether `name` still leads to that listener."""
+        try:
+            status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == file.identity
+
+    def remove(self, name: str, file: _SocketFile) -> None:
+        """Removes the socket file, if it is that one; somebody else's stays."""
+        if self.holds(name, file):
+            with suppress(OSError):
+                os.unlink(name, dir_fd=self.fd)
+
+
+class _Place:
+    """One channel's socket file, with the listener that its name leads to and the one before.
+
+    A connection that had looked the old file up while it was being replaced still arrives at the old listener,
+    so that one goes on accepting until the next replacement.
+    """
+
+    def __init__(self, name: str, channel: Channel) -> None:
+        self.name = name
+        self.channel = channel
+        self.file: _SocketFile | None = None
+        self._accepting: list[tuple[socket.socket, asyncio.Task[None]]] = []
+
+    async def put(self, folder: SocketFolder, proxy: Proxy) -> None:
+        """Puts a new socket file in place and accepts from it.
+
+        Raises:
+            ProxyError: It cannot be put there; what was accepting goes on.
+        """
+        self.file = folder.place(self.name)
+        listener = self.file.listener
+        self._accepting.append((listener, asyncio.create_task(proxy.accept(listener, self.channel))))
+        await self._close(self._accepting[:-2])
+
+    async def remove(self, folder: SocketFolder | None) -> None:
+        """Takes the file away, if it is ours, and stops accepting."""
+        if folder is not None and self.file is not None:
+            folder.remove(self.name, self.file)
+        self.file = None
+        await self._close(self._accepting)
+
+    async def _close(self, accepting: list[tuple[socket.socket, asyncio.Task[None]]]) -> None:
+        closing_now = list(accepting)
+        self._accepting = [one for one in self._accepting if one not in closing_now]
+        for _, task in closing_now:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in closing_now), return_exceptions=True)
+        for listener, _ in closing_now:
+            listener.close()
+
+
+class Source(Proxy):
+    """The source proxy of one migration: owns the socket files in the launcher's folder and the folder's watch.
+
+    Attributes:
+        plan: What it does now.
+        problem: What keeps its sockets from being in place, None while they are.
+    """
+
+    role = Role.SOURCE
+    retriable = (OSError,)
+
+    def __init__(
+        self, plan: SourceProxy, around: Surroundings, watcher: Watcher, owner: tuple[int, int] | None
+    ) -> None:
+        super().__init__(plan.migration, around)
+        self.plan = plan
+        self.problem: str | None = None
+        self._watcher = watcher
+        self._owner = owner
+        self._folder: SocketFolder | None = None
+        self._places: dict[Channel, _Place] = {}
+        self._keeper: asyncio.Task[None] | None = None
+        self._change = asyncio.Lock()
+
+    async def apply(self, plan: SourceProxy) -> None:
+        """Makes the listeners equal to the plan; connections that are open go on as they are.
+
+        Args:
+            plan: New or changed: the target's address, its ports, the channels, the launcher's pod.
+
+        Raises:
+            LauncherError, ProxyError: The launcher's folder or a socket file cannot be had; what was there stays.
+        """
+        moved = (plan.address, plan.ports) != (self.plan.address, self.plan.ports)
+        self.plan = plan
+        async with self._change:
+            await self._settle(self._open_folder())
+            for channel in [known for known in self._places if known not in plan.ports]:
+                await self._places.pop(channel).remove(self._folder)
+            for channel in plan.ports:
+                if channel not in self._places:
+                    self._places[channel] = _Place(source_socket_name(plan.key, channel), channel)
+            placed = await self._put_back()
+        if placed or moved:
+            for warning in plan.warnings:
+                self.log.warning(warning)
+            for channel in plan.ports:
+                self.log.info(
+                    "listening",
+                    channel=channel.label,
+                    socket=f"{self._path}/{self._places[channel].name}",
+                    peer=self.peer(channel),
+                )
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep())
+        self.problem = None
+
+    @property
+    def _path(self) -> str:
+        return self._folder.path if self._folder else "(no folder)"
+
+    def listening(self, channel: Channel) -> str:
+        """Where a channel's connections are accepted, for people."""
+        return f"{self._path}/{source_socket_name(self.plan.key, channel)}"
+
+    def peer(self, channel: Channel) -> str:
+        port = self.plan.ports.get(channel)
+        host = f"[{self.plan.address}]" if self.plan.address.version == 6 else str(self.plan.address)
+        return f"{host}:{port}"
+
+    def _open_folder(self) -> SocketFolder:
+        with self._around.launchers.open(self.plan.launcher) as run:
+            return SocketFolder(run, self._owner)
+
+    async def _settle(self, folder: SocketFolder) -> None:
+        """Goes on in that folder: where it is another one, the sockets in the old one go; connections stay."""
+        if self._folder is not None and folder.identity == self._folder.identity:
+            folder.close()
+            return
+        old, self._folder = self._folder, folder
+        for place in self._places.values():
+            await place.remove(old)
+        if old is not None:
+            old.close()
+
+    async def _put_back(self) -> list[str]:
+        """Puts every socket file in place that is not there; returns their names."""
+        assert self._folder is not None
+        missing = [
+            place
+            for place in self._places.values()
+            if place.file is None or not self._folder.holds(place.name, place.file)
+        ]
+        for place in missing:
+            await place.put(self._folder, self)
+        return [place.name for place in missing]
+
+    async def _keep(self) -> None:
+        """Keeps the socket files in place, whoever removes or replaces them, until cancelled."""
+        pause = 0.0
+        while True:
+            began = time.monotonic()
+            try:
+                await self._await_change()
+                async with self._change:
+                    if self._folder is None or self._folder.identity is None:
+                        await self._settle(self._open_folder())
+                    put_back = await self._put_back()
+            except (LauncherError, ProxyError, OSError) as error:
+                if self.problem != str(error):
+                    self.log.error("sockets are not in place", error=str(error))
+                self.problem = str(error)
+            else:
+                self.problem = None
+                if not put_back:
+                    continue
+                self.log.warning("socket files put back that somebody removed or replaced", names=put_back)
+            pause = min(max(pause * 2, 0.01), _MAX_PAUSE) if time.monotonic() - began < _CALM else 0.0
+            await asyncio.sleep(pause)
+
+    async def _await_change(self) -> None:
+        """Returns when something in the folder may have changed; at once when that happened before it was watched."""
+        if self.problem is not None or self._folder is None or self._folder.identity is None:
+            return
+        with self._watcher.watch(f"/proc/self/fd/{self._folder.fd}", _FOLDER_CHANGES) as changes:
+            if any(p.file is None or not self._folder.holds(p.name, p.file) for p in self._places.values()):
+                return
+            async for change in changes:
+                if change.gone or change.overflow or change.name is None:
+                    return
+                if any(change.name == place.name for place in self._places.values()):
+                    return
+
+    def retire(self) -> None:
+        """Stops keeping the socket files in place: another owner of the same names may follow."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+
+    async def _dial(self, channel: Channel) -> socket.socket:
+        address, port = self.plan.address, self.plan.ports.get(channel)
+        if port is None:
+            raise OSError(f"the target publishes no port for channel {channel.label}")
+        sock = new_tcp(self._around.local_address(address.version), self._around.tcp)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"{self.peer(channel)}: {error.strerror or error}") from error
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def close(self) -> None:
+        """Removes the socket files that are ours, and ends every connection."""
+        self.retire()
+        if self._keeper is not None:
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        for place in self._places.values():
+            await place.remove(self._folder)
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+        await super().close()

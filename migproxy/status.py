@@ -1,0 +1,77 @@
+"""`migproxy status` for people: the daemon's report as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+_HEADINGS = ("MIGRATION", "ROLE", "STATE", "AGE", "CHANNEL", "OPEN", "TOTAL", "SENT", "RECEIVED", "PEER")
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """Renders what the daemon reports, one line per channel of a migration.
+
+    Args:
+        report: As `Node.report` makes it.
+    """
+    state = "draining" if report["draining"] else "ready" if report["ready"] else "NOT READY"
+    lines = [f"node {report['node']}, migration address {report['address'] or 'none'}, {state}"]
+    lines += [f"  {name}: {problem}" for name, problem in report["problems"].items()]
+    if not report["migrations"]:
+        return "\n".join([*lines, "no migrations"])
+    rows = [_HEADINGS, *(row for migration in report["migrations"] for row in _rows(migration))]
+    lines += ["", *_columns(rows)]
+    for migration in report["migrations"]:
+        for label in ("error", "last_error"):
+            if migration.get(label):
+                lines.append(f"{_name(migration)} ({migration['role']}): {migration[label]}")
+    return "\n".join(lines)
+
+
+def _name(migration: Mapping[str, Any]) -> str:
+    uid = migration["migration_uid"]
+    return f"{migration['namespace']}/{migration['name']}" + (f" {uid[:8]}" if uid else "")
+
+
+def _rows(migration: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    head = (_name(migration), migration["role"], migration["state"], duration(migration.get("age_seconds")))
+    channels = migration.get("channels") or []
+    if not channels:
+        yield (*head, "", "", "", "", "", "")
+    for channel in channels:
+        yield (
+            *head,
+            channel["channel"],
+            str(channel["connections_open"]),
+            str(channel["connections_total"]),
+            size(channel["bytes_sent"]),
+            size(channel["bytes_received"]),
+            channel["peer"],
+        )
+        head = ("", "", "", "")
+    if migration["state"] == "running":
+        sent, received = migration["bytes_sent_per_second"], migration["bytes_received_per_second"]
+        yield (*head, "(now)", "", "", f"{size(sent)}/s", f"{size(received)}/s", "")
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 1h02m, 3m20s, 12s."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
