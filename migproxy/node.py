@@ -126,6 +126,8 @@ class Node:
             else:
                 log.info("migration address", address=str(state.addresses[0]), source=state.source)
             self._replan()
+            for worker in self._workers.values():
+                worker.look_again()
 
     async def _follow_inventory(self) -> None:
         async for changes in self._inventory.changes():
@@ -208,8 +210,10 @@ class Node:
         if told and (plan.published_address, plan.published) == (address, ports):
             return
         if plan.running:
-            target.log.warning("not published, the migration has started: listening elsewhere", address=str(address))
-            return
+            raise ProxyError(
+                f"listening on {address}, which the status does not name, and the migration has started: connections "
+                f"that are open go on, new ones to {plan.published_address} will fail"
+            )
         await self._inventory.publish(vmi, address, ports)
         target.log.info("published", address=str(address), ports=ports.published())
 
@@ -281,8 +285,14 @@ class _Worker:
             return False
         return self.wanted.running or self.proxy.open_connections > 0
 
+    def look_again(self) -> None:
+        """Says that something has changed that is not in the plan."""
+        self._changed.set()
+
     def want(self, item: Planned | None) -> None:
-        """Says what is wanted; it is done as soon as may be."""
+        """Says what is wanted; it is done as soon as may be, and nothing is done where nothing changed."""
+        if item == self.wanted:
+            return
         self.wanted = item
         if item is None and isinstance(self.proxy, Source):
             self.proxy.retire()
@@ -293,7 +303,6 @@ class _Worker:
         try:
             if after is not None:  # which still holds the ports and sockets that this one needs
                 await asyncio.wait([after.task])
-            await self._changed.wait()
             while self.wanted is not None:
                 self._changed.clear()
                 pause = None
@@ -304,9 +313,11 @@ class _Worker:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), pause)
         finally:
-            if self.proxy is not None:
-                await self.proxy.close()
-            self._node.forget(self._key, self)
+            try:
+                if self.proxy is not None:
+                    await self.proxy.close()
+            finally:
+                self._node.forget(self._key, self)
 
     async def _attempt(self, item: Planned) -> bool:
         try:

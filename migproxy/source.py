@@ -294,8 +294,7 @@ class Source(Proxy):
             try:
                 await self._await_change()
                 async with self._change:
-                    if self._folder is None or self._folder.identity is None:
-                        await self._settle(self._open_folder())
+                    await self._settle(self._open_folder())
                     put_back = await self._put_back()
             except (LauncherError, ProxyError, OSError) as error:
                 if self.problem != str(error):

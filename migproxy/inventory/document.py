@@ -9,13 +9,13 @@ the positions that the parser reports, so that comments, quoting, order and inde
 
 import gc
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import yaml
+from yaml.events import CollectionEndEvent, CollectionStartEvent
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 
 from migproxy.vmi import VMI, InvalidVMI, parse
@@ -23,6 +23,8 @@ from migproxy.vmi import VMI, InvalidVMI, parse
 VMI_KIND: Final = "VirtualMachineInstance"
 LIST_KINDS: Final = {"List": None, f"{VMI_KIND}List": VMI_KIND}
 """Kinds of lists, and the kind of an item that does not say its own (the API leaves it out)."""
+
+MAX_DEPTH: Final = 100
 
 Published = Mapping[str, str | Mapping[str, int]]
 
@@ -143,7 +145,7 @@ def publish(text: str, uid: str, migration_uid: str | None, address: str, ports:
             targets_again = _targets(again, uid, migration_uid, address, ports)
         except (SyntaxFlaw, EditError) as error:
             raise EditError(f"an edit would break the file ({error})") from None
-        if not _only_difference(documents, targets, again, targets_again):
+        if not _is_only_difference(documents, targets, again, targets_again, _way(documents, uid)):
             raise EditError("an edit would change more than the address and ports")
     return mark + edited
 
@@ -219,6 +221,7 @@ def _is_json(body: str) -> bool:
 
 def _compose(body: str) -> list[Node]:
     try:
+        _check_depth(body)
         loader = _Loader(body)
         try:
             documents = []
@@ -230,11 +233,23 @@ def _compose(body: str) -> list[Node]:
     except yaml.MarkedYAMLError as error:
         reason = ": ".join(part for part in (error.context, error.problem) if part)
         mark = error.problem_mark or error.context_mark
-        raise SyntaxFlaw(reason, mark.line + 1 if mark else None) from None
+        last = body.rstrip().count("\n")  # libyaml's marks at the end of the text are a line further
+        raise SyntaxFlaw(reason, min(mark.line, last) + 1 if mark else None) from None
     except (yaml.YAMLError, UnicodeError) as error:
         raise SyntaxFlaw(" ".join(str(error).split()), None) from None
-    except RecursionError:
-        raise SyntaxFlaw("it is nested too deeply", None) from None
+
+
+def _check_depth(body: str) -> None:
+    """Refuse what would overflow the stack of PyYAML's composer, which ends the process (100,000 brackets do)."""
+    depth = 0
+    for event in yaml.parse(body, _Loader):
+        if isinstance(event, CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                mark = event.start_mark
+                raise SyntaxFlaw(f"it is nested more than {MAX_DEPTH} levels deep", mark.line + 1 if mark else None)
+        elif isinstance(event, CollectionEndEvent):
+            depth -= 1
 
 
 def _objects(documents: list[Node]) -> Iterator[tuple[Node, str | None]]:
@@ -266,7 +281,7 @@ def _construct(node: Node) -> Any:
     except yaml.MarkedYAMLError as error:
         where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InvalidVMI(f"VMI {_name(node)}: {error.problem}{where}") from None
-    except (ValueError, LookupError, RecursionError) as error:
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:  # explicit tags
         raise InvalidVMI(f"VMI {_name(node)}: a value does not fit its tag: {error}") from None
 
 
@@ -425,12 +440,11 @@ def _renamed_ports(old: Node, new: Mapping[str, int]) -> list[_Edit]:
     ports = {channel: port for port, channel in new.items()}
     if not isinstance(old, MappingNode):
         return []
-    channels = [(key, _integer(value)) for key, value in old.value]
-    if Counter(channel for _, channel in channels) != Counter(ports):
+    channels = [(key, channel) for key, value in old.value if (channel := _integer(value)) is not None]
+    if len(channels) != len(old.value) or sorted(channel for _, channel in channels) != sorted(ports):
         return []
     edits = []
     for key, channel in channels:
-        assert channel is not None
         quote = "'" if key.style == "'" else '"'
         edits.append(_Edit(key.start_mark.index, key.end_mark.index, quote + ports[channel] + quote))
     return edits
@@ -438,7 +452,7 @@ def _renamed_ports(old: Node, new: Mapping[str, int]) -> list[_Edit]:
 
 def _quoted(value: str, old: Node, mapping: MappingNode) -> str:
     """An address as the old one was quoted; an IPv6 address always is (its colons mean something in YAML)."""
-    plain = isinstance(old, ScalarNode) and old.style is None and not mapping.flow_style and ":" not in value
+    plain = isinstance(old, ScalarNode) and not old.style and not mapping.flow_style and ":" not in value
     quote = "" if plain else "'" if isinstance(old, ScalarNode) and old.style == "'" else '"'
     return quote + value + quote
 
@@ -548,18 +562,22 @@ def _applied(text: str, edits: list[_Edit]) -> str:
     return "".join([*parts, text[done:]])
 
 
-def _only_difference(
+def _is_only_difference(
     before: list[Node],
     targets_before: list[tuple[MappingNode, Published]],
     after: list[Node],
     targets_after: list[tuple[MappingNode, Published]],
+    way: list[Node],
 ) -> bool:
-    """The new text holds what was to be published, and is the old one in all else."""
+    """The new text holds what was to be published, and is the old one in all else.
+
+    Nothing on the `way` to the values may be used a second time, through an alias: it would change there too.
+    """
     if not all(_holds_all(mapping, values) for mapping, values in targets_after):
         return False
     for mapping, values in targets_before + targets_after:
         mapping.value = [pair for pair in mapping.value if _text(pair[0]) not in values]
-    return _same(before, after)
+    return _same(before, after, {id(node) for node in way})
 
 
 def _holds_all(mapping: MappingNode, values: Published) -> bool:
@@ -567,7 +585,14 @@ def _holds_all(mapping: MappingNode, values: Published) -> bool:
     return all(pair and _holds(pair[1], values[name]) for name, pair in pairs.items())
 
 
-def _same(left: list[Node], right: list[Node]) -> bool:
+def _way(documents: list[Node], uid: str) -> list[Node]:
+    vmi = _find(documents, uid)
+    steps = [("status",), ("status", "migrationState"), ("status", "migrationState", "targetState")]
+    return [vmi, *(node for node in (_value(vmi, *step) for step in steps) if node)]
+
+
+def _same(left: list[Node], right: list[Node], unique: set[int]) -> bool:
+    """Equal trees, in which none of the nodes whose id is in `unique` is met twice."""
     pairs: list[tuple[Any, Any]] = [(left, right)]
     seen = set()
     while pairs:
@@ -577,7 +602,8 @@ def _same(left: list[Node], right: list[Node]) -> bool:
                 return False
             pairs += zip(one, other, strict=True)
         elif (id(one), id(other)) in seen:
-            continue  # an alias
+            if id(one) in unique:
+                return False
         elif type(one) is not type(other) or one.tag != other.tag:
             return False
         elif isinstance(one, ScalarNode):

@@ -16,7 +16,7 @@ MAX_QUEUED_EVENTS = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text
 def on_both_loops(test: Callable[[Watcher, Path], Awaitable[None]]) -> Callable[..., None]:
     """Run a test with a running watcher, on uvloop (the daemon's) and on asyncio's own loop."""
 
-    @pytest.mark.parametrize("loop_factory", [uvloop.new_event_loop, asyncio.new_event_loop])
+    @pytest.mark.parametrize("loop_factory", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
     def run(loop_factory: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path) -> None:
         async def body() -> None:
             async with Watcher() as watcher:
