@@ -1,11 +1,11 @@
 # make demo: a virtual machine migrates live between two nodes through migproxy
 # make test: everything that CI checks
-# make venv, lint, unit, net, e2e, lock: the parts
+# make venv, lint, unit, net, e2e, docs, lock: the parts
 
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test venv lint unit net e2e lock lab-packages clean
+.PHONY: demo test venv lint unit net e2e docs lock lab-packages clean
 
 demo: venv lab-packages
 	@scripts/demo
@@ -39,6 +39,10 @@ venv: .venv/ready
 
 lab-packages:
 	@scripts/system-packages lab
+
+# The parts of the documentation that come from the code.
+docs: venv
+	$(BIN)/python scripts/options-table --write
 
 # Needs uv, which is not among the locked packages: it is only used to make the lock.
 lock:

@@ -22,7 +22,6 @@ from demo.guest import Guest
 from demo.lab import Lab, LabError, Node, Traffic, background
 from demo.stream import CONNECTIONS, Streams
 
-FLOW = 256 << 20  # bytes of each stream, of which there are seven each way, there and back
 PARALLEL = 4
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
@@ -52,8 +51,10 @@ def main() -> int:
     parser.add_argument(
         "--loopback", action="store_true", help="no namespaces: streams between 127.0.0.1 and 127.0.0.2"
     )
+    parser.add_argument("--gib", type=float, default=4, help="of streams in each migration (default: %(default)s)")
+    arguments = parser.parse_args()
     try:
-        asyncio.run(demonstrate(loopback=parser.parse_args().loopback))
+        asyncio.run(demonstrate(loopback=arguments.loopback, size=int(arguments.gib * (1 << 30))))
     except LabError as error:
         console.print(f"[bold red]It did not work:[/] {error}", soft_wrap=True)
         return 1
@@ -63,8 +64,12 @@ def main() -> int:
     return 0
 
 
-async def demonstrate(*, loopback: bool) -> None:
+async def demonstrate(*, loopback: bool, size: int) -> None:
     """Shows the whole of it.
+
+    Args:
+        loopback: do without namespaces, and so without a virtual machine.
+        size: bytes that each migration moves where there is no virtual machine.
 
     Raises:
         LabError: what went wrong.
@@ -74,18 +79,17 @@ async def demonstrate(*, loopback: bool) -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(signum, this.cancel)
     began = time.monotonic()
-    why_streams = "there are no namespaces" if loopback else _why_no_guest()
+    why_streams = "without namespaces there are no nodes for it to run on" if loopback else _why_no_guest()
+    _step("Two nodes, joined by a migration network, run a migproxy each")
     async with Lab(libvirt=not why_streams, loopback=loopback, say=_say) as lab:
-        _step(
-            "Two nodes, " + " and ".join(f"{node.name} ({node.address})" for node in lab.nodes) + ", a migproxy on each"
-        )
         for node in lab.nodes:
+            _say(f"{node.name} is {node.address}")
             _say(f"{node.name}# migproxy {shlex.join(node.proxy.arguments)}")
             await node.proxy.start()
-        legs = await (_streams(lab, why_streams) if why_streams else _virtual_machine(lab))
+        legs = await (_streams(lab, size, why_streams) if why_streams else _virtual_machine(lab))
         for leg in legs:
             _check_counts(leg)
-    console.print(_summary(legs), _bytes(legs))
+    console.print("", _summary(legs), "", _bytes(legs), sep="\n")
     console.print(
         f"Both daemons counted the same bytes, and everything arrived whole ({time.monotonic() - began:.0f} s)."
     )
@@ -126,27 +130,29 @@ async def _move(lab: Lab, guest: Guest, source: Node, target: Node) -> Leg:
     if (now.memory, now.disk) != (at_first.memory, at_first.disk):
         raise LabError(f"the virtual machine's memory or disk is not what it was: {at_first}, now {now}")
     facts = {
+        "memory moved, says QEMU": f"{move.job['memory_processed']:,} bytes",
+        "disk moved, says QEMU": f"{move.job['disk_processed']:,} bytes",
         "downtime, says QEMU": f"{move.job['downtime']} ms",
         "silence of the heartbeat": f"{after.seen - before.seen:.2f} s",
-        "heartbeat": f"{before.number} -> {after.number}",
+        "its number before and after": f"{before.number}, {after.number}",
         "hashes of memory and disk": "unchanged",
     }
     return await _leg(move.uid, source, target, move.seconds, facts)
 
 
-async def _streams(lab: Lab, why: str) -> list[Leg]:
+async def _streams(lab: Lab, size: int, why: str) -> list[Leg]:
     _step("Hashed streams take the virtual machine's place")
     _say(f"because {why}")
     here, there = lab.nodes
-    return [await _exchange(lab, *ends) for ends in ((here, there), (there, here))]
+    return [await _exchange(lab, size, *ends) for ends in ((here, there), (there, here))]
 
 
-async def _exchange(lab: Lab, source: Node, target: Node) -> Leg:
+async def _exchange(lab: Lab, size: int, source: Node, target: Node) -> Leg:
     _step(
         f"A migration from {source.name} to {target.name}: {sum(CONNECTIONS.values())} connections, both ways at once"
     )
     async with lab.migration(source, target, block=True) as uid:
-        streams = Streams(source, target, lab.vmi.read()["metadata"]["uid"], FLOW)
+        streams = Streams(source, target, lab.vmi.read()["metadata"]["uid"], size)
         began = time.monotonic()
         with _progress() as progress:
             tasks = {channel: progress.add_task(channel.label, total=streams.size(channel)) for channel in CONNECTIONS}
@@ -174,6 +180,8 @@ async def _leg(uid: str, source: Node, target: Node, seconds: float, facts: Mapp
 
 
 def _check_counts(leg: Leg) -> None:
+    if not leg.sent or leg.sent.keys() != leg.received.keys():
+        raise LabError(f"{leg.source} counted {list(leg.sent)} and {leg.target} {list(leg.received)}")
     for channel, sent in leg.sent.items():
         received = leg.received[channel]
         if (sent.sent, sent.received) != (received.received, received.sent):
@@ -189,21 +197,15 @@ def _summary(legs: list[Leg]) -> Table:
 
 
 def _bytes(legs: list[Leg]) -> Table:
-    table = Table("migration", "channel", title="The bytes, as both daemons counted them")
-    for title in ("connections", "source sent", "target received", "back", "rate"):
-        table.add_column(title, justify="right")
+    table = Table("to", "channel", title="The bytes, as both daemons counted them")
+    for title in ("connections", "source sent", "target received", "target sent", "rate"):
+        table.add_column(title, justify="right", no_wrap=True)
     for leg in legs:
         for channel, there in leg.sent.items():
-            rate = (there.sent + there.received) / leg.seconds
-            table.add_row(
-                f"{leg.source} -> {leg.target}",
-                channel,
-                str(there.connections),
-                f"{there.sent:,}",
-                f"{leg.received[channel].received:,}",
-                f"{there.received:,}",
-                f"{decimal(int(rate))}/s",
-            )
+            back = leg.received[channel]
+            rate = decimal(int((there.sent + back.sent) / leg.seconds))
+            counts = (there.connections, there.sent, back.received, back.sent)
+            table.add_row(leg.target, channel, *(f"{count:,}" for count in counts), f"{rate}/s")
         table.add_section()
     return table
 

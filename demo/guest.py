@@ -18,7 +18,7 @@ from demo.lab import MIGPROXY, Lab, LabError, Node, background, run, until
 
 DOMAIN = "default_vmi-migratable"  # what KubeVirt calls it in libvirt: the VMI's namespace and name
 DISK_MIB = 64
-TAIL_MIB = 8  # of the disk, which the guest rewrites; init.sh has the same figure
+TAIL_MIB = 8  # of the disk, which the guest rewrites all the time
 REMEDY = "run scripts/system-packages lab as root"
 
 _DOMAIN = """
@@ -31,7 +31,7 @@ _DOMAIN = """
     <type arch="x86_64" machine="pc">hvm</type>
     <kernel>/var/lib/libvirt/images/kernel</kernel>
     <initrd>/var/lib/libvirt/images/initrd</initrd>
-    <cmdline>console=ttyS0 quiet</cmdline>
+    <cmdline>console=ttyS0 quiet tail={tail}</cmdline>
   </os>
   <features><acpi/></features>
   <devices>
@@ -79,15 +79,13 @@ def check() -> None:
     missing = [name for name in programs if not shutil.which(name)]
     if missing:
         raise LabError(f"not installed: {', '.join(missing)}: {REMEDY}")
-    kernel()
+    if b"/ld-linux" in Path(shutil.which("busybox") or "").read_bytes()[:4096]:  # names its dynamic linker
+        raise LabError("busybox needs shared libraries, which the virtual machine has not: install busybox-static")
+    _modules(_version(kernel()))
 
 
-def build_initrd(initrd: Path, version: str) -> None:
-    """Writes an initial RAM file system: busybox, init.sh, and the virtio modules of that kernel version.
-
-    Raises:
-        LabError: a module is missing, or compressed in a way that only the kernel's own tools can read.
-    """
+def build_initrd(initrd: Path, image: Path) -> None:
+    """Writes an initial RAM file system for a kernel: busybox, init.sh, and that kernel's virtio modules."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "bin").mkdir()
@@ -95,7 +93,7 @@ def build_initrd(initrd: Path, version: str) -> None:
         shutil.copy(shutil.which("busybox") or "", root / "bin/busybox")
         shutil.copy(Path(__file__).with_name("init.sh"), root / "init")
         (root / "init").chmod(0o755)
-        for number, module in enumerate(_modules(version)):
+        for number, module in enumerate(_modules(_version(image))):
             opener = lzma.open if module.suffix == ".xz" else open
             with opener(module, "rb") as packed:
                 (root / f"modules/{number:02}-{module.name.removesuffix('.xz')}").write_bytes(packed.read())
@@ -103,6 +101,10 @@ def build_initrd(initrd: Path, version: str) -> None:
         with initrd.open("wb") as archive:
             command = ["cpio", "--quiet", "--create", "--format=newc"]
             subprocess.run(command, cwd=root, input=names.encode(), stdout=archive, check=True)
+
+
+def _version(image: Path) -> str:
+    return image.name.removeprefix("vmlinuz-")
 
 
 def _modules(version: str) -> list[Path]:
@@ -179,7 +181,7 @@ class Guest:
 
     def _install(self, node: Node) -> None:
         image = kernel()
-        build_initrd(node.images / "initrd", image.name.removeprefix("vmlinuz-"))
+        build_initrd(node.images / "initrd", image)
         for other in self._lab.nodes:
             (other.images / "kernel").symlink_to(image)
             if other is not node:
@@ -187,7 +189,7 @@ class Guest:
         if self.disk:
             (node.images / "disk").write_bytes(os.urandom(DISK_MIB << 20))
         uid = self._lab.vmi.read()["metadata"]["uid"]
-        domain = _DOMAIN.format(name=DOMAIN, uuid=uid, disk=_DISK if self.disk else "")
+        domain = _DOMAIN.format(name=DOMAIN, uuid=uid, tail=TAIL_MIB, disk=_DISK if self.disk else "")
         (node.images / "domain.xml").write_text(domain)
 
     async def migrate(
@@ -227,12 +229,15 @@ class Guest:
         """The last heartbeat on the source of a migration and the first on its target, which it waits for."""
         await until(lambda: self.beats[-1].node == target.name, f"a heartbeat on {target.name}")
         before = [beat for beat in self.beats if beat.node == source.name][-1]
-        return before, next(b for b in self.beats if b.node == target.name and b.number > before.number)
+        for beat in self.beats:
+            if beat.node == target.name and beat.number > before.number:
+                return before, beat
+        raise LabError(f"the heartbeat began anew on {target.name}: {before}, then {self.beats[-1]}")
 
     async def fresh_hashes(self) -> Hashes:
         """The next hashes that the guest reads from now on."""
         now = self.beats[-1].number
-        await until(lambda: self.hashes[-1].since > now, "the virtual machine's hashes", 60)
+        await until(lambda: self.hashes[-1].since > now, "the virtual machine's hashes", 120)
         return self.hashes[-1]
 
     async def _listen(self) -> None:
@@ -277,7 +282,7 @@ async def job_statistics(node: Node, *options: str) -> dict[str, int]:
 
 async def _watch(source: Node, job: dict[str, int], watch: Callable[[dict[str, int]], None]) -> None:
     while True:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
         with suppress(LabError):  # libvirt knows of no job yet, or of no such domain any more
             job |= await job_statistics(source)
         watch(job)

@@ -12,7 +12,9 @@ mount -t tmpfs -o size=100% work /work
 for module in /modules/*; do [ ! -e "$module" ] || insmod "$module"; done
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 
-kept=32 dirty=32 tail=8 # MiB: memory that stays, memory that is rewritten, disk that is rewritten
+# MiB: memory that stays, memory that is rewritten; the end of the disk that is rewritten comes from the
+# kernel's command line, whose unknown words are this program's environment.
+kept=32 dirty=32 tail=${tail:?}
 disk=0
 [ ! -e /dev/vda ] || disk=$(($(cat /sys/block/vda/size) / 2048))
 

@@ -6,6 +6,7 @@ are two folders, an address each, and a migproxy each.
 
 import asyncio
 import json
+import os
 import shlex
 import signal
 import sys
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from migproxy.portmap import Channel
 
 MIGPROXY = (sys.executable, "-m", "migproxy")
 SEED = Path(__file__).with_name("vmi-migratable.yaml")
@@ -154,7 +157,7 @@ class Proxy:
         return self._process.pid
 
     async def start(self, *options: str) -> None:
-        """Starts the daemon, with more options if need be, and waits until it answers."""
+        """Starts the daemon, with more options if need be, and waits until it is ready."""
         command = [*self._node.prefix("net"), *MIGPROXY, *self.arguments, *options]
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -164,28 +167,38 @@ class Proxy:
         await until(lambda: self.control.exists() or process.returncode is not None, f"{self.control}")
         if process.returncode is not None:
             raise LabError(f"{shlex.join(command)} ended at once:\n{self.log.read_text()}")
+        await self._until(lambda status: bool(status["ready"]), "be ready")
 
     async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Ends the daemon, and returns its exit status; 0 where it does not run."""
         process, self._process = self._process, None
         return await end(process, how) if process else 0
 
-    async def migrations(self) -> list[dict[str, Any]]:
-        """The migrations that the daemon reports: `migproxy status --json`."""
-        out = await run(*MIGPROXY, "status", "--json", "--control-socket", str(self.control))
-        return list(json.loads(out)["migrations"])
+    async def status(self) -> dict[str, Any]:
+        """What `migproxy status --json` prints."""
+        return dict(json.loads(await run(*MIGPROXY, "status", "--json", "--control-socket", str(self.control))))
 
     async def ended(self, migration: str) -> None:
         """Waits until the daemon has ended a migration, and so its counts are final."""
-        async with asyncio.timeout(30):
-            while not all(m["state"] == "ended" for m in await self.migrations() if m["migration_uid"] == migration):
-                await asyncio.sleep(0.1)
+        await self._until(
+            lambda status: all(
+                found["state"] == "ended" for found in status["migrations"] if found["migration_uid"] == migration
+            ),
+            f"end migration {migration}",
+        )
+
+    async def _until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> None:
+        deadline = time.monotonic() + 30
+        while not condition(status := await self.status()):
+            if time.monotonic() > deadline:
+                raise LabError(f"waited in vain for {self._node.name}'s migproxy to {what}: {status}; see {self.log}")
+            await asyncio.sleep(0.05)
 
     async def traffic(self, migration: str) -> dict[str, Traffic]:
         """What the daemon counted for a migration UID, by channel ("libvirt", "direct", "block")."""
         return {
             channel["channel"]: Traffic(channel["connections_total"], channel["bytes_sent"], channel["bytes_received"])
-            for found in await self.migrations()
+            for found in (await self.status())["migrations"]
             if found["migration_uid"] == migration
             for channel in found["channels"]
         }
@@ -231,7 +244,7 @@ class Node:
     async def boot(self, *, libvirt: bool) -> None:
         """Makes the node's namespaces and joins it to the migration network; starts libvirtd if asked to."""
         self._configure_libvirt()
-        main = ["libvirtd"] if libvirt else ["sleep", "infinity"]
+        main = _libvirtd() if libvirt else ["sleep", "infinity"]
         self._init = await asyncio.create_subprocess_exec(
             *("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", _INIT, self.name),
             *(str(self.directory), *main),
@@ -336,9 +349,10 @@ class Lab:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Lab":
+        if not self.loopback and "MIGPROXY_SANDBOX" not in os.environ:
+            raise LabError("it would make networks and mounts on this machine: start it with scripts/sandbox")
         async with AsyncExitStack() as stack:
-            # A short path: a unix socket's has 107 bytes, and 60 of them are the VMI's and the channel's.
-            parent = None if self.loopback else "/run"
+            parent = None if self.loopback else "/run"  # the sandbox's own, which goes with it
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lab-", dir=parent))
             self.directory = Path(folder)
             self.vmi_dir = self.directory / "vmis"
@@ -359,6 +373,13 @@ class Lab:
     async def __aexit__(self, *error: object) -> None:
         await self._stack.aclose()
 
+    async def _complaints(self) -> str:
+        """What the daemons say about their migrations."""
+        reports = [(node.name, await node.proxy.status()) for node in self.nodes]
+        return "; ".join(
+            f"{name}: {m['error']}" for name, report in reports for m in report["migrations"] if m["error"]
+        )
+
     def _node(self, number: int) -> Node:
         address = f"127.0.0.{number}" if self.loopback else f"10.1.1.{number}"
         where = ("--migration-address", address) if self.loopback else ("--migration-interface", "migration0")
@@ -377,11 +398,13 @@ class Lab:
         failed = True
         try:
             channels = 3 if block else 2
-            await until(lambda: len(source.sockets()) == channels, f"{channels} sockets in {source.migrationproxy}")
+            try:
+                await until(lambda: len(source.sockets()) == channels, f"{channels} sockets in {source.migrationproxy}")
+            except LabError as error:
+                raise LabError(f"{error}; {await self._complaints()}") from error
             state = self.vmi.read()["status"]["migrationState"]
-            ports = ", ".join(
-                f"{port} ({channel})" for port, channel in state["targetDirectMigrationNodePorts"].items()
-            )
+            published = state["targetDirectMigrationNodePorts"].items()
+            ports = ", ".join(f"{port} ({Channel(channel).label})" for port, channel in published)
             self.say(f"{target.name}'s migproxy publishes {state['targetNodeAddress']} and the ports {ports}")
             self.vmi.start()
             yield uid
@@ -394,3 +417,11 @@ class Lab:
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _libvirtd() -> list[str]:
+    """The command that runs libvirtd, also where an unprivileged user made the sandbox."""
+    setgroups = Path("/proc/self/setgroups")
+    if setgroups.exists() and setgroups.read_text() == "deny\n":
+        return [sys.executable, str(Path(__file__).with_name("setgroups.py")), "libvirtd"]
+    return ["libvirtd"]

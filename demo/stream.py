@@ -55,7 +55,7 @@ class Streams:
         source: the node on whose proxy's sockets the connections are made.
         target: the node on whose launcher's sockets they arrive.
         key: the VMI's UID, which the sockets are named by.
-        size: bytes of each direction of each connection; the libvirt channel's carry a hundredth.
+        size: bytes to move, both ways together; the libvirt channel's connection carries a hundredth of another's.
     """
 
     def __init__(self, source: Node, target: Node, key: str, size: int) -> None:
@@ -88,7 +88,8 @@ class Streams:
             raise LabError(f"{sum((sent - received).values())} of {sent.total()} streams arrived with another hash")
 
     def _flow_size(self, channel: Channel) -> int:
-        return self._size // 100 if channel is Channel.LIBVIRT else self._size
+        large = self._size // (2 * (CONNECTIONS[Channel.DIRECT] + CONNECTIONS[Channel.BLOCK]))
+        return large // 100 if channel is Channel.LIBVIRT else large
 
     async def _connect(self, stack: ExitStack, channel: Channel) -> list[tuple[Channel, socket.socket]]:
         loop = asyncio.get_running_loop()

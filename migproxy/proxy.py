@@ -206,7 +206,7 @@ class Proxy(ABC):
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, 0.25)
         except TimeoutError:
-            why = str(last) if last else "no answer"
+            why = str(last) if last else f"{self.peer(channel)}: no answer"
             raise DialError(f"{why} (tried for {self._around.dial_timeout:g} s)") from last
 
     async def _relay(self, relay: Relay, channel: Channel, log: structlog.stdlib.BoundLogger) -> None:

@@ -239,20 +239,16 @@ class Source(Proxy):
                 self.log.info(
                     "listening",
                     channel=channel.label,
-                    socket=f"{self._path}/{self._places[channel].name}",
+                    socket=self.listening(channel),
                     peer=self.peer(channel),
                 )
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep())
         self.problem = None
 
-    @property
-    def _path(self) -> str:
-        return self._folder.path if self._folder else "(no folder)"
-
-    def listening(self, channel: Channel) -> str:
-        """Where a channel's connections are accepted, for people."""
-        return f"{self._path}/{source_socket_name(self.plan.key, channel)}"
+    def listening(self, channel: Channel) -> str | None:
+        """Where a channel's connections are accepted, for people; None while they are not."""
+        return f"{self._folder.path}/{source_socket_name(self.plan.key, channel)}" if self._folder else None
 
     def peer(self, channel: Channel) -> str:
         port = self.plan.ports.get(channel)
@@ -330,12 +326,17 @@ class Source(Proxy):
         address, port = self.plan.address, self.plan.ports.get(channel)
         if port is None:
             raise OSError(f"the target publishes no port for channel {channel.label}")
-        sock = new_tcp(self._around.local_address(address.version), self._around.tcp)
+        local = self._around.local_address(address.version)
+        try:
+            sock = new_tcp(local, self._around.tcp)
+        except OSError as error:
+            raise OSError(f"cannot connect from {local}: {error.strerror}") from error
         try:
             await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
         except OSError as error:
             sock.close()
-            raise OSError(error.errno, f"{self.peer(channel)}: {error.strerror or error}") from error
+            why = os.strerror(error.errno) if error.errno else str(error)  # the loop's own words repeat the address
+            raise OSError(f"{self.peer(channel)}: {why}") from error
         except BaseException:
             sock.close()
             raise

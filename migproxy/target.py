@@ -146,11 +146,11 @@ class Target(Proxy):
             "widen --port-range, or end the migrations and programs that hold its ports"
         )
 
-    def listening(self, channel: Channel) -> str:
-        """Where a channel's connections are accepted, for people."""
+    def listening(self, channel: Channel) -> str | None:
+        """Where a channel's connections are accepted, for people; None while they are not."""
         listener = self._listeners.get(channel)
         if listener is None:
-            return "(not listening)"
+            return None
         host = f"[{self.address}]" if self.address is not None and self.address.version == 6 else str(self.address)
         return f"{host}:{listener.port}"
 
