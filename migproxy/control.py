@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import socket
+import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -41,14 +42,16 @@ async def serve(path: str, report: Callable[[], dict[str, Any]]) -> AsyncIterato
         try:
             _clear(path)
             await web.UnixSite(runner, path).start()
-            os.chmod(path, 0o660)
         except OSError as error:
             raise ControlError(f"--control-socket {path}: {error.strerror}") from error
-        yield
+        try:
+            os.chmod(path, 0o660)
+            yield
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
     finally:
         await runner.cleanup()
-        with suppress(FileNotFoundError):
-            os.unlink(path)
 
 
 def _clear(path: str) -> None:
@@ -59,6 +62,8 @@ def _clear(path: str) -> None:
         except FileNotFoundError:
             return
         except ConnectionRefusedError:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):  # which refuses in the same way
+                raise ControlError(f"--control-socket {path}: something else stands there: remove it") from None
             os.unlink(path)
             return
     raise ControlError(

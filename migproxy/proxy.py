@@ -182,8 +182,9 @@ class Proxy(ABC):
             return Relay(unix, tcp, f"{self.migration.migration_uid[:8]} {channel.label}")
         except (DialError, ProxyError, OSError) as error:
             traffic.failed += 1
-            self.last_error = f"channel {channel.label}: {error}"
-            log.error("connection failed", error=str(error))
+            why = getattr(error, "strerror", None) or str(error)
+            self.last_error = f"channel {channel.label}: {why}"
+            log.error("connection failed", error=why)
             for leg in legs:
                 reset(leg)
             return None

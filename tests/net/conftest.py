@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from demo.lab import run
 from tests.net.nodes import Nodes, make_nodes
 
 
@@ -19,3 +20,18 @@ async def nodes() -> AsyncIterator[Nodes]:
     """Two nodes on loopback addresses, whose daemons are not started yet."""
     async with make_nodes() as made:
         yield made
+
+
+@pytest.fixture
+async def interfaces() -> AsyncIterator[Nodes]:
+    """Two running nodes whose migration addresses are 10.9.0.1 on mig1 and 10.9.0.2 on mig2."""
+    await run("ip", "link", "add", "mig1", "type", "veth", "peer", "mig2")
+    try:
+        for number in (1, 2):
+            await run("ip", "address", "add", f"10.9.0.{number}/24", "dev", f"mig{number}")
+            await run("ip", "link", "set", f"mig{number}", "up")
+        async with make_nodes("10.9.0.1", "10.9.0.2", by_interface=True) as nodes:
+            await nodes.start()
+            yield nodes
+    finally:
+        await run("ip", "link", "delete", "mig1")

@@ -494,7 +494,7 @@ async def test_a_folder_that_cannot_be_watched_is_a_problem(
         assert "fs.inotify.max_user_watches" in reader.inventory.problems[str(folder)]
 
 
-async def test_a_thousand_vmis_load_in_seconds_while_the_loop_goes_on(watcher: Watcher, folder: Path) -> None:
+async def test_a_large_file_is_read_while_the_loop_goes_on(watcher: Watcher, folder: Path) -> None:
     vmi = document("name", annotations={f"example.com/{number}": "x" * 100 for number in range(45)})
     template = yaml.safe_dump(vmi)
     everything = "---\n".join(
@@ -502,22 +502,19 @@ async def test_a_thousand_vmis_load_in_seconds_while_the_loop_goes_on(watcher: W
     )
     assert len(everything) > 5_000_000
     (folder / "all.yaml").write_text(everything)
-    gaps = []
+    turns = 0
 
-    async def heartbeat() -> None:
+    async def take_turns() -> None:
+        nonlocal turns
         while True:
-            start = time.monotonic()
-            await asyncio.sleep(0.001)
-            gaps.append(time.monotonic() - start)
+            await asyncio.sleep(0)
+            turns += 1
 
-    beating = asyncio.create_task(heartbeat())
-    start = time.monotonic()
+    taking = asyncio.create_task(take_turns())
     async with reading(watcher, folder) as reader:
         assert len(await reader.batch()) == 1000
-        assert time.monotonic() - start < 10
-    beating.cancel()
-    assert max(gaps) < 0.5
-    assert len(gaps) > 20
+    taking.cancel()
+    assert turns > 100  # on the loop itself, it would be a dozen
 
 
 # Publishing

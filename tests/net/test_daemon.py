@@ -1,0 +1,267 @@
+"""The life of the daemon: starting, refusing to start, draining, ending, and answering `migproxy status`."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from demo.lab import MIGPROXY, LabError, until
+from migproxy.portmap import Channel
+from tests.net.nodes import Nodes, assert_carries, assert_ends, assert_logged, connect
+
+
+def migproxy(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    return subprocess.run(
+        [*MIGPROXY, *arguments], capture_output=True, text=True, timeout=30, env={**os.environ, **environment}
+    )
+
+
+# Refusing to start
+
+
+def test_daemon_refuses_to_relay_unprotected_unless_told_to(tmp_path: Path) -> None:
+    refused = migproxy("run", "--vmi-dir", str(tmp_path))
+    assert refused.returncode == 1
+    assert "--disable-tls" in refused.stderr
+    assert "mTLS is the default" in refused.stderr
+
+
+def test_wrong_options_are_all_named_with_where_they_came_from(tmp_path: Path) -> None:
+    config = tmp_path / "migproxy.toml"
+    config.write_text('vmi-dir = "/somewhere"\ntcp-user-timeout = 0\nmigration-address = "nonsense"\n')
+    refused = migproxy("run", "--config", str(config), "--port-range", "9-1", MIGPROXY_DIAL_TIMEOUT="soon")
+    assert refused.returncode == 2
+    for words in (
+        r"--port-range: '9-1': ports go from 1 to 65535",
+        r"MIGPROXY_DIAL_TIMEOUT: 'soon': .*number",
+        rf"{config}: tcp-user-timeout: 0: .*greater than or equal to 1",
+        rf"{config}: migration-address: 'nonsense': .*IP",
+    ):
+        assert re.search(words, refused.stderr, re.IGNORECASE), words
+
+
+def test_missing_folder_of_vmis_is_named(tmp_path: Path) -> None:
+    control = tmp_path / "control.sock"
+    refused = migproxy("run", "--disable-tls", "--vmi-dir", "/nonesuch", "--control-socket", str(control))
+    assert refused.returncode == 1
+    assert "/nonesuch: No such file or directory" in refused.stderr
+    assert not control.exists()
+
+
+async def test_second_daemon_on_a_control_socket_is_refused_and_the_first_goes_on(nodes: Nodes) -> None:
+    await nodes.start()
+    async with nodes.undisturbed():
+        refused = migproxy(
+            *("run", "--disable-tls", "--vmi-dir", str(nodes.vmi_dir)), "--control-socket", str(nodes.source.control)
+        )
+        assert refused.returncode == 1
+        assert f"{nodes.source.control}: another migproxy answers there" in refused.stderr
+        assert nodes.source.status()["ready"]
+
+
+async def test_control_socket_of_a_dead_daemon_is_replaced_and_not_open_to_others(nodes: Nodes) -> None:
+    await nodes.source.start()
+    await nodes.source.stop(signal.SIGKILL)
+    assert nodes.source.control.is_socket()
+
+    await nodes.source.start()
+
+    assert nodes.source.control.stat().st_mode & 0o007 == 0
+    assert await nodes.source.stop() == 0
+    assert not nodes.source.control.exists()
+
+
+def test_control_socket_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "control.sock"
+    file.write_text("precious")
+    refused = migproxy("run", "--disable-tls", "--vmi-dir", str(tmp_path), "--control-socket", str(file))
+    assert refused.returncode == 1
+    assert str(file) in refused.stderr
+    assert file.read_text() == "precious"
+
+
+# Options
+
+
+async def test_options_come_from_flag_environment_and_file_in_that_order(nodes: Nodes) -> None:
+    config = nodes.directory / "migproxy.toml"
+    config.write_text('port-range = "48000-48009"\nmax-connections = 7\nlog-level = "warning"\n')
+    environment = {"MIGPROXY_CONFIG": str(config), "MIGPROXY_PORT_RANGE": "48010-48019", "MIGPROXY_LOG_LEVEL": "error"}
+    await nodes.source.start()
+    await nodes.target.start("--log-level", "info", env=environment)
+    vm = nodes.migration()
+    vm.begin()
+    await vm.served()
+    assert set(vm.published().values()) <= set(range(48010, 48020))
+    assert nodes.target.logged("started")
+
+
+# Ending
+
+
+async def test_idle_daemon_ends_at_once(nodes: Nodes) -> None:
+    await nodes.source.start("--drain-timeout", "600")
+    nodes.source.signal(signal.SIGTERM)
+    assert await nodes.source.ended(5) == 0
+
+
+async def test_daemon_with_a_prepared_migration_ends_at_once(nodes: Nodes) -> None:
+    drain = ("--drain-timeout", "600")
+    await nodes.start(source=drain, target=drain)
+    vm = nodes.migration()
+    vm.begin()
+    await vm.served()
+    await until(lambda: vm.report(nodes.target)["state"] == vm.report(nodes.source)["state"] == "prepared", "calm")
+    for node in nodes.both:
+        node.signal(signal.SIGTERM)
+        assert await node.ended(5) == 0
+    assert os.listdir(vm.folder(nodes.source)) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_drain_waits_for_running_migrations_and_takes_no_new_one(nodes: Nodes, number: signal.Signals) -> None:
+    drain = ("--drain-timeout", "600")
+    await nodes.start(source=drain, target=drain)
+    vm, late = nodes.migration(), nodes.migration("late")
+    vm.begin()
+    await vm.served()
+    vm.start()
+    await until(lambda: vm.report(nodes.source)["state"] == vm.report(nodes.target)["state"] == "running", "the start")
+
+    async with vm.connection() as (near, far):
+        for node in nodes.both:
+            node.signal(number)
+            await until(lambda node=node: node.status()["draining"], "the drain")  # type: ignore[misc]
+            assert not node.status()["ready"]
+            await assert_logged(node, "waiting for a running migration", vm.migration_uid)
+        late.begin()
+        with vm.edit():
+            pass  # the daemons read this after the other one
+        await assert_carries(near, far)
+        async with vm.connection(Channel.LIBVIRT) as wire:
+            await assert_carries(*wire)
+        assert late.published() == {}
+        assert [late.report(node) for node in nodes.both] != [{}]
+        vm.end()
+        await assert_ends(near)
+    for node in nodes.both:
+        assert await node.ended(5) == 0
+    assert os.listdir(vm.folder(nodes.source)) == []
+    assert late.published() == {}
+
+
+async def test_drain_timeout_ends_what_still_runs(nodes: Nodes) -> None:
+    await nodes.source.start("--drain-timeout", "0.5")
+    await nodes.target.start()
+    vm = nodes.migration()
+    vm.begin()
+    await vm.served()
+    vm.start()
+    async with vm.connection() as (near, far):
+        nodes.source.signal(signal.SIGTERM)
+        await assert_ends(near)
+        await assert_ends(far)
+        assert await nodes.source.ended(5) == 0
+    await assert_logged(nodes.source, "migrations still run: ended now", level="warning")
+
+
+async def test_second_signal_ends_what_still_runs_at_once(nodes: Nodes) -> None:
+    await nodes.source.start("--drain-timeout", "600")
+    await nodes.target.start()
+    vm = nodes.migration()
+    vm.begin()
+    await vm.served()
+    vm.start()
+    async with vm.connection() as (near, far):
+        nodes.source.signal(signal.SIGTERM)
+        await assert_logged(nodes.source, "waiting for a running migration")
+        await assert_carries(near, far)
+        nodes.source.signal(signal.SIGTERM)
+        assert await nodes.source.ended(5) == 0
+        await assert_ends(near)
+
+
+# Logs
+
+
+async def test_log_tells_each_listener_connection_and_end_with_its_migration(nodes: Nodes) -> None:
+    await nodes.start()
+    vm = nodes.migration(block=False)
+    vm.begin()
+    await vm.served()
+    vm.end()
+    await vm.gone()
+    for node, role in zip(nodes.both, ("source", "target"), strict=True):
+        identity = {"namespace": "default", "name": "vm", "migration_uid": vm.migration_uid, "role": role}
+        for channel in ("libvirt", "direct"):
+            for event in ("listening", "connection opened", "connection closed"):
+                assert len(node.logged(event, channel=channel, **identity)) == 1
+            (closed,) = node.logged("connection closed", channel=channel)
+            assert (closed["sent"], closed["received"]) == (64, 64)
+            assert 0 <= closed["seconds"] < 10
+        (ended,) = node.logged("proxy ended", **identity)
+        assert (ended["sent"], ended["received"], ended["connections"], ended["failed"]) == (128, 128, 2, 0)
+
+
+# `migproxy status`
+
+
+async def test_status_shows_each_migrations_channels_peers_and_bytes(nodes: Nodes) -> None:
+    await nodes.start()
+    vm = nodes.migration()
+    vm.begin()
+    await vm.served()
+    vm.start()
+    async with vm.connection() as (near, far):
+        await assert_carries(near, far)
+        await until(lambda: vm.report(nodes.source)["state"] == "running", "the start")
+        shown = migproxy("status", "--control-socket", str(nodes.source.control))
+        json = migproxy("status", "--json", "--control-socket", str(nodes.source.control))
+    assert shown.returncode == json.returncode == 0
+    assert "node node01, migration address 127.0.0.1, ready" in shown.stdout
+    assert re.search(rf"default/vm {vm.migration_uid[:8]} +source +running", shown.stdout)
+    port = vm.published()[Channel.DIRECT]
+    assert re.search(rf"direct +1 +2 +128 B +128 B +127\.0\.0\.2:{port}", shown.stdout)
+    assert f'"migration_uid": "{vm.migration_uid}"' in json.stdout
+
+
+def test_status_without_a_daemon_says_so(tmp_path: Path) -> None:
+    asked = migproxy("status", "--control-socket", str(tmp_path / "nobody.sock"))
+    assert asked.returncode == 1
+    assert f"{tmp_path}/nobody.sock: No such file or directory" in asked.stderr
+    assert asked.stdout == ""
+
+
+async def test_status_of_a_daemon_that_does_not_answer_gives_up(nodes: Nodes) -> None:
+    await nodes.source.start()
+    nodes.source.signal(signal.SIGSTOP)
+    try:
+        asked = await asyncio.to_thread(migproxy, "status", "--control-socket", str(nodes.source.control))
+    finally:
+        nodes.source.signal(signal.SIGCONT)
+    assert asked.returncode == 1
+    assert "timed out" in asked.stderr
+
+
+async def test_clients_that_say_nothing_do_not_keep_the_daemon_from_answering_or_ending(nodes: Nodes) -> None:
+    await nodes.source.start()
+    with connect(nodes.source.control), connect(nodes.source.control):
+        assert nodes.source.status()["ready"]
+        nodes.source.signal(signal.SIGTERM)
+        assert await nodes.source.ended(5) == 0
+
+
+async def test_daemon_that_cannot_start_leaves_no_control_socket(nodes: Nodes) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(nodes.source.control))
+        other.listen()
+        with pytest.raises(LabError, match="exit status 1"):
+            await nodes.source.start()
+    assert "another migproxy answers there" in nodes.source.log.read_text()
+    nodes.source.log.unlink()

@@ -1,0 +1,81 @@
+"""The daemon's options: three places, one check, and messages that say where a wrong one came from."""
+
+from pathlib import Path
+
+import pytest
+
+from migproxy.settings import SettingsError, load, variables
+
+GIVEN = {"vmi_dir": "/vmis"}
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "migproxy.toml"
+    config.write_text('port-range = "1000-1009"\ndial-timeout = 3\ndisable-tls = true\n')
+    settings = load(GIVEN | {"port_range": "2000-2009"}, {}, str(config))
+    assert settings.port_range == (2000, 2009)
+    assert settings.dial_timeout == 3
+    assert settings.disable_tls
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("port_range", "1000", "two numbers joined by '-'"),
+        ("port_range", "0-9", "from 1 to 65535"),
+        ("port_range", "10-9", "the lower one first"),
+        ("port_range", "1000-65536", "from 1 to 65535"),
+        ("socket_owner", "qemu", "two numbers joined by ':'"),
+        ("migration_address", "host", "IPv4 or IPv6"),
+        ("launcher_run_dir", "/proc/{pod}/root", "unknown placeholders"),
+        ("launcher_run_dir", "run", "not an absolute path"),
+        ("libvirt_socket", "/run/libvirt-sock", "pattern"),
+        ("congestion_control", "../cubic", "pattern"),
+        ("tcp_user_timeout", "0", "greater than or equal to 1"),
+        ("dial_timeout", "-1", "greater than 0"),
+        ("max_connections", "0", "greater than or equal to 1"),
+        ("control_socket", "/" + "x" * 107, "at most 107"),
+        ("log_format", "xml", "'auto', 'console' or 'json'"),
+        ("node_name", "", "at least 1 character"),
+    ],
+)
+def test_wrong_value_is_named_with_its_origin_and_the_reason(field: str, value: str, why: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        load(GIVEN | {field: value}, {field: "MIGPROXY_SOMETHING"}, None)
+    assert str(raised.value).startswith(f"MIGPROXY_SOMETHING: {value!r}: ")
+    assert why in str(raised.value)
+
+
+def test_missing_option_is_told_with_all_three_names() -> None:
+    with pytest.raises(SettingsError, match=r"--vmi-dir is missing \(or MIGPROXY_VMI_DIR, or vmi-dir in the conf"):
+        load({}, {}, None)
+
+
+def test_every_wrong_option_is_told() -> None:
+    with pytest.raises(SettingsError) as raised:
+        load({"port_range": "x", "dial_timeout": "y"}, {"port_range": "--port-range"}, None)
+    assert len(str(raised.value).splitlines()) == 3
+
+
+def test_unknown_key_in_the_file_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "migproxy.toml"
+    config.write_text('vmi-dir = "/vmis"\nport_range = "1-2"\n')
+    with pytest.raises(SettingsError, match=r"migproxy\.toml: port_range: there is no such option"):
+        load({}, {}, str(config))
+
+
+@pytest.mark.parametrize("text", ["vmi-dir = \n", "[[["])
+def test_file_that_is_no_toml_is_told_with_the_line(tmp_path: Path, text: str) -> None:
+    config = tmp_path / "migproxy.toml"
+    config.write_text(text)
+    with pytest.raises(SettingsError, match=r"--config .*migproxy\.toml: .*line 1"):
+        load({}, {}, str(config))
+
+
+def test_missing_file_is_told() -> None:
+    with pytest.raises(SettingsError, match=r"--config /nonesuch: .*No such file"):
+        load(GIVEN, {}, "/nonesuch")
+
+
+def test_pod_ip_has_kubernetes_usual_variable_too() -> None:
+    assert variables("pod_ip") == ["MIGPROXY_POD_IP", "MY_POD_IP"]

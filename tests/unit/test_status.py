@@ -1,0 +1,66 @@
+"""`migproxy status` for people."""
+
+from typing import Any
+
+import pytest
+
+from migproxy.status import duration, render, size
+
+CHANNEL = {"channel": "direct", "connections_open": 2, "connections_total": 3, "peer": "10.1.1.2:42691"}
+MIGRATION = {"namespace": "default", "name": "vm", "migration_uid": "0123456789", "role": "source"}
+
+
+def report(**fields: Any) -> dict[str, Any]:
+    base = {"node": "node01", "address": "10.1.1.1", "ready": True, "draining": False, "problems": {}, "migrations": []}
+    return base | fields
+
+
+def test_idle_node() -> None:
+    assert render(report()) == "node node01, migration address 10.1.1.1, ready\nno migrations"
+
+
+def test_problems_are_shown_first() -> None:
+    shown = render(report(ready=False, address=None, problems={"address": "interface migration0 is down"}))
+    assert shown.splitlines()[:2] == [
+        "node node01, migration address none, NOT READY",
+        "  address: interface migration0 is down",
+    ]
+
+
+def test_draining_node_says_so() -> None:
+    assert render(report(draining=True, ready=False)).splitlines()[0].endswith("draining")
+
+
+def test_running_migration_shows_its_channels_and_its_rate() -> None:
+    running = MIGRATION | {
+        "state": "running",
+        "age_seconds": 83,
+        "error": None,
+        "last_error": None,
+        "bytes_sent_per_second": 3 * 2**30,
+        "bytes_received_per_second": 0,
+        "channels": [CHANNEL | {"bytes_sent": 5 * 2**20, "bytes_received": 12}],
+    }
+    rows = [" ".join(line.split()) for line in render(report(migrations=[running])).splitlines()[3:]]
+    assert rows == [
+        "default/vm 01234567 source running 1m23s direct 2 3 5.0 MiB 12 B 10.1.1.2:42691",
+        "(now) 3.0 GiB/s 0 B/s",
+    ]
+
+
+def test_waiting_migration_says_what_for() -> None:
+    waiting = MIGRATION | {"state": "waiting", "error": "waiting for the target to publish its ports"}
+    shown = render(report(migrations=[waiting])).splitlines()
+    assert shown[-1] == "default/vm 01234567 (source): waiting for the target to publish its ports"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**30, "1.0 GiB"), (5 * 2**50, "5120.0 TiB")]
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, ""), (0.4, "0s"), (61, "1m01s"), (3725, "1h02m")])
+def test_durations(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
