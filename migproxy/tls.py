@@ -500,7 +500,9 @@ _VERIFY_CODES = {  # openssl/x509_vfy.h
     19: Reason.WRONG_CA,
     20: Reason.WRONG_CA,
     21: Reason.WRONG_CA,
+    24: Reason.WRONG_CA,
     26: Reason.WRONG_USAGE,
+    79: Reason.WRONG_CA,
 }
 _REASONS = {
     "HTTP_REQUEST": Reason.NOT_TLS,
