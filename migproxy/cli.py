@@ -60,15 +60,16 @@ def _run(context: typer.Context, config: str | None, **flags: Any) -> None:
 
     import uvloop
 
-    from migproxy import logs, tls
+    from migproxy import logs
     from migproxy.control import ControlError
     from migproxy.daemon import serve
     from migproxy.inventory import InventoryError
+    from migproxy.security import SecurityError, security
 
     logs.configure(settings.log_format, settings.log_level)
     try:
-        uvloop.run(serve(settings, tls.security(disable_tls=settings.disable_tls)))
-    except (tls.SecurityError, ControlError, InventoryError) as error:
+        uvloop.run(serve(settings, security(settings)))
+    except (SecurityError, ControlError, InventoryError) as error:
         _fail(str(error))
 
 
@@ -89,11 +90,11 @@ def _daemon_command(settings: type[options.Settings]) -> Any:
     ]
     for name, field in settings.model_fields.items():
         is_flag = field.annotation is bool
-        has_default = not (is_flag or field.is_required() or field.default is None or field.default_factory)
+        has_default = not (is_flag or field.is_required() or not field.default or field.default_factory)
         option = typer.Option(
             options.option(name),
             envvar=options.variables(name),
-            help=(field.description or "") + (f" Default: {field.default}." if has_default else ""),
+            help=(field.description or "") + (f" Default: {_text(field.default)}." if has_default else ""),
             show_default=False,
             show_envvar=True,
         )
@@ -106,6 +107,10 @@ def _daemon_command(settings: type[options.Settings]) -> Any:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = _run.__doc__
     return run
+
+
+def _text(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
@@ -130,6 +135,24 @@ def status(
     except control.ControlError as error:
         _fail(str(error))
     typer.echo(json.dumps(report, indent=2) if as_json else render(report))
+
+
+@app.command()
+def certs(
+    directory: Annotated[str, typer.Argument(help="Folder to make them in; --tls-dir takes it.")],
+    days: Annotated[int, typer.Option("--days", min=1, help="How long they are good for.")] = 365,
+) -> None:
+    """Make a CA and a pair of certificates with KubeVirt's names, to try mTLS with."""
+    from migproxy.devcerts import make
+
+    try:
+        make(directory, days)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}: choose a new folder")
+    typer.echo(
+        f"{directory}: ca.crt, ca.key, and server/ and client/ with tls.crt and tls.key each, for {days} days\n"
+        f"copy ca.crt, server and client to the other node, and run both with --tls-dir {directory}"
+    )
 
 
 @app.command()

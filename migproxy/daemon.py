@@ -47,13 +47,14 @@ async def serve(settings: Settings, security: Security) -> None:
         node = _make_node(settings, security, watcher)
         async with control.serve(settings.control_socket, node.report):
             log.info("started", version=version("migproxy"), node=settings.node_name, vmi_dir=settings.vmi_dir)
-            running = asyncio.create_task(node.run())
+            running, watching = asyncio.create_task(node.run()), asyncio.create_task(security.watch())
             try:
                 await _first(running, signals.first())
                 await _drain(node, running, signals, settings.drain_timeout)
             finally:
-                running.cancel()
-                await asyncio.wait([running])
+                for task in (watching, running):
+                    task.cancel()
+                await asyncio.wait([running, watching])
     log.info("stopped")
 
 
@@ -80,6 +81,7 @@ def _make_node(settings: Settings, security: Security, watcher: Watcher) -> Node
             local_address=local_address,
             dial_timeout=settings.dial_timeout,
             max_connections=settings.max_connections,
+            max_handshakes=settings.max_handshakes,
         ),
         FileInventory(settings.vmi_dir, watcher),
         AddressWatcher(settings.migration_interface, override, pod_ip),

@@ -254,6 +254,7 @@ class Node:
             "problems": problems,
             "address": str(self.address.addresses[0]) if self.address and self.address.addresses else None,
             "vmis": len(self._vmis),
+            "tls": self._around.security.report(),
             "migrations": [worker.report() for worker in self._workers.values()]
             + held
             + [report for _, report in self._ended],
@@ -399,6 +400,8 @@ def _traffic(proxy: Source | Target) -> dict[str, Any]:
                 "connections_failed": traffic.failed,
                 "bytes_sent": traffic.sent,
                 "bytes_received": traffic.received,
+                "bytes_spliced_sent": traffic.spliced[0],
+                "bytes_spliced_received": traffic.spliced[1],
             }
             for channel, traffic in sorted(proxy.traffic.items())
         ],

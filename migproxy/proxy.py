@@ -8,6 +8,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import structlog
@@ -17,7 +18,9 @@ from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
 from migproxy.relay import Relay, Traffic
 from migproxy.sockets import TCPOptions, reset, widen_unix
-from migproxy.tls import Security
+from migproxy.splice import Transport
+from migproxy.tls import Security, Unfinished
+from migproxy.verify import TLSError
 
 _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -43,6 +46,7 @@ class Surroundings:
         dial_timeout: Seconds that the other leg may take to appear, retried meanwhile.
         max_connections: Open connections per channel of a migration; more wait in the listener's queue, so that
             no launcher can use up the daemon's descriptors.
+        max_handshakes: Unfinished TLS handshakes per channel of a migration.
     """
 
     launchers: Launchers
@@ -51,6 +55,7 @@ class Surroundings:
     local_address: Callable[[int], IPAddress]
     dial_timeout: float
     max_connections: int
+    max_handshakes: int
 
 
 class Proxy(ABC):
@@ -80,6 +85,7 @@ class Proxy(ABC):
         self._around = around
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._slots: dict[Channel, asyncio.Semaphore] = {}
+        self._unfinished: dict[Channel, Unfinished] = {}
         self._samples = [(time.monotonic(), 0, 0)] * 2
 
     @abstractmethod
@@ -102,8 +108,8 @@ class Proxy(ABC):
 
     @property
     def open_connections(self) -> int:
-        """Connections that are relayed or being dialled now."""
-        return len(self._connections)
+        """Connections that are relayed or being dialled now; who has not authenticated does not count."""
+        return len(self._connections) - sum(map(len, self._unfinished.values()))
 
     @property
     def rate(self) -> tuple[float, float]:
@@ -129,6 +135,7 @@ class Proxy(ABC):
             channel: The channel that it serves.
         """
         slots = self._slots.setdefault(channel, asyncio.Semaphore(self._around.max_connections))
+        self._unfinished.setdefault(channel, Unfinished(self._around.max_handshakes))
         self.traffic.setdefault(channel, Traffic())
         while True:
             if slots.locked():
@@ -138,11 +145,11 @@ class Proxy(ABC):
                     open=self._around.max_connections,
                     remedy="end the launcher's surplus connections, or raise --max-connections",
                 )
-            await slots.acquire()
+            async with slots:  # there is one; each connection takes its own, a target's only once it is authenticated
+                pass
             try:
-                accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
+                accepted, address = await asyncio.get_running_loop().sock_accept(listener)
             except OSError as error:
-                slots.release()
                 if error.errno in _OUT_OF_RESOURCES:
                     self.log.error(
                         "cannot accept connections",
@@ -152,46 +159,64 @@ class Proxy(ABC):
                     )
                     await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            except asyncio.CancelledError:
-                slots.release()
-                raise
-            task = asyncio.create_task(self._connection(accepted, channel, slots))
+            remote = str(address[0]) if address else "launcher"
+            task = asyncio.create_task(self._connection(accepted, remote, channel, slots))
             self._connections[task] = accepted
             task.add_done_callback(lambda done: self._connections.pop(done).close())
 
-    async def _connection(self, accepted: socket.socket, channel: Channel, slots: asyncio.Semaphore) -> None:
-        traffic = self.traffic[channel]
-        log = self.log.bind(channel=channel.label, peer=self.peer(channel))
-        try:
-            relay = await self._connect(accepted, channel, traffic, log)
-            if relay is not None:
-                await self._relay(relay, channel, log)
-        finally:
-            slots.release()
+    async def _connection(
+        self, accepted: socket.socket, remote: str, channel: Channel, slots: asyncio.Semaphore
+    ) -> None:
+        log = self.log.bind(channel=channel.label, peer=self.peer(channel), remote=remote)
+        async with AsyncExitStack() as slot:
+            legs = [accepted]
+            try:
+                if accepted.family == socket.AF_UNIX:
+                    await slot.enter_async_context(slots)
+                    unix, transport = accepted, await self._to_network(channel, legs)
+                else:
+                    transport = await self._from_network(accepted, remote, channel, legs)
+                    await slot.enter_async_context(slots)
+                    unix = await self._dial_until(channel)
+                    legs.append(unix)
+                widen_unix(unix)
+                relay = Relay(unix, transport, f"{self.migration.migration_uid[:8]} {channel.label}")
+            except (DialError, ProxyError, OSError) as error:
+                log.error("connection failed", **self._fail(channel, error))
+                for leg in legs:
+                    reset(leg)
+                return
+            except BaseException:
+                for leg in legs:
+                    reset(leg)
+                raise
+            await self._relay(relay, channel, log.bind(security=transport.label))
 
-    async def _connect(
-        self, accepted: socket.socket, channel: Channel, traffic: Traffic, log: structlog.stdlib.BoundLogger
-    ) -> Relay | None:
-        """Turns an accepted connection into a relay; without one, both legs are closed and it is said why."""
-        legs = [accepted]
-        try:
-            legs.append(await self._dial_until(channel))
-            unix, tcp = legs if accepted.family == socket.AF_UNIX else reversed(legs)
-            tcp = await self._around.security.secure(tcp, server=tcp is accepted)
-            widen_unix(unix)
-            return Relay(unix, tcp, f"{self.migration.migration_uid[:8]} {channel.label}")
-        except (DialError, ProxyError, OSError) as error:
-            traffic.failed += 1
-            why = getattr(error, "strerror", None) or str(error)
-            self.last_error = f"channel {channel.label}: {why}"
-            log.error("connection failed", error=why)
-            for leg in legs:
-                reset(leg)
-            return None
-        except BaseException:
-            for leg in legs:
-                reset(leg)
-            raise
+    async def _to_network(self, channel: Channel, legs: list[socket.socket]) -> Transport:
+        """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
+        legs.append(await self._dial_until(channel))
+        transport = await self._around.security.secure(legs[-1], server=False)
+        legs[-1] = transport.tcp
+        return transport
+
+    async def _from_network(
+        self, accepted: socket.socket, remote: str, channel: Channel, legs: list[socket.socket]
+    ) -> Transport:
+        """Protects what was accepted: nothing is dialled for a peer that has not shown who it is."""
+        async with self._unfinished[channel].place(remote):
+            transport = await self._around.security.secure(accepted, server=True)
+        legs[0] = transport.tcp
+        return transport
+
+    def _fail(self, channel: Channel, error: Exception) -> dict[str, str]:
+        """Counts a failure; returns what a log line says of it."""
+        why = getattr(error, "strerror", None) or str(error)
+        self.traffic[channel].failed += 1
+        self.last_error = f"channel {channel.label}: {why}"
+        if not isinstance(error, TLSError):
+            return {"error": why}
+        self._around.security.errors[error.reason] += 1
+        return {"error": why, "reason": str(error.reason)}
 
     async def _dial_until(self, channel: Channel) -> socket.socket:
         """Dials until it works, an error is final, or the time is up."""
@@ -214,21 +239,19 @@ class Proxy(ABC):
         traffic = self.traffic[channel]
         traffic.begin(relay)
         log.info("connection opened")
-        outcome, error = "connection closed", None
+        failure: dict[str, str] = {}
         try:
             await relay.run()
-        except OSError as broken:
-            traffic.failed += 1
-            outcome, error = "connection broken", broken.strerror or str(broken)
-            self.last_error = f"channel {channel.label}: {error}"
+        except OSError as error:
+            failure = self._fail(channel, error)
         finally:
             traffic.end(relay)
             seconds = round(time.monotonic() - relay.opened, 3)
             counts = {"sent": relay.sent, "received": relay.received, "seconds": seconds}
-            if error:
-                log.warning(outcome, **counts, error=error)
+            if failure:
+                log.warning("connection broken", **counts, **failure)
             else:
-                log.info(outcome, **counts)
+                log.info("connection closed", **counts)
 
     async def close(self) -> None:
         """Ends every connection at once, and logs what the migration has moved."""

@@ -12,9 +12,19 @@ import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, IPvAnyAddress, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    IPvAnyAddress,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from migproxy.launcher import Launchers
+from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, SERVER_DIR, SERVER_NAMES
 
 
 class SettingsError(Exception):
@@ -28,6 +38,14 @@ def _pair(separator: str, text: object) -> object:
     if match is None:
         raise ValueError(f"two numbers joined by {separator!r} are expected")
     return int(match[1]), int(match[2])
+
+
+def _names(value: object) -> object:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _version(value: object) -> object:
+    return {"VersionTLS12": "1.2", "VersionTLS13": "1.3"}.get(value, value) if isinstance(value, str) else value
 
 
 def _port_range(value: object) -> object:
@@ -107,6 +125,60 @@ class Settings(BaseModel):
         False,
         description="Relay in plaintext: whoever is on the migration network can read and alter the guests' memory.",
     )
+    tls_dir: str | None = Field(
+        None,
+        description="Folder of ca.crt and, for both roles or in folders `server` and `client` for each, tls.crt and "
+        "tls.key, as `migproxy certs` makes it.",
+    )
+    tls_cert: str | None = Field(None, description="Certificate for both roles, PEM; with --tls-key.")
+    tls_key: str | None = Field(None, description="Key of --tls-cert, PEM.")
+    tls_server_dir: str | None = Field(
+        None, description=f"Folder of tls.crt and tls.key for the target's role. Default: {SERVER_DIR}, virt-handler's."
+    )
+    tls_client_dir: str | None = Field(
+        None, description=f"Folder of tls.crt and tls.key for the source's role. Default: {CLIENT_DIR}, virt-handler's."
+    )
+    tls_ca: str | None = Field(
+        None,
+        description="CA bundle that the other nodes' certificates are verified by, PEM; or a folder with ca.crt or "
+        f"ca-bundle. Default: {CA_DIR}, where the ConfigMap kubevirt-ca is to be mounted.",
+    )
+    tls_client_names: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        CLIENT_NAMES, description="Common names of the sources that a target accepts, separated by commas."
+    )
+    tls_server_names: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        SERVER_NAMES, description="Common names of the targets that a source accepts, separated by commas."
+    )
+    tls_externally_managed: bool = Field(
+        False,
+        description="The cluster's own PKI issues the certificates: accept intermediates, do not check common names.",
+    )
+    tls_min_version: Annotated[Literal["1.2", "1.3"], BeforeValidator(_version)] = Field(
+        "1.2", description="Oldest version of TLS: 1.2 or 1.3 (or KubeVirt's VersionTLS12, VersionTLS13)."
+    )
+    tls_ciphers: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="Cipher suites of TLS 1.2, best first, separated by commas, by OpenSSL's names or KubeVirt's "
+        "(tlsConfiguration.ciphers). Default: ECDHE with AES-GCM or ChaCha20.",
+    )
+    handshake_timeout: float = Field(10.0, gt=0, le=600, description="Seconds for a TLS handshake.")
+    max_handshakes: int = Field(
+        256,
+        ge=1,
+        le=65536,
+        description="Unfinished TLS handshakes per channel of a migration; beyond it, the oldest one of the address "
+        "that has most of them is given up.",
+    )
+    ktls: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Kernel TLS, which encrypts without a copy: `auto` where OpenSSL and the kernel can, `on` to "
+        "refuse to start where they cannot, `off`.",
+    )
+    tls_expiry_warning: float | None = Field(
+        None,
+        ge=0,
+        description="Hours before a certificate's end to warn. Default: the last third of its life, two weeks at most.",
+    )
     control_socket: str = Field(
         "/run/migproxy/control.sock",
         max_length=107,
@@ -118,6 +190,12 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."
     )
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: give both, or a folder of both")
+        return self
 
     @field_validator("launcher_run_dir")
     @classmethod
@@ -180,6 +258,8 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _explain(problem: dict[str, Any], where: Mapping[str, str]) -> str:
+    if not problem["loc"]:  # about several options: names them itself
+        return str(problem["msg"].removeprefix("Value error, "))
     field = str(problem["loc"][0])
     if problem["type"] == "missing":
         return f"{option(field)} is missing (or {variables(field)[0]}, or {key(field)} in the configuration file)"

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from migproxy.relay import Relay, Traffic
+from migproxy.splice import Transport
 
 DEADLINE = 20.0
 BROKEN = r"reset|Broken"
@@ -29,7 +30,7 @@ class Legs:
             tcp, _ = listener.accept()
         for end in (self.launcher, self.far):
             end.setblocking(False)
-        self.relay = Relay(unix, tcp, "test")
+        self.relay = Relay(unix, Transport(tcp), "test")
         self.run = asyncio.create_task(self.relay.run())
 
     async def ended(self) -> None:
