@@ -179,7 +179,7 @@ class Proxy(ABC):
             unix, tcp = legs if accepted.family == socket.AF_UNIX else reversed(legs)
             tcp = await self._around.security.secure(tcp, server=tcp is accepted)
             widen_unix(unix)
-            return Relay(unix, tcp, f"{self.migration.migration_uid[:8]} {channel.label}")
+            return Relay(unix, tcp)
         except (DialError, ProxyError, OSError) as error:
             traffic.failed += 1
             why = getattr(error, "strerror", None) or str(error)

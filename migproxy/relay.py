@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import errno
 import fcntl
 import socket
 import struct
 import termios
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,11 +29,10 @@ class Relay:
         opened: When it was made (`time.monotonic`).
     """
 
-    def __init__(self, unix: socket.socket, tcp: socket.socket, name: str) -> None:
+    def __init__(self, unix: socket.socket, tcp: socket.socket) -> None:
         self.opened = time.monotonic()
         self._unix = unix
         self._tcp = tcp
-        self._name = name
         self._stopped = False
         self._first_error: OSError | None = None
         for sock in (unix, tcp):
@@ -97,7 +96,8 @@ class Relay:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(ended.set_result, None)
 
-        threading.Thread(target=work, name=self._name, daemon=True).start()
+        # Not threading.Thread, whose start waits until the thread runs: a third less connections a second.
+        _thread.start_new_thread(work, ())
         return ended
 
     def stop(self) -> None:

@@ -59,6 +59,7 @@ def _idle(stage: Stage, daemons: Migproxy) -> Iterator[Row]:
     time.sleep(1)
     spent = usage(daemons.pids).cpu - before.cpu
     held = idle(stage, daemons, _OPEN)
+    until(lambda: usage(daemons.pids).files <= before.files, f"{_OPEN} connections to be closed")
     yield "RSS of an idle daemon", before.rss / 2 / MIB, "MiB"
     yield "CPU of an idle daemon", spent / 2 * 1e3, "ms each second"
     yield f"RSS of a daemon with {_OPEN} connections", held.rss / 2 / MIB, "MiB"
@@ -111,6 +112,7 @@ def _more(daemons: Migproxy, count: int) -> Iterator[Row]:
         daemons.add(f"more{number}")
     until(lambda: all(Path(path).is_socket() for path in daemons.sources), f"{count} migrations", 60)
     taken = time.monotonic() - now
+    time.sleep(0.5)  # the last of them is still being logged
     after = usage(daemons.pids)
     time.sleep(1)
     spent = usage(daemons.pids).cpu - after.cpu
