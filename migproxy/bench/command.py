@@ -18,22 +18,27 @@ from migproxy.bench import growth, measure
 from migproxy.bench.chart import svg
 from migproxy.bench.contestants import (
     DIRECT,
+    KTLS,
     LIMIT,
     MIGPROXY,
+    MTLS,
     Commands,
     Contestant,
     Direct,
     Migproxy,
     Templates,
+    daemons,
     missing,
     peers,
 )
 from migproxy.bench.results import CUBIC, LISTEN, PING, SETUP, STREAM, SYSTEM, Cell, Results
 from migproxy.bench.stage import LOOPBACK, VETH, BenchError, Network, Stage, enter_sandbox
+from migproxy.settings import Settings
 
 Say = Callable[[str], None]
 
-NAMES = (LIMIT, MIGPROXY, "socat", "haproxy", "nginx", DIRECT)
+_OURS = (MIGPROXY, MTLS, KTLS) if "tls_dir" in Settings.model_fields else (MIGPROXY,)
+NAMES = (LIMIT, *_OURS, "socat", "haproxy", "nginx", DIRECT)
 PAGES = 128 << 10  # bytes of QEMU's multifd packets of pages
 _PORT = 7100
 _SETUPS = 16  # at once
@@ -145,7 +150,7 @@ def _measure(plan: Plan, stage: Stage, results: Results, say: Say) -> None:
 def _takes_part(contestant: Contestant, cell: Cell) -> bool:
     """Between the generator's two ends alone there is no network, and only migproxy knows of VMIs."""
     if cell.kind == LISTEN:
-        return isinstance(contestant, Migproxy)
+        return contestant.name == MIGPROXY
     return contestant.name != DIRECT or cell.congestion == CUBIC
 
 
@@ -190,7 +195,8 @@ def _enter(
         except BenchError as error:
             if contestant.name in (LIMIT, MIGPROXY):
                 raise
-            results.failures[contestant.name] = str(error)
+            told = results.left_out if contestant.name == KTLS else results.failures
+            told[contestant.name] = str(error)
         else:
             entered.append(contestant)
     say(f"{network.name}: {', '.join(contestant.name for contestant in entered)}")
@@ -200,15 +206,15 @@ def _enter(
 
 
 def _contestants(plan: Plan, stage: Stage, network: Network, results: Results) -> Iterator[Contestant]:
-    templates = peers(stage) | dict(plan.custom)
+    templates, ours = peers(stage) | dict(plan.custom), daemons(stage)
     port = _PORT if network.name == VETH else _PORT + 100
     for number, name in enumerate([*plan.contestants, *plan.custom]):
         if name == DIRECT:
             yield Direct(stage)
-        elif name == MIGPROXY:
-            yield Migproxy(stage, network)
+        elif name in ours:
+            yield Migproxy(stage, network, name=name, options=ours[name])
         elif package := missing(name):
-            results.failures[name] = f"not installed: apt-get install {package}"
+            results.left_out[name] = f"not installed: apt-get install {package}"
         else:
             yield Commands(name, templates[name], stage, network, port + number)
 

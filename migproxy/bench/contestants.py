@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 import uuid
 from abc import ABC, abstractmethod
@@ -16,9 +17,12 @@ from typing import Any, Self
 
 from migproxy.bench.stage import BenchError, Network, Process, Stage, until
 from migproxy.portmap import Channel, source_socket_name, target_socket_path
+from migproxy.settings import Settings
 
 LIMIT = "limit"
 MIGPROXY = "migproxy"
+MTLS = f"{MIGPROXY}-mtls"
+KTLS = f"{MIGPROXY}-ktls"
 DIRECT = "no relay"
 
 NGINX_MODULE = "/usr/lib/nginx/modules/ngx_stream_module.so"
@@ -222,6 +226,20 @@ def missing(name: str) -> str | None:
     if name == "nginx" and not (shutil.which("nginx") and Path(NGINX_MODULE).exists()):
         return "nginx libnginx-mod-stream"
     return None
+
+
+def daemons(stage: Stage) -> dict[str, tuple[str, ...]]:
+    """The ways in which migproxy takes part, and its options: in plaintext, and with TLS where this version has it."""
+    plain: dict[str, tuple[str, ...]] = {MIGPROXY: ("--disable-tls",)}
+    if "tls_dir" not in Settings.model_fields:
+        return plain
+    certificates = str(stage.subfolder("tls") / "certificates")
+    command = [sys.executable, "-m", "migproxy", "certs", certificates]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"{shlex.join(command)}: {done.stderr.strip()}")
+    protected = ("--tls-dir", certificates, "--ktls")
+    return plain | {MTLS: (*protected, "off"), KTLS: (*protected, "on")}
 
 
 class Migproxy(Contestant):

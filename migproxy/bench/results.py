@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from migproxy.bench.contestants import DIRECT, LIMIT, MIGPROXY
+from migproxy.bench.contestants import DIRECT, LIMIT, MIGPROXY, MTLS
 
 STREAM, PING, SETUP, LISTEN = "stream", "round trip", "set-up", "listen"
 CUBIC, SYSTEM = "cubic", "system"
-MTLS = f"{MIGPROXY} mTLS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +63,14 @@ class Results:
     Attributes:
         about: The machine, the versions, the options.
         values: By cell and contestant, by metric: one value a round.
-        failures: By contestant, what kept it from taking part (any more).
+        left_out: By contestant, what it lacks here.
+        failures: By contestant, in what it failed.
         growth: What `growth.measure` found, as rows of (what, value, unit).
     """
 
     about: dict[str, Any]
     values: dict[Cell, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     growth: list[tuple[str, float, str]] = field(default_factory=list)
 
@@ -93,6 +94,7 @@ class Results:
         """Everything, as plain values."""
         return {
             **self.about,
+            "left out": self.left_out,
             "failures": self.failures,
             "measurements": [
                 {
@@ -125,7 +127,8 @@ class Results:
         if checked:
             kept = [(t.what, t.wanted, f"{t.measured:.2f}", "yes" if t.holds else "NO") for t in checked]
             blocks.append("targets\n" + table([("", "wanted", "measured", "holds"), *kept], {1, 2}))
-        blocks += [f"left out: {name}: {why}" for name, why in self.failures.items()]
+        blocks += [f"{name} is left out: {why}" for name, why in self.left_out.items()]
+        blocks += [f"{name} FAILED: {why}" for name, why in self.failures.items()]
         return "\n\n".join(blocks)
 
     def _cell(self, cell: Cell) -> str:
