@@ -195,8 +195,10 @@ def _enter(
         except BenchError as error:
             if contestant.name in (LIMIT, MIGPROXY):
                 raise
-            told = results.left_out if contestant.name == KTLS else results.failures
-            told[contestant.name] = str(error)
+            if contestant.name == KTLS:  # the daemon's last words say what the kernel or OpenSSL lacks
+                results.left_out[KTLS] = str(error).splitlines()[-1].strip()
+            else:
+                results.failures[contestant.name] = str(error)
         else:
             entered.append(contestant)
     say(f"{network.name}: {', '.join(contestant.name for contestant in entered)}")

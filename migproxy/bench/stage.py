@@ -177,6 +177,7 @@ class Stage:
             self.networks = {LOOPBACK: Network(LOOPBACK, "127.0.0.1", "127.0.0.1")}
             if sandboxed:
                 self.networks[VETH] = self._join()
+                self._stack.callback(self.use_congestion, None)
         except BaseException:
             self._stack.close()
             raise
@@ -220,6 +221,7 @@ class Stage:
             "ip link set mpb0 up",
         ):
             _do(command.split())
+        self._stack.callback(_do, ["ip", "link", "delete", "mpb0"])
         for command in ("ip link set lo up", "ip addr add 10.77.0.2/24 dev mpb1", "ip link set mpb1 up"):
             _do([*inside, *command.split()])
         return Network(VETH, "10.77.0.1", "10.77.0.2", inside)
