@@ -58,7 +58,7 @@ def _open(
         reader.line(_PATIENCE)
         writer = Process(writing, log)
         try:
-            writer.line(_PATIENCE)
+            writer.line(_PATIENCE, reader)
             yield reader, writer
         finally:
             writer.close()
@@ -85,8 +85,8 @@ def stream(
     with _open(stage, contestant, connections, seconds, chunk, slow) as (reader, writer):
         before = usage(contestant.pids)
         writer.say("go")
-        sent = json.loads(writer.line(seconds + _PATIENCE))
-        received = json.loads(reader.line(_PATIENCE))
+        sent = json.loads(writer.line(seconds + _PATIENCE, reader))
+        received = json.loads(reader.line(_PATIENCE, writer))
         after = usage(contestant.pids)
         contestant.check()
         writer.finish()

@@ -70,24 +70,30 @@ class Process:
     def has_ended(self) -> bool:
         return self._popen.poll() is not None
 
-    def line(self, seconds: float) -> str:
+    def line(self, seconds: float, beside: Process | None = None) -> str:
         """Waits for the next line of its output.
 
+        Args:
+            seconds: How long.
+            beside: Another process without which the line will not come.
+
         Raises:
-            BenchError: It ended before, or took longer.
+            BenchError: It took longer, or one of the two ended before.
         """
         output: IO[bytes] = self._popen.stdout  # type: ignore[assignment]
         deadline = time.monotonic() + seconds
         poller = select.poll()
         poller.register(output, select.POLLIN)
         while b"\n" not in self._rest:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poller.poll(left * 1000):
+            if poller.poll(100):
+                data = output.read(1 << 16)
+                if not data:
+                    raise self.failure("ended before it was done")
+                self._rest += data
+            elif beside and beside.has_ended:
+                raise beside.failure("ended before it was done")
+            elif time.monotonic() > deadline:
                 raise self.failure(f"said nothing for {seconds:g} s")
-            data = output.read(1 << 16)
-            if not data:
-                raise self.failure("ended before it was done")
-            self._rest += data
         line, self._rest = self._rest.split(b"\n", 1)
         return line.decode()
 
