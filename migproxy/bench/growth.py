@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from migproxy.bench.contestants import Migproxy, vmi
@@ -18,6 +20,7 @@ _CHUNK = 128 << 10
 _STREAMS = 8
 _OPEN = 100
 _SECONDS = 2.0
+_LONG = 6.0  # hundreds of connections take seconds until their buffers are full
 
 
 def measure(stage: Stage, network: Network, *, migrations: int) -> Iterator[Row]:
@@ -35,13 +38,14 @@ def measure(stage: Stage, network: Network, *, migrations: int) -> Iterator[Row]
     with Migproxy(stage, network) as daemons:
         probe(stage, daemons)
         yield from _slow_reader(stage, daemons)
+        yield from _busy(stage, daemons)
         yield from _cluster(daemons)
     with Migproxy(stage, network, migrations=_STREAMS) as daemons:
         probe(stage, daemons)
         yield from _fairness(stage, daemons)
     with Migproxy(stage, network, migrations=migrations) as daemons:
         probe(stage, daemons)
-        flow = stream(stage, daemons, connections=_STREAMS, seconds=_SECONDS, chunk=_CHUNK)
+        flow = stream(stage, daemons, connections=_STREAMS, seconds=_LONG, chunk=_CHUNK)
         name = f"{migrations} migrations x {_STREAMS} connections at once"
         yield f"{name}: rate", flow.rate / 1e9, "GB/s"
         yield f"{name}: RSS", flow.used.rss / 2 / MIB, "MiB of a daemon"
@@ -50,7 +54,7 @@ def measure(stage: Stage, network: Network, *, migrations: int) -> Iterator[Row]
 
 
 def _by(flow: Flow, size: int) -> list[int]:
-    """What had arrived when the writers stopped, by groups of connections."""
+    """What arrived in the second half, by groups of connections."""
     return [sum(flow.within[start : start + size]) for start in range(0, len(flow.within), size)]
 
 
@@ -79,10 +83,21 @@ def _slow_reader(stage: Stage, daemons: Migproxy) -> Iterator[Row]:
     """One reader that hardly reads must neither slow the others down nor fill the daemons' memory."""
     without = stream(stage, daemons, connections=_STREAMS, seconds=_SECONDS, chunk=_CHUNK)
     beside = stream(stage, daemons, connections=_STREAMS + 1, seconds=_SECONDS, chunk=_CHUNK, slow=1)
-    yield f"{_STREAMS} fast readers alone", sum(without.within) / _SECONDS / 1e9, "GB/s"
-    yield f"{_STREAMS} fast readers beside a slow one", sum(beside.within[1:]) / _SECONDS / 1e9, "GB/s"
-    yield "the slow reader meanwhile", beside.within[0] / _SECONDS / 1e6, "MB/s"
+    yield f"{_STREAMS} fast readers alone", sum(without.within) / (_SECONDS / 2) / 1e9, "GB/s"
+    yield f"{_STREAMS} fast readers beside a slow one", sum(beside.within[1:]) / (_SECONDS / 2) / 1e9, "GB/s"
+    yield "the slow reader meanwhile", beside.within[0] / (_SECONDS / 2) / 1e6, "MB/s"
     yield "RSS for the slow reader", (beside.used.rss - without.used.rss) / 2 / MIB, "MiB of a daemon"
+
+
+def _busy(stage: Stage, daemons: Migproxy) -> Iterator[Row]:
+    """Streams at full speed must not keep a new migration waiting."""
+    with ThreadPoolExecutor(1) as aside:
+        streaming = aside.submit(stream, stage, daemons, connections=_STREAMS, seconds=_SECONDS, chunk=_CHUNK)
+        until(lambda: usage(daemons.pids).threads > 4 * _STREAMS, f"{_STREAMS} connections")
+        taken = [listening(daemons, f"busy{number}")[1] for number in range(3)]
+        streaming.result()
+    name = f"VMI event to both listening, beside {_STREAMS} streams at full speed"
+    yield name, statistics.median(taken) * 1e3, "ms"
 
 
 def _cluster(daemons: Migproxy) -> Iterator[Row]:

@@ -26,7 +26,7 @@ class Flow:
     Attributes:
         seconds: From the first write to the last byte's arrival.
         bytes: By connection, in all.
-        within: By connection, what had arrived when the writers stopped.
+        within: By connection, what arrived in the second half of the writers' time, when all buffers were full.
         used: Of the relays, from the first write to the last byte's arrival; rss, threads and files as they were then.
     """
 

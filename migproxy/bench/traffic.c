@@ -205,8 +205,10 @@ static int run_read(int connections, double seconds, char **paths, int count) {
     for (int begun = 0; !begun; pause_for(0.0005)) {
         for (int i = 0; i < total && !begun; i++) begun = streams[i].bytes > BLOCK;
     }
-    pause_for(seconds);
+    pause_for(seconds / 2);
     for (int i = 0; i < total; i++) within[i] = streams[i].bytes;
+    pause_for(seconds / 2);
+    for (int i = 0; i < total; i++) within[i] = streams[i].bytes - within[i];
     live = 0;
     pthread_barrier_wait(&all_ended);
     double ended = 0;
