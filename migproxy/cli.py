@@ -204,3 +204,58 @@ def uri(
         copy_storage=found[0].uses_block(),
     )
     typer.echo(shlex.join(command))
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A short run: less certain, a minute instead of six.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often the contestants take turns. Default: 5.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.05, help="How long each stream lasts. Default: 0.4.")] = None,
+    connections: Annotated[str | None, typer.Option(help="Streams at once. Default: 1,2,8,32.")] = None,
+    size: Annotated[str | None, typer.Option(help="Bytes of each write. Default: 131072,32768,1048576.")] = None,
+    network: Annotated[str | None, typer.Option(help="Default: veth,loopback.")] = None,
+    congestion: Annotated[
+        str | None, typer.Option(help="cubic for all, or system: what each chooses by itself. Default: cubic,system.")
+    ] = None,
+    contestants: Annotated[str | None, typer.Option(help="Their names. Default: all that are installed.")] = None,
+    source_command: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=COMMAND: a further contestant's relay from a unix socket to TCP; may use {source} (the socket), "
+            "{address} and {port} (to connect to), {folder}. Again for more."
+        ),
+    ] = None,
+    target_command: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=COMMAND: its relay from TCP, {address} and {port}, to a unix socket, {target}."),
+    ] = None,
+    growth: Annotated[
+        int | None, typer.Option(min=0, help="Migrations at once, to see how it grows; 0: none. Default: 100.")
+    ] = None,
+    as_json: Annotated[str | None, typer.Option("--json", help="File to write all values to.")] = None,
+    chart: Annotated[str | None, typer.Option("--chart", help="File to draw the streams in, as SVG.")] = None,
+) -> None:
+    """Compare migproxy with other relays, and with the limit, on this machine."""
+    from migproxy.bench import command
+    from migproxy.bench.options import make_plan
+    from migproxy.bench.stage import BenchError
+
+    try:
+        plan = make_plan(
+            quick=quick,
+            numbers={"rounds": rounds, "seconds": seconds, "migrations": growth},
+            lists={
+                "connections": connections,
+                "sizes": size,
+                "networks": network,
+                "congestion": congestion,
+                "contestants": contestants,
+            },
+            commands=(source_command or [], target_command or []),
+            files={"json": as_json, "chart": chart},
+        )
+        complete = command.run(plan, typer.echo)
+    except BenchError as error:
+        _fail(str(error))
+    if not complete:
+        raise typer.Exit(3)

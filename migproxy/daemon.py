@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import resource
 import signal
+import sys
 from collections.abc import Coroutine
 from importlib.metadata import version
 from typing import Any
@@ -27,6 +28,10 @@ from migproxy.watch import Watcher
 
 log = structlog.get_logger(__name__)
 
+_SWITCH_INTERVAL = 0.02
+"""Seconds that a thread waits for Python's lock before it asks for it. Each of hundreds of pumps that wait wakes up
+as often: with 800 connections at full speed, the default of 5 ms costs a third of the throughput, and fairness."""
+
 
 async def serve(settings: Settings, security: Security) -> None:
     """Runs the daemon until a signal ends it.
@@ -42,6 +47,7 @@ async def serve(settings: Settings, security: Security) -> None:
         InventoryError, ControlError: The daemon cannot start; says why.
     """
     _raise_file_limit()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     signals = _Signals()
     async with Watcher() as watcher:
         node = _make_node(settings, security, watcher)

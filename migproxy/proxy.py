@@ -180,7 +180,7 @@ class Proxy(ABC):
                     unix = await self._dial_until(channel)
                     legs.append(unix)
                 widen_unix(unix)
-                relay = Relay(unix, transport, f"{self.migration.migration_uid[:8]} {channel.label}")
+                relay = Relay(unix, transport)
             except (DialError, ProxyError, OSError) as error:
                 log.error("connection failed", **self._fail(channel, error))
                 for leg in legs:

@@ -8,14 +8,16 @@ import fcntl
 import socket
 import struct
 import termios
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from migproxy.splice import Pump, Transport, shutdown
+from migproxy.threads import Threads
 
 _FLUSH_SECONDS = 5.0
+
+_threads = Threads(linger=1.0)
 
 
 class Relay:
@@ -29,11 +31,10 @@ class Relay:
         opened: When it was made (`time.monotonic`).
     """
 
-    def __init__(self, unix: socket.socket, transport: Transport, name: str) -> None:
+    def __init__(self, unix: socket.socket, transport: Transport) -> None:
         self.opened = time.monotonic()
         self._unix = unix
         self._tcp = transport.tcp
-        self._name = name
         self._stopped = False
         self._first_error: OSError | None = None
         for sock in (unix, self._tcp):
@@ -103,7 +104,7 @@ class Relay:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(ended.set_result, None)
 
-        threading.Thread(target=work, name=self._name, daemon=True).start()
+        _threads.start(work)
         return ended
 
     def stop(self) -> None:
