@@ -30,6 +30,10 @@ _FIRST_RETRY = 0.05  # seconds; doubled up to the last
 _LAST_RETRY = 2.0
 _ENDED_KEPT = 300.0  # seconds that an ended migration is still reported
 _ENDED_MOST = 200
+_NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
+
+LISTENING = "MigrationProxyListening"
+FAILED = "MigrationProxyFailed"
 
 Key = tuple[Migration, Role]
 Planned = SourceProxy | TargetProxy
@@ -174,6 +178,7 @@ class Node:
                 about = {"migration": str(migration), "role": str(role), "reason": item.reason}
                 if item.error:
                     log.error("migration cannot be served", **about)
+                    self.note((migration, role), FAILED, item.reason, warning=True)
                 else:
                     log.info("migration waits", **about)
         self.held = dict(held)
@@ -216,6 +221,15 @@ class Node:
             )
         await self._inventory.publish(vmi, address, ports)
         target.log.info("published", address=str(address), ports=ports.published())
+        listed = ", ".join(f"{port} ({channel.label})" for channel, port in ports.items())
+        self.note((plan.migration, Role.TARGET), LISTENING, f"listening at {address}, ports {listed}")
+
+    def note(self, key: Key, reason: str, message: str, *, warning: bool = False) -> None:
+        """Tells whoever looks at the VMI."""
+        migration, role = key
+        if vmi := self._vmis.get(migration.vmi_uid):
+            text = f"migration {role} proxy on {self.options.name}: {message}"
+            self._inventory.note(vmi, reason, text, warning=warning)
 
     def forget(self, key: Key, worker: _Worker) -> None:
         """Keeps what a worker has to say of its migration, and lets go of it."""
@@ -273,6 +287,8 @@ class _Worker:
         self.wanted: Planned | None = None
         self.proxy: Source | Target | None = None
         self.problem: str | None = None
+        self._failing_since: float | None = None
+        self._noted: str | None = None
         self._node = node
         self._key = key
         self._changed = asyncio.Event()
@@ -329,7 +345,7 @@ class _Worker:
         else:
             if self.problem:
                 log.info("migration is served again", migration=str(item.migration), role=str(item.role))
-            self.problem = None
+            self.problem = self._failing_since = self._noted = None
         return self.problem is None
 
     def _fail(self, problem: str, *, unexpected: bool = False) -> None:
@@ -343,6 +359,10 @@ class _Worker:
                 exc_info=unexpected,
             )
         self.problem = problem
+        self._failing_since = self._failing_since or time.monotonic()
+        if problem != self._noted and time.monotonic() - self._failing_since > _NOTED_AFTER:
+            self._noted = problem
+            self._node.note(self._key, FAILED, problem, warning=True)
 
     async def _reconcile(self, item: Planned) -> None:
         if self.proxy is None:
