@@ -32,7 +32,6 @@ _ENDED_KEPT = 300.0  # seconds that an ended migration is still reported
 _ENDED_MOST = 200
 _NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
 
-LISTENING = "MigrationProxyListening"
 FAILED = "MigrationProxyFailed"
 
 Key = tuple[Migration, Role]
@@ -178,7 +177,7 @@ class Node:
                 about = {"migration": str(migration), "role": str(role), "reason": item.reason}
                 if item.error:
                     log.error("migration cannot be served", **about)
-                    self.note((migration, role), FAILED, item.reason, warning=True)
+                    self.warn((migration, role), item.reason)
                 else:
                     log.info("migration waits", **about)
         self.held = dict(held)
@@ -221,15 +220,13 @@ class Node:
             )
         await self._inventory.publish(vmi, address, ports)
         target.log.info("published", address=str(address), ports=ports.published())
-        listed = ", ".join(f"{port} ({channel.label})" for channel, port in ports.items())
-        self.note((plan.migration, Role.TARGET), LISTENING, f"listening at {address}, ports {listed}")
 
-    def note(self, key: Key, reason: str, message: str, *, warning: bool = False) -> None:
-        """Tells whoever looks at the VMI."""
+    def warn(self, key: Key, problem: str) -> None:
+        """Tells whoever looks at the VMI that a migration cannot be served."""
         migration, role = key
         if vmi := self._vmis.get(migration.vmi_uid):
-            text = f"migration {role} proxy on {self.options.name}: {message}"
-            self._inventory.note(vmi, reason, text, warning=warning)
+            message = f"migration {role} proxy on {self.options.name}: {problem}"
+            self._inventory.note(vmi, FAILED, message, warning=True)
 
     def forget(self, key: Key, worker: _Worker) -> None:
         """Keeps what a worker has to say of its migration, and lets go of it."""
@@ -362,7 +359,7 @@ class _Worker:
         self._failing_since = self._failing_since or time.monotonic()
         if problem != self._noted and time.monotonic() - self._failing_since > _NOTED_AFTER:
             self._noted = problem
-            self._node.note(self._key, FAILED, problem, warning=True)
+            self._node.warn(self._key, problem)
 
     async def _reconcile(self, item: Planned) -> None:
         if self.proxy is None:

@@ -21,6 +21,7 @@ from migproxy.vmi import TARGET_NODE_LABEL, VMI, InvalidVMI, parse
 log = structlog.get_logger(__name__)
 
 NODE_LABEL: Final = "kubevirt.io/nodeName"
+LISTENING: Final = "MigrationProxyListening"
 RESOURCE: Final = "/apis/kubevirt.io/v1/virtualmachineinstances"
 PUBLISH_ATTEMPTS: Final = 5
 
@@ -193,6 +194,8 @@ class KubeInventory:
                 seen, refusal = None, str(error)
                 continue
             self._published[vmi.uid] = _Published(migration_uid, values, answer["metadata"]["resourceVersion"])
+            listed = ", ".join(f"{port} ({channel.label})" for channel, port in ports.items())
+            self.note(vmi, LISTENING, f"migration target proxy listens at {address}, ports {listed}")
             return
         raise PublishError(f"{_who(vmi)}: the API server refuses to publish where it listens: {refusal}")
 
@@ -264,6 +267,7 @@ def _patch(vmi: VMI, seen: _Seen, values: Mapping[str, Any]) -> list[dict[str, A
         "/metadata/uid": vmi.uid,
         f"{_MIGRATION}/migrationUid": seen.migration.get("migrationUid"),
         f"{_MIGRATION}/startTimestamp": seen.migration.get("startTimestamp"),
+        f"{_MIGRATION}/endTimestamp": seen.migration.get("endTimestamp"),
         **stands,
     }
     # A test for null holds where the field is absent too, as the API server's JSON patch library has it.

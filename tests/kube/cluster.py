@@ -102,6 +102,14 @@ class Cluster:
             self._tokens[node] = await self._issue_token(node)
         await self._until_served()
 
+    def token(self, node: str) -> str:
+        """The token of migproxy on a node."""
+        return self._tokens[node]
+
+    async def use_unbound_token(self, node: str) -> None:
+        """Has migproxy on a node use a token of its ServiceAccount that no pod holds."""
+        self._tokens[node] = await self._request_token({})
+
     async def _issue_token(self, node: str) -> str:
         pod = await self.create(
             {
@@ -116,17 +124,17 @@ class Cluster:
             }
         )
         bound = {"kind": "Pod", "apiVersion": "v1", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
-        answer = await self.request(
-            "POST",
-            f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/migproxy/token",
-            {
-                "apiVersion": "authentication.k8s.io/v1",
-                "kind": "TokenRequest",
-                "metadata": {},
-                "spec": {"expirationSeconds": 3600, "boundObjectRef": bound, "audiences": []},
-            },
-        )
-        return str(answer["status"]["token"])
+        return await self._request_token({"boundObjectRef": bound})
+
+    async def _request_token(self, bound: dict[str, Any]) -> str:
+        path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/migproxy/token"
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenRequest",
+            "metadata": {},
+            "spec": {"expirationSeconds": 3600, **bound},
+        }
+        return str((await self.request("POST", path, body))["status"]["token"])
 
     async def _until_served(self) -> None:
         """A real server serves a new resource definition, and follows a new policy, a moment later."""
@@ -142,14 +150,13 @@ class Cluster:
             else:
                 return
 
-    def kubeconfig(self, folder: Path, node: str, url: str | None = None, *, token: str | None = None) -> Path:
+    def kubeconfig(self, folder: Path, node: str, url: str | None = None) -> Path:
         """Writes the kubeconfig of migproxy on a node.
 
         Args:
             folder: Where to.
             node: Whose.
             url: Of a gate; by default, of the server itself.
-            token: Instead of the node's.
         """
         path = folder / f"{node}.kubeconfig"
         cluster: dict[str, Any] = {"server": url or self.url}
@@ -159,7 +166,7 @@ class Cluster:
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "test", "cluster": cluster}],
-            "users": [{"name": "migproxy", "user": {"token": token or self._tokens[node]}}],
+            "users": [{"name": "migproxy", "user": {"token": self._tokens[node]}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "migproxy"}}],
             "current-context": "test",
         }
