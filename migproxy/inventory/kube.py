@@ -27,7 +27,7 @@ PUBLISH_ATTEMPTS: Final = 5
 
 _LABELS: Final = (NODE_LABEL, TARGET_NODE_LABEL)
 _MIGRATION: Final = "/status/migrationState"
-_SIDE_FIELDS: Final = {
+SIDE_FIELDS: Final = {
     "targetNodeAddress": "nodeAddress",
     "targetDirectMigrationNodePorts": "directMigrationNodePorts",
 }
@@ -254,7 +254,7 @@ def _patch(vmi: VMI, seen: _Seen, values: Mapping[str, Any]) -> list[dict[str, A
     side = seen.migration.get("targetState")
     if isinstance(side, Mapping):
         for field, value in values.items():
-            there = _SIDE_FIELDS[field]
+            there = SIDE_FIELDS[field]
             wanted[f"{_MIGRATION}/targetState/{there}"] = value
             stands[f"{_MIGRATION}/targetState/{there}"] = side.get(there)
     if wanted == stands:
