@@ -87,6 +87,7 @@ class Reflector(Generic[T]):
         self._pace = pace
         self._version: str | None = None
         self._failures = 0
+        self._watching_since: float | None = None
 
     async def changes(self) -> AsyncGenerator[Listed[T] | Changed[T], None]:
         """Yields the list, then each change, for ever; a new list wherever changes may have been missed."""
@@ -95,11 +96,10 @@ class Reflector(Generic[T]):
                 if self._version is None:
                     objects, self._version = await self._list()
                     yield Listed(objects)
-                began = time.monotonic()
                 async with aclosing(self._watch(self._version)) as watch:
                     async for change in watch:
                         yield change
-                if time.monotonic() - began < self._pace.healthy:
+                if not self._was_healthy():
                     raise ApiError(0, "watches are ended as soon as they begin")
                 self._failures = 0
             except Expired as error:
@@ -133,11 +133,10 @@ class Reflector(Generic[T]):
             "resourceVersion": version,
             "timeoutSeconds": str(round(self._pace.watch * random.uniform(1, 2))),  # noqa: S311 - no secret
         }
-        began = time.monotonic()
+        self._watching_since = None
         async with aclosing(self._api.lines(self._path, query, self._pace.silence)) as lines:
             async for line in lines:
-                if time.monotonic() - began > self._pace.healthy:
-                    self._failures = 0
+                self._watching_since = self._watching_since or time.monotonic()
                 self._end_problem()
                 if line.strip() and (change := self._change(line)):
                     yield change
@@ -159,9 +158,14 @@ class Reflector(Generic[T]):
         self._version = version
         return change
 
+    def _was_healthy(self) -> bool:
+        since = self._watching_since
+        return since is not None and time.monotonic() - since >= self._pace.healthy
+
     async def _pause(self, error: ApiError) -> None:
         """Waits before the next attempt: not at all after the first failure, a watch that was merely cut."""
-        self._failures += 1
+        self._failures = 1 if self._was_healthy() else self._failures + 1
+        self._watching_since = None
         if self._failures == 1 and not error.retry_after:
             return
         if self.problem is None:

@@ -5,17 +5,25 @@ import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer
 from migproxy.kube.reflector import Pace
+from migproxy.launcher import Launchers
+from migproxy.netif import AddressWatcher
+from migproxy.node import Node, NodeOptions
+from migproxy.portmap import IPAddress
+from migproxy.proxy import Surroundings
+from migproxy.sockets import TCPOptions
+from migproxy.target import PortRange
+from migproxy.tls import Plaintext
 from migproxy.vmi import VMI
+from migproxy.watch import Watcher
 from tests.kube.cluster import Cluster
 
 PACE = Pace(page=7, watch=30, silence=1.0, first_retry=0.02, last_retry=0.3, healthy=0.5)
 """As patient as tests can be; the pages are so small that every list has several."""
-
-ADDRESS = ipaddress.ip_address("10.1.1.2")
 
 
 async def eventually(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
@@ -78,3 +86,76 @@ async def listening(
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+class LocalNode:
+    """A whole node in this process: reconciler, proxies with real sockets, and the API server as its inventory.
+
+    Attributes:
+        name, address: Its name, and its migration address on the loopback interface.
+        node: The reconciler.
+        launchers: The folder that has a launcher's /var/run for each VMI, by UID.
+    """
+
+    def __init__(self, name: str, address: str, folder: Path) -> None:
+        self.name = name
+        self.address = ipaddress.ip_address(address)
+        self.launchers = folder / name
+        self.launchers.mkdir()
+        self.node: Node
+
+    def boot_launcher(self, uid: str) -> None:
+        """Makes what a launcher on this node has in its /var/run."""
+        (self.launchers / uid / "kubevirt/migrationproxy").mkdir(parents=True)
+
+    @asynccontextmanager
+    async def run(self, kubeconfig: Path, pattern: str = "", pods: str = "/nowhere") -> AsyncIterator["LocalNode"]:
+        """Runs it while the context lasts."""
+
+        def local_address(version: int) -> IPAddress:
+            return self.address
+
+        async with Watcher() as watcher, ApiServer(str(kubeconfig)) as api:
+            self.node = Node(
+                NodeOptions(self.name, PortRange(), None, "libvirt/libvirt-sock"),
+                Surroundings(
+                    launchers=Launchers(pattern or f"{self.launchers}/{{uid}}", pods),
+                    tcp=TCPOptions(),
+                    security=Plaintext(),
+                    local_address=local_address,
+                    dial_timeout=5,
+                    max_connections=8,
+                ),
+                KubeInventory(api, self.name, PACE),
+                AddressWatcher("none", self.address),
+                watcher,
+            )
+            task = asyncio.create_task(self.node.run())
+            try:
+                await eventually(lambda: self.node.synchronised or task.done(), "the first synchronisation")
+                yield self
+                if task.done():
+                    task.result()
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    def migrations(self) -> list[dict[str, Any]]:
+        """What it reports of its migrations that have not ended."""
+        return [one for one in self.node.report()["migrations"] if one["state"] != "ended"]
+
+    def migration(self, name: str) -> dict[str, Any]:
+        """What it reports of the VMI of that name; nothing where it serves it in no way."""
+        return next((one for one in self.migrations() if one["name"] == name), {})
+
+    def socket_files(self) -> set[str]:
+        """The sockets in the launchers' folders: UID/NAME."""
+        found = self.launchers.glob("*/kubevirt/migrationproxy/*.sock")
+        return {f"{path.parents[2].name}/{path.name}" for path in found if path.is_socket()}
+
+    def tcp_ports(self) -> set[int]:
+        """The ports that somebody listens on at its address."""
+        packed = f"{int.from_bytes(self.address.packed, 'little'):08X}"
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        fields = [line.split() for line in lines]
+        return {int(one[1].split(":")[1], 16) for one in fields if one[1].startswith(packed) and one[3] == "0A"}
