@@ -194,19 +194,22 @@ def resource_definition(kind: str) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def cluster(folder: Path) -> AsyncIterator[Cluster]:
+async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Cluster]:
     """A cluster with migproxy's objects in it.
 
     Args:
         folder: For the files of a real one.
+        separate: The double is a process of its own, as a real one always is.
     """
     assets = os.environ.get("KUBEBUILDER_ASSETS")
+    tls: ssl.SSLContext | bool = False
+    double = None
     async with AsyncExitStack() as stack:
-        tls: ssl.SSLContext | bool = False
-        double = None
         if assets:
             url = await stack.enter_async_context(_real(Path(assets), folder))
             tls = ssl._create_unverified_context()
+        elif separate:
+            url = await stack.enter_async_context(_double())
         else:
             double = ApiDouble()
             url = await stack.enter_async_context(serve(double))
@@ -217,6 +220,18 @@ async def cluster(folder: Path) -> AsyncIterator[Cluster]:
             await _ready(made)
         await made.install()
         yield made
+
+
+@asynccontextmanager
+async def _double() -> AsyncIterator[str]:
+    command = [sys.executable, "-m", "tests.kube.apiserver"]
+    process = await asyncio.create_subprocess_exec(*command, cwd=MANIFESTS.parent, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout
+        yield (await process.stdout.readline()).decode().strip()
+    finally:
+        process.terminate()
+        await process.wait()
 
 
 @asynccontextmanager

@@ -35,13 +35,14 @@ class Gate:
         refuse: Called with each request; an HTTP status to answer instead of passing it on, or None.
     """
 
-    def __init__(self, upstream: str, tls: ssl.SSLContext | bool = False) -> None:
+    def __init__(self, upstream: str, tls: ssl.SSLContext | bool = False, host: str = "127.0.0.1") -> None:
         self.passed: list[Passed] = []
         self.watches = 0
         self.lists = 0
         self.refuse: Callable[[web.Request], int | None] = lambda request: None
         self.url = ""
         self._upstream = upstream
+        self._host = host
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
@@ -58,10 +59,10 @@ class Gate:
         application.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0, handler_cancellation=True)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        site = web.TCPSite(self._runner, self._host, self._port, reuse_address=True)
         await site.start()
         self._port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-        self.url = f"http://127.0.0.1:{self._port}"
+        self.url = f"http://{self._host}:{self._port}"
 
     async def close(self) -> None:
         """Refuses connections and breaks those that are open: the API server is gone."""
@@ -136,9 +137,9 @@ class Gate:
 
 
 @asynccontextmanager
-async def gate(upstream: str, tls: ssl.SSLContext | bool = False) -> AsyncIterator[Gate]:
+async def gate(upstream: str, tls: ssl.SSLContext | bool = False, host: str = "127.0.0.1") -> AsyncIterator[Gate]:
     """A gate that is open when the context begins."""
-    made = Gate(upstream, tls)
+    made = Gate(upstream, tls, host)
     await made.open()
     try:
         yield made
