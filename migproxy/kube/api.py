@@ -12,9 +12,14 @@ from typing import Any, Final
 
 import aiohttp
 import yaml
-from kubernetes_asyncio import config as kube_config
-from kubernetes_asyncio.client import Configuration
-from kubernetes_asyncio.client.rest import RESTClientObject
+
+from migproxy.kube.library import (
+    ConfigException,
+    Configuration,
+    RESTClientObject,
+    load_incluster_config,
+    load_kube_config,
+)
 
 __all__ = ["JSON_PATCH", "MERGE_PATCH", "ApiError", "ApiServer", "ConfigurationError", "Expired"]
 
@@ -28,7 +33,7 @@ _ERROR_BYTES: Final = 1 << 16
 
 # What kubernetes-asyncio raises for a configuration that is missing, malformed or incomplete.
 _CONFIGURATION_ERRORS = (
-    *(kube_config.ConfigException, OSError, yaml.YAMLError),
+    *(ConfigException, OSError, yaml.YAMLError),
     *(AssertionError, AttributeError, KeyError, TypeError, ValueError),
 )
 
@@ -208,9 +213,9 @@ class ApiServer:
         configuration = Configuration()
         try:
             if self._kubeconfig is None:
-                kube_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+                load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
             else:
-                await kube_config.load_kube_config(
+                await load_kube_config(
                     self._kubeconfig, self._context, client_configuration=configuration, persist_config=False
                 )
             self._rest = RESTClientObject(configuration)
