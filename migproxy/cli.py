@@ -50,11 +50,11 @@ def _fail(message: str, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
-def _run(context: typer.Context, config: str | None, **flags: Any) -> None:
+def _run(invocation: typer.Context, config: str | None, **flags: Any) -> None:
     """Run the daemon of one node."""
     given = {name: value for name, value in flags.items() if value not in (None, False)}
     try:
-        settings = options.load(given, {name: _origin(context, name) for name in given}, config)
+        settings = options.load(given, {name: _origin(invocation, name) for name in given}, config)
     except options.SettingsError as error:
         _fail(str(error), 2)
 
@@ -73,8 +73,8 @@ def _run(context: typer.Context, config: str | None, **flags: Any) -> None:
         _fail(str(error))
 
 
-def _origin(context: typer.Context, field: str) -> str:
-    source = context.get_parameter_source(field)
+def _origin(invocation: typer.Context, field: str) -> str:
+    source = invocation.get_parameter_source(field)
     if source is not None and source.name == "ENVIRONMENT":
         return " or ".join(options.variables(field))
     return options.option(field)
@@ -83,7 +83,7 @@ def _origin(context: typer.Context, field: str) -> str:
 def _daemon_command(settings: type[options.Settings]) -> Any:
     """Makes the command whose options are the fields of the settings: text here, checked there."""
     parameters = [
-        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        inspect.Parameter("invocation", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         _parameter(
             "config", str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="TOML file of options.")
         ),

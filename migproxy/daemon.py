@@ -7,13 +7,16 @@ import ipaddress
 import resource
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from migproxy import control
+from migproxy.inventory import Inventory, InventoryError
 from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
 from migproxy.netif import AddressWatcher
@@ -26,11 +29,16 @@ from migproxy.target import PortRange
 from migproxy.tls import Security
 from migproxy.watch import Watcher
 
+if TYPE_CHECKING:
+    from migproxy.kube.cluster import Cluster, ClusterSettings
+
 log = structlog.get_logger(__name__)
 
 _SWITCH_INTERVAL = 0.02
 """Seconds that a thread waits for Python's lock before it asks for it. Each of hundreds of pumps that wait wakes up
 as often: with 800 connections at full speed, the default of 5 ms costs a third of the throughput, and fairness."""
+
+_KUBEVIRT_OWNER = (107, 107)  # the qemu user and group of KubeVirt's launcher images
 
 
 async def serve(settings: Settings, security: Security) -> None:
@@ -49,11 +57,21 @@ async def serve(settings: Settings, security: Security) -> None:
     _raise_file_limit()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     signals = _Signals()
-    async with Watcher() as watcher:
-        node = _make_node(settings, security, watcher)
-        async with control.serve(settings.control_socket, node.report):
-            log.info("started", version=version("migproxy"), node=settings.node_name, vmi_dir=settings.vmi_dir)
-            running, watching = asyncio.create_task(node.run()), asyncio.create_task(security.watch())
+    async with Watcher() as watcher, _inputs(settings, watcher) as (inventory, cluster):
+        node = _make_node(settings, security, inventory, watcher)
+
+        def report() -> dict[str, Any]:
+            return node.report() | ({"cluster": cluster.report()} if cluster else {})
+
+        async with control.serve(settings.control_socket, report):
+            log.info(
+                "started",
+                version=version("migproxy"),
+                node=settings.node_name,
+                vmi_dir=settings.vmi_dir,
+                kubeconfig=settings.kubeconfig,
+            )
+            running, watching = asyncio.create_task(_run(node, cluster)), asyncio.create_task(security.watch())
             try:
                 await _first(running, signals.first())
                 await _drain(node, running, signals, settings.drain_timeout)
@@ -64,7 +82,55 @@ async def serve(settings: Settings, security: Security) -> None:
     log.info("stopped")
 
 
-def _make_node(settings: Settings, security: Security, watcher: Watcher) -> Node:
+@asynccontextmanager
+async def _inputs(settings: Settings, watcher: Watcher) -> AsyncIterator[tuple[Inventory, Cluster | None]]:
+    """Where the VMIs come from, and the cluster whose KubeVirt is followed, if there is one."""
+    if settings.vmi_dir is not None:
+        yield FileInventory(settings.vmi_dir, watcher), None
+        return
+    # Slow to import, and only needed here.
+    from migproxy.inventory.kube import KubeInventory
+    from migproxy.kube.api import ApiServer, ConfigurationError
+    from migproxy.kube.cluster import Cluster
+
+    async with AsyncExitStack() as stack:
+        try:
+            api = await stack.enter_async_context(ApiServer(settings.kubeconfig, settings.context))
+        except ConfigurationError as error:
+            raise InventoryError(str(error)) from error
+        apply = partial(apply_cluster_settings, settings)
+        yield KubeInventory(api, settings.node_name), Cluster(api, settings.kubevirt_namespace, apply)
+
+
+def apply_cluster_settings(settings: Settings, cluster: ClusterSettings) -> None:
+    """The one place where KubeVirt's settings, less what options override, reach the connections.
+
+    Args:
+        settings: The options.
+        cluster: KubeVirt's settings, whenever they change.
+    """
+    from migproxy.kube.cluster import Overrides, merge
+
+    merged = merge(cluster, Overrides(disable_tls=settings.disable_tls or None))
+    if merged.disable_tls != cluster.disable_tls:
+        log.warning(
+            "migrations are relayed in plaintext, KubeVirt's setting is TLS",
+            remedy="every migproxy of the cluster must agree: set migrations.disableTLS in the KubeVirt resource, or "
+            "leave --disable-tls away",
+        )
+
+
+async def _run(node: Node, cluster: Cluster | None) -> None:
+    if cluster is None:
+        await node.run()
+        return
+    async with asyncio.TaskGroup() as tasks:
+        following = tasks.create_task(cluster.run())
+        await node.run()
+        following.cancel()
+
+
+def _make_node(settings: Settings, security: Security, inventory: Inventory, watcher: Watcher) -> Node:
     def local_address(ip_version: int) -> IPAddress:
         state = node.address
         addresses: tuple[IPAddress, ...] = state.addresses if state else ()
@@ -78,8 +144,9 @@ def _make_node(settings: Settings, security: Security, watcher: Watcher) -> Node
         address and ipaddress.ip_address(str(address)) for address in (settings.migration_address, settings.pod_ip)
     )
     low, high = settings.port_range or (0, 0)
+    owner = settings.socket_owner or (_KUBEVIRT_OWNER if settings.vmi_dir is None else None)
     node = Node(
-        NodeOptions(settings.node_name, PortRange(low, high), settings.socket_owner, settings.libvirt_socket),
+        NodeOptions(settings.node_name, PortRange(low, high), owner, settings.libvirt_socket),
         Surroundings(
             launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
             tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout),
@@ -89,7 +156,7 @@ def _make_node(settings: Settings, security: Security, watcher: Watcher) -> Node
             max_connections=settings.max_connections,
             max_handshakes=settings.max_handshakes,
         ),
-        FileInventory(settings.vmi_dir, watcher),
+        inventory,
         AddressWatcher(settings.migration_interface, override, pod_ip),
         watcher,
     )

@@ -30,6 +30,9 @@ _FIRST_RETRY = 0.05  # seconds; doubled up to the last
 _LAST_RETRY = 2.0
 _ENDED_KEPT = 300.0  # seconds that an ended migration is still reported
 _ENDED_MOST = 200
+_NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
+
+FAILED = "MigrationProxyFailed"
 
 Key = tuple[Migration, Role]
 Planned = SourceProxy | TargetProxy
@@ -174,6 +177,7 @@ class Node:
                 about = {"migration": str(migration), "role": str(role), "reason": item.reason}
                 if item.error:
                     log.error("migration cannot be served", **about)
+                    self.warn((migration, role), item.reason)
                 else:
                     log.info("migration waits", **about)
         self.held = dict(held)
@@ -216,6 +220,13 @@ class Node:
             )
         await self._inventory.publish(vmi, address, ports)
         target.log.info("published", address=str(address), ports=ports.published())
+
+    def warn(self, key: Key, problem: str) -> None:
+        """Tells whoever looks at the VMI that a migration cannot be served."""
+        migration, role = key
+        if vmi := self._vmis.get(migration.vmi_uid):
+            message = f"migration {role} proxy on {self.options.name}: {problem}"
+            self._inventory.note(vmi, FAILED, message, warning=True)
 
     def forget(self, key: Key, worker: _Worker) -> None:
         """Keeps what a worker has to say of its migration, and lets go of it."""
@@ -274,6 +285,8 @@ class _Worker:
         self.wanted: Planned | None = None
         self.proxy: Source | Target | None = None
         self.problem: str | None = None
+        self._failing_since: float | None = None
+        self._noted: str | None = None
         self._node = node
         self._key = key
         self._changed = asyncio.Event()
@@ -330,7 +343,7 @@ class _Worker:
         else:
             if self.problem:
                 log.info("migration is served again", migration=str(item.migration), role=str(item.role))
-            self.problem = None
+            self.problem = self._failing_since = self._noted = None
         return self.problem is None
 
     def _fail(self, problem: str, *, unexpected: bool = False) -> None:
@@ -344,6 +357,10 @@ class _Worker:
                 exc_info=unexpected,
             )
         self.problem = problem
+        self._failing_since = self._failing_since or time.monotonic()
+        if problem != self._noted and time.monotonic() - self._failing_since > _NOTED_AFTER:
+            self._noted = problem
+            self._node.warn(self._key, problem)
 
     async def _reconcile(self, item: Planned) -> None:
         if self.proxy is None:

@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     IPvAnyAddress,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -65,10 +66,22 @@ class Settings(BaseModel):
         min_length=1,
         description="This node's name, as the VMIs' status and labels have it. Default: the host name.",
     )
-    vmi_dir: str = Field(
+    vmi_dir: str | None = Field(
+        None,
         min_length=1,
-        description="Folder (or single file) of VMIs in YAML or JSON, as `kubectl get vmis -A -o yaml` prints them. "
-        "Read again whenever it changes; the target's address and ports are written into it.",
+        description="Folder (or single file) of VMIs in YAML or JSON, as `kubectl get vmis -A -o yaml` prints them, "
+        "instead of a cluster. Read again whenever it changes; the target's address and ports are written into it.",
+    )
+    kubeconfig: str | None = Field(
+        None,
+        min_length=1,
+        description="kubeconfig of the cluster whose API server tells the VMIs. Default: the pod's service account.",
+    )
+    context: str | None = Field(None, min_length=1, description="The kubeconfig's context. Default: its current one.")
+    kubevirt_namespace: str = Field(
+        "kubevirt",
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+        description="Namespace in which KubeVirt is installed, whose settings and CA are followed.",
     )
     migration_interface: str = Field(
         "migration0", min_length=1, description="Interface whose first global-unicast address is the migration address."
@@ -98,7 +111,7 @@ class Settings(BaseModel):
     socket_owner: Annotated[tuple[int, int] | None, BeforeValidator(lambda value: _pair(":", value))] = Field(
         None,
         description="UID:GID that the source's socket files are given, which QEMU and libvirt run as. "
-        "Default: the owner of the launcher's kubevirt folder.",
+        "Default: 107:107 (KubeVirt's qemu) under Kubernetes, otherwise the owner of the launcher's kubevirt folder.",
     )
     congestion_control: str = Field(
         "cubic",
@@ -196,6 +209,20 @@ class Settings(BaseModel):
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key belong together: give both, or a folder of both")
         return self
+
+    @field_validator("kubeconfig")
+    @classmethod
+    def _one_inventory(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("vmi_dir") is not None:
+            raise ValueError("--vmi-dir is given too: VMIs come from the one or from the other")
+        return value
+
+    @field_validator("context")
+    @classmethod
+    def _context_of_a_kubeconfig(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("kubeconfig") is None:
+            raise ValueError("there is no --kubeconfig that could have a context")
+        return value
 
     @field_validator("launcher_run_dir")
     @classmethod

@@ -126,6 +126,9 @@ class FileInventory:
             raise PublishError(f"{_who(vmi)}: no file of {self._path} holds it any more")
         await asyncio.to_thread(_publish, path, vmi, str(address), ports.published())
 
+    def note(self, vmi: VMI, reason: str, message: str, *, warning: bool = False) -> None:
+        """See `Inventory.note`: a file has no place for it, and the log has it anyway."""
+
     async def _refresh(self, feed: "_Feed") -> None:
         """Bring `_files` up to the disk's state, reading no file but those that the news are about."""
         news = feed.take()
