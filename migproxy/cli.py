@@ -64,11 +64,11 @@ def _run(invocation: typer.Context, config: str | None, **flags: Any) -> None:
     from migproxy.control import ControlError
     from migproxy.daemon import serve
     from migproxy.inventory import InventoryError
-    from migproxy.security import SecurityError, security
+    from migproxy.security import SecurityError
 
     logs.configure(settings.log_format, settings.log_level)
     try:
-        uvloop.run(serve(settings, security(settings)))
+        uvloop.run(serve(settings))
     except (SecurityError, ControlError, InventoryError) as error:
         _fail(str(error))
 
@@ -90,7 +90,7 @@ def _daemon_command(settings: type[options.Settings]) -> Any:
     ]
     for name, field in settings.model_fields.items():
         is_flag = field.annotation is bool
-        has_default = not (is_flag or field.is_required() or not field.default or field.default_factory)
+        has_default = not (is_flag or not field.default or field.default_factory)
         option = typer.Option(
             options.option(name),
             envvar=options.variables(name),

@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from migproxy.netif import AddressWatcher
 from migproxy.node import Node, NodeOptions
 from migproxy.portmap import IPAddress
 from migproxy.proxy import ProxyError, Surroundings
+from migproxy.security import ClusterSecurity, security
 from migproxy.settings import Settings
 from migproxy.sockets import TCPOptions
 from migproxy.target import PortRange
@@ -30,7 +30,7 @@ from migproxy.tls import Security
 from migproxy.watch import Watcher
 
 if TYPE_CHECKING:
-    from migproxy.kube.cluster import Cluster, ClusterSettings
+    from migproxy.kube.cluster import Cluster
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +41,7 @@ as often: with 800 connections at full speed, the default of 5 ms costs a third 
 _KUBEVIRT_OWNER = (107, 107)  # the qemu user and group of KubeVirt's launcher images
 
 
-async def serve(settings: Settings, security: Security) -> None:
+async def serve(settings: Settings) -> None:
     """Runs the daemon until a signal ends it.
 
     SIGTERM or SIGINT drains: no new migration is taken, running ones go on to their end or for
@@ -49,16 +49,15 @@ async def serve(settings: Settings, security: Security) -> None:
 
     Args:
         settings: The options.
-        security: What protects the connections between the nodes.
 
     Raises:
-        InventoryError, ControlError: The daemon cannot start; says why.
+        InventoryError, SecurityError, ControlError: The daemon cannot start; says why.
     """
     _raise_file_limit()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     signals = _Signals()
-    async with Watcher() as watcher, _inputs(settings, watcher) as (inventory, cluster):
-        node = _make_node(settings, security, inventory, watcher)
+    async with Watcher() as watcher, _inputs(settings, watcher) as (inventory, protection, cluster):
+        node = _make_node(settings, protection, inventory, watcher)
 
         def report() -> dict[str, Any]:
             return node.report() | ({"cluster": cluster.report()} if cluster else {})
@@ -71,7 +70,7 @@ async def serve(settings: Settings, security: Security) -> None:
                 vmi_dir=settings.vmi_dir,
                 kubeconfig=settings.kubeconfig,
             )
-            running, watching = asyncio.create_task(_run(node, cluster)), asyncio.create_task(security.watch())
+            running, watching = asyncio.create_task(_run(node, cluster)), asyncio.create_task(protection.watch())
             try:
                 await _first(running, signals.first())
                 await _drain(node, running, signals, settings.drain_timeout)
@@ -83,10 +82,10 @@ async def serve(settings: Settings, security: Security) -> None:
 
 
 @asynccontextmanager
-async def _inputs(settings: Settings, watcher: Watcher) -> AsyncIterator[tuple[Inventory, Cluster | None]]:
-    """Where the VMIs come from, and the cluster whose KubeVirt is followed, if there is one."""
+async def _inputs(settings: Settings, watcher: Watcher) -> AsyncIterator[tuple[Inventory, Security, Cluster | None]]:
+    """Where the VMIs come from, what protects their migrations, and the cluster whose KubeVirt is followed, if any."""
     if settings.vmi_dir is not None:
-        yield FileInventory(settings.vmi_dir, watcher), None
+        yield FileInventory(settings.vmi_dir, watcher), security(settings), None
         return
     # Slow to import, and only needed here.
     from migproxy.inventory.kube import KubeInventory
@@ -98,26 +97,9 @@ async def _inputs(settings: Settings, watcher: Watcher) -> AsyncIterator[tuple[I
             api = await stack.enter_async_context(ApiServer(settings.kubeconfig, settings.context))
         except ConfigurationError as error:
             raise InventoryError(str(error)) from error
-        apply = partial(apply_cluster_settings, settings)
-        yield KubeInventory(api, settings.node_name), Cluster(api, settings.kubevirt_namespace, apply)
-
-
-def apply_cluster_settings(settings: Settings, cluster: ClusterSettings) -> None:
-    """The one place where KubeVirt's settings, less what options override, reach the connections.
-
-    Args:
-        settings: The options.
-        cluster: KubeVirt's settings, whenever they change.
-    """
-    from migproxy.kube.cluster import Overrides, merge
-
-    merged = merge(cluster, Overrides(disable_tls=settings.disable_tls or None))
-    if merged.disable_tls != cluster.disable_tls:
-        log.warning(
-            "migrations are relayed in plaintext, KubeVirt's setting is TLS",
-            remedy="every migproxy of the cluster must agree: set migrations.disableTLS in the KubeVirt resource, or "
-            "leave --disable-tls away",
-        )
+        protection = ClusterSecurity(settings)
+        cluster = Cluster(api, settings.kubevirt_namespace, protection.apply)
+        yield KubeInventory(api, settings.node_name), protection, cluster
 
 
 async def _run(node: Node, cluster: Cluster | None) -> None:
@@ -130,7 +112,7 @@ async def _run(node: Node, cluster: Cluster | None) -> None:
         following.cancel()
 
 
-def _make_node(settings: Settings, security: Security, inventory: Inventory, watcher: Watcher) -> Node:
+def _make_node(settings: Settings, protection: Security, inventory: Inventory, watcher: Watcher) -> Node:
     def local_address(ip_version: int) -> IPAddress:
         state = node.address
         addresses: tuple[IPAddress, ...] = state.addresses if state else ()
@@ -150,7 +132,7 @@ def _make_node(settings: Settings, security: Security, inventory: Inventory, wat
         Surroundings(
             launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
             tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout),
-            security=security,
+            security=protection,
             local_address=local_address,
             dial_timeout=settings.dial_timeout,
             max_connections=settings.max_connections,

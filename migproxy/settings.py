@@ -29,7 +29,7 @@ from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, SERVER_DIR, SERVER_NA
 
 
 class SettingsError(Exception):
-    """Options are missing or wrong; the message names each of them, where it was given, and why."""
+    """Options are wrong; the message names each of them, where it was given, and why."""
 
 
 def _pair(separator: str, text: object) -> object:
@@ -257,7 +257,7 @@ def load(given: Mapping[str, Any], origins: Mapping[str, str], config: str | Non
         config: Path of a TOML file with the flags' names (without dashes in front) as keys, or None.
 
     Raises:
-        SettingsError: A value is wrong, an option is unknown or missing, or the file cannot be read.
+        SettingsError: A value is wrong, an option is unknown, or the file cannot be read.
     """
     values, where = _read(config) if config else ({}, {})
     values |= given
@@ -288,7 +288,5 @@ def _explain(problem: dict[str, Any], where: Mapping[str, str]) -> str:
     if not problem["loc"]:  # about several options: names them itself
         return str(problem["msg"].removeprefix("Value error, "))
     field = str(problem["loc"][0])
-    if problem["type"] == "missing":
-        return f"{option(field)} is missing (or {variables(field)[0]}, or {key(field)} in the configuration file)"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where.get(field, option(field))}: {problem['input']!r}: {message}"

@@ -21,7 +21,6 @@ import uvloop
 from demo.lab import Node, VMIFile, until
 from demo.stream import CONNECTIONS, Streams
 from migproxy import control, daemon, devcerts, logs
-from migproxy.security import security
 from migproxy.settings import Settings
 
 SMALL, LARGE = 1 << 20, 64 << 20  # bytes, of all streams together
@@ -64,7 +63,7 @@ def start(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> in
         try:
             os.dup2(os.open(node.proxy.log, os.O_WRONLY | os.O_CREAT, 0o600), 2)
             logs.configure("json", "info")
-            uvloop.run(daemon.serve(settings, security(settings)))
+            uvloop.run(daemon.serve(settings))
         finally:
             os._exit(0)
     return pid

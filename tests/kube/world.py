@@ -125,6 +125,7 @@ class LocalNode:
                     local_address=local_address,
                     dial_timeout=5,
                     max_connections=8,
+                    max_handshakes=8,
                 ),
                 KubeInventory(api, self.name, PACE),
                 AddressWatcher("none", self.address),

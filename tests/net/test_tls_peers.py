@@ -49,7 +49,7 @@ class Ours:
         self.launcher, unix = socket.socketpair(socket.AF_UNIX)
         self.launcher.setblocking(False)
         self.transport = transport
-        self._relay = Relay(unix, transport, "test")
+        self._relay = Relay(unix, transport)
         self.run = asyncio.create_task(self._relay.run())
 
     async def send(self, data: bytes) -> None:

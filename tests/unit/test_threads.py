@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 import time
+from functools import partial
 
 from migproxy.threads import Threads
 
@@ -32,7 +33,7 @@ def test_a_thread_that_is_done_takes_the_next_work() -> None:
 def test_all_work_is_done_once_though_threads_end_all_the_time() -> None:
     threads, done = Threads(linger=0.0001), queue.SimpleQueue[int]()
     for number in range(5000):
-        threads.start(lambda number=number: done.put(number))
+        threads.start(partial(done.put, number))
         if number % 7 == 0:
             time.sleep(0.0002)
     assert sorted(done.get(timeout=DEADLINE) for _ in range(5000)) == list(range(5000))

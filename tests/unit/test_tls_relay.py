@@ -59,7 +59,7 @@ class Legs:
         transport = await security.secure(tcp, server=True)
         self.far = await handshake
         assert str(self.far.version()) in transport.label
-        self.relay = Relay(self._unix, transport, "test")
+        self.relay = Relay(self._unix, transport)
         self.run = asyncio.create_task(self.relay.run())
 
     async def ended(self) -> None:
@@ -105,7 +105,7 @@ async def test_bytes_cross_both_ways_at_once_unchanged(cluster: Cluster) -> None
         launcher, unix = socket.socketpair(socket.AF_UNIX)
         launcher.settimeout(DEADLINE)
         launchers.append(launcher)
-        relays.append(Relay(unix, transport, "test"))
+        relays.append(Relay(unix, transport))
         runs.append(asyncio.create_task(relays[-1].run()))
     there, back = random.Random(1).randbytes(40_000_000), random.Random(2).randbytes(37_000_001)
 
@@ -160,7 +160,7 @@ async def test_what_the_peer_sends_with_its_handshake_is_not_lost(cluster: Clust
     await loop.sock_sendall(near, outgoing.read())
     launcher, unix = socket.socketpair(socket.AF_UNIX)
     launcher.settimeout(DEADLINE)
-    relay = Relay(unix, await securing, "test")
+    relay = Relay(unix, await securing)
     run = asyncio.create_task(relay.run())
     launcher.shutdown(socket.SHUT_WR)  # the target's close_notify must not swallow them
     assert await asyncio.to_thread(read, launcher, 11) == b"first words"
