@@ -26,6 +26,7 @@ from migproxy.security import ClusterSecurity, security
 from migproxy.settings import Settings
 from migproxy.sockets import TCPOptions
 from migproxy.target import PortRange
+from migproxy.threads import prefer_this_thread
 from migproxy.tls import Security
 from migproxy.watch import Watcher
 
@@ -55,6 +56,8 @@ async def serve(settings: Settings) -> None:
     """
     _raise_file_limit()
     sys.setswitchinterval(_SWITCH_INTERVAL)
+    if not prefer_this_thread():
+        log.info("the event loop has no preference over the pumps", remedy="CAP_SYS_NICE, or LimitNICE=-10 in systemd")
     signals = _Signals()
     async with Watcher() as watcher, _inputs(settings, watcher) as (inventory, protection, cluster):
         node = _make_node(settings, protection, inventory, watcher)
