@@ -64,11 +64,12 @@ def _run(context: typer.Context, config: str | None, **flags: Any) -> None:
     from migproxy.control import ControlError
     from migproxy.daemon import serve
     from migproxy.inventory import InventoryError
+    from migproxy.web import HTTPError
 
     logs.configure(settings.log_format, settings.log_level)
     try:
         uvloop.run(serve(settings, tls.security(disable_tls=settings.disable_tls)))
-    except (tls.SecurityError, ControlError, InventoryError) as error:
+    except (tls.SecurityError, ControlError, HTTPError, InventoryError) as error:
         _fail(str(error))
 
 

@@ -6,20 +6,23 @@ import asyncio
 import ipaddress
 import resource
 import signal
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
 import structlog
 
-from migproxy import control
+from migproxy import control, web
 from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
+from migproxy.measure import Measures
+from migproxy.metrics import Exporter
 from migproxy.netif import AddressWatcher
 from migproxy.node import Node, NodeOptions
 from migproxy.portmap import IPAddress
 from migproxy.proxy import ProxyError, Surroundings
-from migproxy.settings import Settings
+from migproxy.settings import Settings, parse_listen
 from migproxy.sockets import TCPOptions
 from migproxy.target import PortRange
 from migproxy.tls import Security
@@ -39,13 +42,17 @@ async def serve(settings: Settings, security: Security) -> None:
         security: What protects the connections between the nodes.
 
     Raises:
-        InventoryError, ControlError: The daemon cannot start; says why.
+        InventoryError, ControlError, HTTPError: The daemon cannot start; says why.
     """
     _raise_file_limit()
     signals = _Signals()
     async with Watcher() as watcher:
-        node = _make_node(settings, security, watcher)
-        async with control.serve(settings.control_socket, node.report):
+        measures = Measures()
+        node = _make_node(settings, security, watcher, measures)
+        async with (
+            control.serve(settings.control_socket, node.report),
+            _http(settings, node, Exporter(node.report, measures)),
+        ):
             log.info("started", version=version("migproxy"), node=settings.node_name, vmi_dir=settings.vmi_dir)
             running = asyncio.create_task(node.run())
             try:
@@ -57,7 +64,19 @@ async def serve(settings: Settings, security: Security) -> None:
     log.info("stopped")
 
 
-def _make_node(settings: Settings, security: Security, watcher: Watcher) -> Node:
+@asynccontextmanager
+async def _http(settings: Settings, node: Node, exporter: Exporter) -> AsyncIterator[None]:
+    where = parse_listen(settings.http_listen)
+    if where is None:
+        yield
+        return
+    options = web.HTTPOptions(*where, settings.http_tls_cert, settings.http_tls_key)
+    async with web.serve(options, node, exporter) as url:
+        log.info("serving HTTP", url=url)
+        yield
+
+
+def _make_node(settings: Settings, security: Security, watcher: Watcher, measures: Measures) -> Node:
     def local_address(ip_version: int) -> IPAddress:
         state = node.address
         addresses: tuple[IPAddress, ...] = state.addresses if state else ()
@@ -72,7 +91,13 @@ def _make_node(settings: Settings, security: Security, watcher: Watcher) -> Node
     )
     low, high = settings.port_range or (0, 0)
     node = Node(
-        NodeOptions(settings.node_name, PortRange(low, high), settings.socket_owner, settings.libvirt_socket),
+        NodeOptions(
+            settings.node_name,
+            PortRange(low, high),
+            settings.socket_owner,
+            settings.libvirt_socket,
+            settings.retention,
+        ),
         Surroundings(
             launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
             tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout),
@@ -80,6 +105,7 @@ def _make_node(settings: Settings, security: Security, watcher: Watcher) -> Node
             local_address=local_address,
             dial_timeout=settings.dial_timeout,
             max_connections=settings.max_connections,
+            measures=measures,
         ),
         FileInventory(settings.vmi_dir, watcher),
         AddressWatcher(settings.migration_interface, override, pod_ip),

@@ -7,20 +7,27 @@ import errno
 import socket
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import structlog
 
 from migproxy.launcher import Launchers
+from migproxy.measure import Measures
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
 from migproxy.relay import Relay, Traffic
 from migproxy.sockets import TCPOptions, reset, widen_unix
-from migproxy.tls import Security
+from migproxy.tls import Plaintext, Security
 
 _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
+_HISTORY = 60  # seconds of rates that are kept for people to look at
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+_BROKEN = {errno.ECONNRESET: "reset", errno.ETIMEDOUT: "timeout", errno.EPIPE: "closed"}
 
 
 class ProxyError(Exception):
@@ -43,6 +50,7 @@ class Surroundings:
         dial_timeout: Seconds that the other leg may take to appear, retried meanwhile.
         max_connections: Open connections per channel of a migration; more wait in the listener's queue, so that
             no launcher can use up the daemon's descriptors.
+        measures: Where latencies and failures of the node are recorded.
     """
 
     launchers: Launchers
@@ -51,6 +59,7 @@ class Surroundings:
     local_address: Callable[[int], IPAddress]
     dial_timeout: float
     max_connections: int
+    measures: Measures = field(default_factory=Measures)
 
 
 class Proxy(ABC):
@@ -62,6 +71,7 @@ class Proxy(ABC):
         traffic: What each channel has carried.
         last_error: The latest connection's failure, for people.
         began: When it was made (`time.time`).
+        opened: When its first connection was relayed (`time.monotonic`), None before that.
     """
 
     role: Role
@@ -71,6 +81,7 @@ class Proxy(ABC):
         self.traffic: dict[Channel, Traffic] = {}
         self.last_error: str | None = None
         self.began = time.time()
+        self.opened: float | None = None
         self.log = structlog.get_logger(__name__).bind(
             namespace=migration.namespace,
             name=migration.name,
@@ -80,7 +91,7 @@ class Proxy(ABC):
         self._around = around
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._slots: dict[Channel, asyncio.Semaphore] = {}
-        self._samples = [(time.monotonic(), 0, 0)] * 2
+        self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
 
     @abstractmethod
     async def _dial(self, channel: Channel) -> socket.socket:
@@ -108,14 +119,33 @@ class Proxy(ABC):
     @property
     def rate(self) -> tuple[float, float]:
         """Bytes per second sent and received, over the last one to two seconds."""
-        then, sent, received = self._samples[0]
+        then, sent, received = self._samples[-2] if len(self._samples) > 1 else self._samples[0]
         seconds = max(time.monotonic() - then, 1e-3)
         now_sent, now_received = self._moved()
         return (now_sent - sent) / seconds, (now_received - received) / seconds
 
     def sample(self) -> None:
-        """Remembers the counters for `rate`; to be called each second."""
-        self._samples = [self._samples[1], (time.monotonic(), *self._moved())]
+        """Remembers the counters for `rate` and `history`; to be called each second."""
+        self._samples.append((time.monotonic(), *self._moved()))
+
+    @property
+    def history(self) -> list[int]:
+        """Bytes per second, both ways together, between the samples of the last minute, the latest last."""
+        return [
+            round((sent + received - sent_before - received_before) / max(at - before, 1e-3))
+            for (before, sent_before, received_before), (at, sent, received) in pairwise(self._samples)
+        ]
+
+    def resume(self, traffic: dict[Channel, Traffic], began: float) -> None:
+        """Goes on counting where an earlier proxy of the same migration and role left off.
+
+        Args:
+            traffic: What it had carried.
+            began: When it was made (`time.time`).
+        """
+        self.traffic, self.began = traffic, began
+        self._samples.clear()
+        self.sample()
 
     def _moved(self) -> tuple[int, int]:
         traffic = self.traffic.values()
@@ -160,30 +190,34 @@ class Proxy(ABC):
             task.add_done_callback(lambda done: self._connections.pop(done).close())
 
     async def _connection(self, accepted: socket.socket, channel: Channel, slots: asyncio.Semaphore) -> None:
-        traffic = self.traffic[channel]
         log = self.log.bind(channel=channel.label, peer=self.peer(channel))
         try:
-            relay = await self._connect(accepted, channel, traffic, log)
+            relay = await self._connect(accepted, channel, log)
             if relay is not None:
                 await self._relay(relay, channel, log)
         finally:
             slots.release()
 
     async def _connect(
-        self, accepted: socket.socket, channel: Channel, traffic: Traffic, log: structlog.stdlib.BoundLogger
+        self, accepted: socket.socket, channel: Channel, log: structlog.stdlib.BoundLogger
     ) -> Relay | None:
         """Turns an accepted connection into a relay; without one, both legs are closed and it is said why."""
         legs = [accepted]
+        measures, phase, began = self._around.measures, "dial", time.monotonic()
         try:
             legs.append(await self._dial_until(channel))
+            measures.dials.labels(self.role, channel.label).observe(time.monotonic() - began)
             unix, tcp = legs if accepted.family == socket.AF_UNIX else reversed(legs)
+            phase, began = "handshake", time.monotonic()
             tcp = await self._around.security.secure(tcp, server=tcp is accepted)
+            if not isinstance(self._around.security, Plaintext):
+                measures.handshakes.labels(self.role).observe(time.monotonic() - began)
+            phase = "other"
             widen_unix(unix)
             return Relay(unix, tcp, f"{self.migration.migration_uid[:8]} {channel.label}")
         except (DialError, ProxyError, OSError) as error:
-            traffic.failed += 1
             why = getattr(error, "strerror", None) or str(error)
-            self.last_error = f"channel {channel.label}: {why}"
+            self._failed(channel, phase, why)
             log.error("connection failed", error=why)
             for leg in legs:
                 reset(leg)
@@ -213,14 +247,14 @@ class Proxy(ABC):
     async def _relay(self, relay: Relay, channel: Channel, log: structlog.stdlib.BoundLogger) -> None:
         traffic = self.traffic[channel]
         traffic.begin(relay)
+        self.opened = self.opened or relay.opened
         log.info("connection opened")
         outcome, error = "connection closed", None
         try:
             await relay.run()
         except OSError as broken:
-            traffic.failed += 1
             outcome, error = "connection broken", broken.strerror or str(broken)
-            self.last_error = f"channel {channel.label}: {error}"
+            self._failed(channel, _BROKEN.get(broken.errno or 0, "other"), error)
         finally:
             traffic.end(relay)
             seconds = round(time.monotonic() - relay.opened, 3)
@@ -229,6 +263,11 @@ class Proxy(ABC):
                 log.warning(outcome, **counts, error=error)
             else:
                 log.info(outcome, **counts)
+
+    def _failed(self, channel: Channel, reason: str, error: str) -> None:
+        self.traffic[channel].failures[reason] += 1
+        self._around.measures.failures.labels(self.role, reason).inc()
+        self.last_error = f"channel {channel.label}: {error}"
 
     async def close(self) -> None:
         """Ends every connection at once, and logs what the migration has moved."""

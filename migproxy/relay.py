@@ -10,9 +10,11 @@ import struct
 import termios
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from migproxy import tcpinfo
 from migproxy.splice import Pump
 
 _FLUSH_SECONDS = 5.0
@@ -36,6 +38,7 @@ class Relay:
         self._name = name
         self._stopped = False
         self._first_error: OSError | None = None
+        self._last_tcp_info: tcpinfo.TCPInfo | None = None
         for sock in (unix, tcp):
             sock.setblocking(True)
         self._send = Pump(unix, tcp)
@@ -54,6 +57,19 @@ class Relay:
     def received(self) -> int:
         """Bytes taken from TCP and handed to the launcher."""
         return self._receive.moved
+
+    @property
+    def modes(self) -> Counter[str]:
+        """Bytes both ways, by how they moved."""
+        modes: Counter[str] = Counter()
+        for pump in (self._send, self._receive):
+            modes[pump.mode] += pump.moved
+        return modes
+
+    @property
+    def tcp_info(self) -> tcpinfo.TCPInfo | None:
+        """TCP's own view of the connection; of a closed one, the last there was."""
+        return self._last_tcp_info or tcpinfo.read(self._tcp)
 
     async def run(self) -> None:
         """Pumps until both directions have ended, then closes both sockets.
@@ -114,6 +130,7 @@ class Relay:
             await asyncio.sleep(0.01)
 
     def _close(self, *, abort: bool) -> None:
+        self._last_tcp_info = tcpinfo.read(self._tcp)
         if abort:
             with suppress(OSError):
                 self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -134,15 +151,22 @@ class Traffic:
 
     Attributes:
         connections: Connections relayed so far.
-        failed: Connections that ended with an error, dialling included.
+        failures: Connections that ended with an error, dialling included, by reason (`measure.FAILURES`).
         relays: Those that are open now.
     """
 
     connections: int = 0
-    failed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
     relays: set[Relay] = field(default_factory=set)
     _sent: int = 0
     _received: int = 0
+    _modes: Counter[str] = field(default_factory=Counter)
+    _retransmits: int = 0
+
+    @property
+    def failed(self) -> int:
+        """Connections that ended with an error."""
+        return self.failures.total()
 
     @property
     def sent(self) -> int:
@@ -154,6 +178,21 @@ class Traffic:
         """Bytes from the network to the launcher, all connections."""
         return self._received + sum(relay.received for relay in self.relays)
 
+    @property
+    def modes(self) -> Counter[str]:
+        """Bytes both ways, by how they moved, all connections."""
+        return sum((relay.modes for relay in self.relays), self._modes)
+
+    @property
+    def retransmits(self) -> int:
+        """Segments that TCP sent again, all connections."""
+        return self._retransmits + sum(info.retransmits for info in self.tcp_infos)
+
+    @property
+    def tcp_infos(self) -> list[tcpinfo.TCPInfo]:
+        """TCP's view of each open connection."""
+        return [info for relay in self.relays if (info := relay.tcp_info)]
+
     def begin(self, relay: Relay) -> None:
         """Counts a relay as open."""
         self.connections += 1
@@ -164,3 +203,6 @@ class Traffic:
         self.relays.discard(relay)
         self._sent += relay.sent
         self._received += relay.received
+        self._modes += relay.modes
+        if relay.tcp_info:
+            self._retransmits += relay.tcp_info.retransmits

@@ -54,11 +54,13 @@ class Pump:
     and then ends too.
 
     Attributes:
+        mode: How the bytes move, for metrics.
         moved: Bytes delivered to `target` so far; written by the pump's thread alone, read by anyone.
         error: What ended the stream before its end; None while it runs and after a clean end.
     """
 
     __slots__ = ("error", "moved", "pipe", "source", "target")
+    mode = "spliced"
 
     def __init__(self, source: socket.socket, target: socket.socket) -> None:
         self.source = source
