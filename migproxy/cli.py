@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -88,25 +89,33 @@ def _daemon_command(settings: type[options.Settings]) -> Any:
             "config", str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="TOML file of options.")
         ),
     ]
-    for name, field in settings.model_fields.items():
-        is_flag = field.annotation is bool
-        has_default = not (is_flag or field.is_required() or field.default is None or field.default_factory)
-        option = typer.Option(
-            options.option(name),
-            envvar=options.variables(name),
-            help=(field.description or "") + (f" Default: {field.default}." if has_default else ""),
-            show_default=False,
-            show_envvar=True,
-        )
-        parameters.append(_parameter(name, bool if is_flag else str | None, option))
+    parameters += [_setting(name) for name in settings.model_fields]
 
+    return _with_parameters(_run, parameters)
+
+
+def _with_parameters(function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
     def run(*args: Any, **kwargs: Any) -> None:
-        _run(*args, **kwargs)
+        function(*args, **kwargs)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__doc__ = _run.__doc__
+    run.__doc__ = function.__doc__
     return run
+
+
+def _setting(name: str) -> inspect.Parameter:
+    field = options.Settings.model_fields[name]
+    is_flag = field.annotation is bool
+    has_default = not (is_flag or field.is_required() or field.default is None or field.default_factory)
+    option = typer.Option(
+        options.option(name),
+        envvar=options.variables(name),
+        help=(field.description or "") + (f" Default: {field.default}." if has_default else ""),
+        show_default=False,
+        show_envvar=True,
+    )
+    return _parameter(name, bool if is_flag else str | None, option)
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
@@ -131,6 +140,91 @@ def status(
     except control.ControlError as error:
         _fail(str(error))
     typer.echo(json.dumps(report, indent=2) if as_json else render(report))
+
+
+@app.command()
+def top(
+    control_socket: Annotated[str, _CONTROL_SOCKET] = _DEFAULT_CONTROL_SOCKET,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two pictures.")] = 1.0,
+    sort: Annotated[str, typer.Option("--sort", help="rate, total, age or name.")] = "rate",
+) -> None:
+    """Show the migrations of the running daemon live; not on a terminal, one picture of them."""
+    from migproxy import control
+    from migproxy.top import SORTS, run
+
+    if sort not in SORTS.values():
+        _fail(f"--sort {sort}: there are {', '.join(SORTS.values())}", 2)
+    try:
+        run(lambda: control.ask(control_socket), interval, sort)
+    except control.ControlError as error:
+        _fail(str(error))
+
+
+_EXAMINED = (
+    "migration_interface",
+    "migration_address",
+    "pod_ip",
+    "port_range",
+    "launcher_run_dir",
+    "pods_dir",
+    "congestion_control",
+    "disable_tls",
+)
+"""The daemon's options that `migproxy doctor` has too."""
+
+
+def _doctor(
+    context: typer.Context,
+    config: Annotated[
+        str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="The daemon's TOML file of options.")
+    ] = None,
+    tls_ca: Annotated[
+        str | None, typer.Option("--tls-ca", help="PEM file of the CAs that peers are checked by.")
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option("--tls-cert", help="PEM file of this node's certificate.")] = None,
+    tls_key: Annotated[str | None, typer.Option("--tls-key", help="PEM file of its key.")] = None,
+    kubeconfig: Annotated[str | None, typer.Option("--kubeconfig", help="Check this API server too.")] = None,
+    kube_context: Annotated[str | None, typer.Option("--context", help="The kubeconfig's context.")] = None,
+    peer: Annotated[
+        str | None, typer.Option("--peer", help="Check the path to this migration address, where --serve runs.")
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Answer another node's --peer, until interrupted.")] = False,
+    peer_port: Annotated[
+        int, typer.Option("--peer-port", min=1, max=65534, help="For both; the next is used too.")
+    ] = 9471,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="To measure the throughput for.")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    **flags: Any,
+) -> None:
+    """Check this node, and the path to another one; say what to do. Exit status 1 where a check failed."""
+    given = {name: value for name, value in flags.items() if value not in (None, False)}
+    origins = {name: _origin(context, name) for name in given}
+    try:  # no VMI is read here: any path will do where none is given
+        settings = options.load({"vmi_dir": "/", **given}, origins, config)
+    except options.SettingsError as error:
+        _fail(str(error), 2)
+    from migproxy.doctor import command
+
+    paths = (tls_ca, tls_cert, tls_key)
+    if any(paths) and not all(paths):
+        _fail("--tls-ca, --tls-cert and --tls-key are given together", 2)
+    request = command.Request(
+        settings, paths if all(paths) else None, kubeconfig, kube_context, peer, peer_port, seconds
+    )
+    try:
+        raise typer.Exit(command.serve(request) if serve else command.examine(request, as_json=as_json))
+    except command.PeerError as error:
+        _fail(str(error))
+
+
+def _doctor_command() -> Any:
+    signature = inspect.signature(_doctor, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [*own[:1], *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own[1:])]
+    return _with_parameters(_doctor, parameters + [_setting(name) for name in _EXAMINED])
+
+
+app.command("doctor")(_doctor_command())
 
 
 @app.command()
