@@ -1,16 +1,16 @@
 # make demo: a virtual machine migrates live between two nodes through migproxy
 # make test: everything that CI checks
-# make venv, lint, unit, net, e2e, docs, lock: the parts
+# make venv, lint, unit, net, e2e, observe, docs, lock: the parts
 
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test venv lint unit net e2e docs lock lab-packages clean
+.PHONY: demo test venv lint unit net e2e observe docs lock lab-packages observability-packages clean
 
 demo: venv lab-packages
 	@scripts/demo
 
-test: venv lab-packages lint
+test: venv lab-packages observability-packages lint
 	@rm -f .coverage .coverage.*
 	scripts/sandbox $(BIN)/pytest --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/coverage report
@@ -27,6 +27,9 @@ unit: venv
 net e2e: venv lab-packages
 	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
 
+observe: venv lab-packages observability-packages
+	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
+
 venv: .venv/ready
 
 .venv/ready: requirements.lock pyproject.toml
@@ -39,6 +42,9 @@ venv: .venv/ready
 
 lab-packages:
 	@scripts/system-packages lab
+
+observability-packages:
+	@scripts/system-packages observability
 
 # The parts of the documentation that come from the code.
 docs: venv
