@@ -21,8 +21,9 @@ Report = Mapping[str, Any]
 SORTS = {"r": "rate", "t": "total", "a": "age", "n": "name"}
 """Keys, and what each sorts by."""
 
-_HEADINGS = ("MIGRATION", "ROLE", "STATE", "AGE", "RATE", "TOTAL", "RTT", "RETR", "CONN")
-_WIDTHS = (0, 6, 9, 6, 11, 10, 8, 5, 4)  # the first takes what is left
+_HEADINGS = ("MIGRATION", "ROLE", "STATE", "AGE", "RATE", "TOTAL")
+_WIDTHS = (0, 6, 9, 6, 12, 10)  # the first takes what is left
+_BAR = 14
 _BARS, _ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 _BOLD, _DIM, _RED, _GREEN, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[0m"
 _ENTER, _LEAVE, _HOME, _CLEAR_LINE, _CLEAR_BELOW = (
@@ -53,7 +54,7 @@ class Style:
         """Finds out by the environment."""
         dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
         return cls(
-            colour=not dumb and not os.environ.get("NO_COLOR"),
+            colour=sys.stdout.isatty() and not dumb and not os.environ.get("NO_COLOR"),
             unicode=(sys.stdout.encoding or "").lower().replace("-", "") == "utf8",
             cursor=not dumb,
         )
@@ -171,7 +172,6 @@ def _node(report: Report, migrations: Sequence[Report], style: Style) -> list[st
 
 def _migration(one: Report, most: float, width: int, style: Style) -> list[str]:
     channels = one.get("channels") or []
-    tcp = [channel["tcp"] for channel in channels if channel["tcp"]]
     total = sum(channel["bytes_sent"] + channel["bytes_received"] for channel in channels)
     cells = (
         _clean(f"{one['namespace']}/{one['name']}"),
@@ -180,9 +180,6 @@ def _migration(one: Report, most: float, width: int, style: Style) -> list[str]:
         duration(one.get("age_seconds")),
         f"{size(_rate(one))}/s" if one["state"] != "ended" and channels else "",
         size(total) if channels else "",
-        milliseconds(max(info["rtt_seconds"] for info in tcp)) if tcp else "",
-        str(sum(channel["retransmits"] for channel in channels)) if channels else "",
-        str(sum(channel["connections_open"] for channel in channels)) if channels else "",
     )
     colour = {"running": _GREEN, "error": _RED, "ended": _DIM}.get(one["state"], "")
     block = [style.paint(colour, _row(cells, width)) if colour else _row(cells, width)]
@@ -194,14 +191,23 @@ def _migration(one: Report, most: float, width: int, style: Style) -> list[str]:
 
 
 def _bars(one: Report, most: float, width: int, style: Style) -> str:
-    """The rate beside the fastest one's, then its last minute."""
+    """The rate beside the fastest one's, its last minute, and TCP's view."""
+    channels = one["channels"]
+    rtts = [channel["tcp"]["rtt_seconds"] for channel in channels if channel["tcp"]]
+    facts = [
+        f"{sum(channel['connections_open'] for channel in channels)} open",
+        f"{sum(channel['retransmits'] for channel in channels)} retransmits",
+        *([f"RTT {milliseconds(max(rtts))}"] if rtts else []),
+    ]
+    tail = ", ".join(facts)
     levels = _BARS if style.unicode else _ASCII_BARS
     full, empty = ("█", "░") if style.unicode else ("#", ".")
-    history = one["history"][-min(60, width - 24) :]
+    room = min(60, max(10, width - _BAR - len(tail) - 6))
+    history = one["history"][-room:]
     peak = max(*history, 1)
     spark = "".join(levels[min(len(levels) - 1, -(-rate * (len(levels) - 1) // peak))] for rate in history)
-    filled = round(18 * _rate(one) / most) if most else 0
-    return f"  {full * filled}{empty * (18 - filled)}  {spark}"
+    filled = round(_BAR * _rate(one) / most) if most else 0
+    return f"  {full * filled}{empty * (_BAR - filled)}  {spark.ljust(room)}  {tail}"
 
 
 def _clean(text: str) -> str:
