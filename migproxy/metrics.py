@@ -222,7 +222,7 @@ def _channels(migrations: list[Report]) -> Iterator[Metric]:
         labels=_CHANNEL,
     )
     connections = GaugeMetricFamily(
-        "migproxy_migration_connections", "Connections of a channel that are open.", labels=_CHANNEL
+        "migproxy_migration_connections_open", "Connections of a channel that are open.", labels=_CHANNEL
     )
     rtt = GaugeMetricFamily(
         "migproxy_migration_tcp_rtt_seconds",

@@ -93,33 +93,41 @@ def _listen(options: HTTPOptions) -> socket.socket:
 def _protection(options: HTTPOptions) -> ssl.SSLContext | None:
     if options.certificate is None or options.key is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificate, key = options.certificate, options.key
-
-    def identity() -> tuple[int, ...]:
-        return tuple(number for path in (certificate, key) for number in _identity(path))
-
     try:
-        loaded = identity()
-        context.load_cert_chain(certificate, key)
+        return _Certificate(options.certificate, options.key).context
     except (OSError, ssl.SSLError) as error:
         raise HTTPError(
-            f"--http-tls-cert {certificate}, --http-tls-key {key}: {error.strerror or error}: give a PEM certificate "
-            "and its unencrypted key, readable by this user"
+            f"--http-tls-cert {options.certificate}, --http-tls-key {options.key}: {error.strerror or error}: give a "
+            "PEM certificate and its unencrypted key, readable by this user"
         ) from error
 
-    def renew(_: ssl.SSLObject | ssl.SSLSocket, __: str | None, context: ssl.SSLContext) -> None:
-        """Each handshake comes by here: files that were replaced since the last one are loaded."""
-        nonlocal loaded
+
+class _Certificate:
+    """A certificate and its key in files that are replaced now and then.
+
+    Attributes:
+        context: To be listened with; each handshake uses the files as they are then.
+    """
+
+    def __init__(self, certificate: str, key: str) -> None:
+        self._paths = certificate, key
+        self._loaded, self.context = self._load()
+        self._latest = self.context
+        self.context.sni_callback = self._renew
+
+    def _load(self) -> tuple[list[tuple[int, ...]], ssl.SSLContext]:
+        identities = [_identity(path) for path in self._paths]
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*self._paths)
+        return identities, context
+
+    def _renew(self, connection: ssl.SSLSocket | ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
         try:
-            if (now := identity()) != loaded:
-                context.load_cert_chain(certificate, key)
-                loaded = now
+            if [_identity(path) for path in self._paths] != self._loaded:
+                self._loaded, self._latest = self._load()
         except (OSError, ssl.SSLError):
             pass  # half-replaced: the pair that was good stays, and the next handshake tries again
-
-    context.sni_callback = renew
-    return context
+        connection.context = self._latest
 
 
 def _identity(path: str) -> tuple[int, int, int]:
