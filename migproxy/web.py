@@ -115,7 +115,7 @@ class _Certificate:
         self._latest = self.context
         self.context.sni_callback = self._renew
 
-    def _load(self) -> tuple[list[tuple[int, ...]], ssl.SSLContext]:
+    def _load(self) -> tuple[list[tuple[int, int, int]], ssl.SSLContext]:
         identities = [_identity(path) for path in self._paths]
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*self._paths)
