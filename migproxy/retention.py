@@ -54,10 +54,6 @@ class Retention(Generic[K]):
         """Lets go of what a proxy left, because another one goes on in its place."""
         return self._kept.pop(key, None)
 
-    def get(self, key: K) -> Ended | None:
-        """What a proxy left, if it is still kept."""
-        return self._kept.get(key)
-
     def items(self) -> Iterator[tuple[K, Ended]]:
         """Everything that is kept, the oldest first."""
         self._expire()

@@ -18,7 +18,7 @@ def sandbox() -> None:
         pytest.exit("these tests make networks and mounts: run them with `make observe`, in scripts/sandbox", 1)
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
-        pytest.exit(f"{', '.join(missing)} missing: run scripts/system-packages observability as root", 1)
+        pytest.fail(f"{', '.join(missing)} missing: run scripts/system-packages observability as root")
 
 
 @pytest.fixture
