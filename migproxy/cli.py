@@ -185,6 +185,9 @@ def _doctor(
     tls_key: Annotated[str | None, typer.Option("--tls-key", help="PEM file of its key.")] = None,
     kubeconfig: Annotated[str | None, typer.Option("--kubeconfig", help="Check this API server too.")] = None,
     kube_context: Annotated[str | None, typer.Option("--context", help="The kubeconfig's context.")] = None,
+    kubevirt_namespace: Annotated[
+        str, typer.Option("--kubevirt-namespace", help="Where KubeVirt is installed.")
+    ] = "kubevirt",
     peer: Annotated[
         str | None, typer.Option("--peer", help="Check the path to this migration address, where --serve runs.")
     ] = None,
@@ -209,7 +212,7 @@ def _doctor(
     if any(paths) and not all(paths):
         _fail("--tls-ca, --tls-cert and --tls-key are given together", 2)
     request = command.Request(
-        settings, paths if all(paths) else None, kubeconfig, kube_context, peer, peer_port, seconds
+        settings, paths if all(paths) else None, kubeconfig, kube_context, kubevirt_namespace, peer, peer_port, seconds
     )
     try:
         raise typer.Exit(command.serve(request) if serve else command.examine(request, as_json=as_json))

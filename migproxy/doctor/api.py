@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -15,16 +16,40 @@ from migproxy.doctor.host import check_clock
 
 _TIMEOUT = 10.0
 
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """Something that the daemon does at the API server.
+
+    Attributes:
+        verb, group, resource: What, in the words of a Role's rules.
+        name: Of the one object that it does it to; None for any.
+        in_kubevirt: In KubeVirt's namespace only; otherwise in all of them.
+    """
+
+    verb: str
+    group: str
+    resource: str
+    name: str | None = None
+    in_kubevirt: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{self.verb} {self.resource}{'.' + self.group if self.group else ''}{' ' + self.name if self.name else ''}"
+        )
+
+    def rule(self) -> str:
+        """The rule that allows it."""
+        names = f', resourceNames ["{self.name}"]' if self.name else ""
+        return f'apiGroups ["{self.group}"], resources ["{self.resource}"]{names}, verbs ["{self.verb}"]'
+
+
 PERMISSIONS = (
-    ("list", "kubevirt.io", "virtualmachineinstances"),
-    ("watch", "kubevirt.io", "virtualmachineinstances"),
-    ("patch", "kubevirt.io", "virtualmachineinstances"),
-    ("list", "kubevirt.io", "kubevirts"),
-    ("watch", "kubevirt.io", "kubevirts"),
-    ("create", "", "events"),
-    ("patch", "", "events"),
+    *(Permission(verb, "kubevirt.io", "virtualmachineinstances") for verb in ("list", "watch", "get", "patch")),
+    *(Permission(verb, "", "events") for verb in ("create", "patch")),
+    *(Permission(verb, "kubevirt.io", "kubevirts", in_kubevirt=True) for verb in ("list", "watch")),
+    *(Permission(verb, "", "configmaps", "kubevirt-ca", in_kubevirt=True) for verb in ("list", "watch")),
 )
-"""What the daemon does at the API server: verb, API group, resource."""
 
 
 def is_configured(kubeconfig: str | None) -> bool:
@@ -32,17 +57,18 @@ def is_configured(kubeconfig: str | None) -> bool:
     return kubeconfig is not None or "KUBERNETES_SERVICE_HOST" in os.environ
 
 
-def check_api(kubeconfig: str | None, context: str | None) -> list[Finding]:
+def check_api(kubeconfig: str | None, context: str | None, kubevirt: str) -> list[Finding]:
     """The API server's answers, the permissions there, and its clock.
 
     Args:
         kubeconfig: Path; None for the pod's own service account.
         context: Of the kubeconfig; None for its current one.
+        kubevirt: The namespace that KubeVirt is installed in.
     """
-    return asyncio.run(_check(kubeconfig, context))
+    return asyncio.run(_check(kubeconfig, context, kubevirt))
 
 
-async def _check(kubeconfig: str | None, context: str | None) -> list[Finding]:
+async def _check(kubeconfig: str | None, context: str | None, kubevirt: str) -> list[Finding]:
     try:
         async with asyncio.timeout(_TIMEOUT), _connected(kubeconfig, context) as api:
             host = api.configuration.host
@@ -52,7 +78,7 @@ async def _check(kubeconfig: str | None, context: str | None) -> list[Finding]:
             findings = [Finding("API server", Level.OK, f"{host} answers, {version.git_version}")]
             if skew is not None:
                 findings.append(check_clock(skew, "the API server"))
-            return [*findings, *[await _permission(api, *wanted) for wanted in PERMISSIONS]]
+            return [*findings, *[await _permission(api, wanted, kubevirt) for wanted in PERMISSIONS]]
     except Exception as error:  # noqa: BLE001 - whatever the client raises is the finding
         why = f"no answer within {_TIMEOUT:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)
         return [
@@ -93,19 +119,23 @@ def _skew(headers: Any, began: datetime) -> float | None:
     return (parsedate_to_datetime(date) - middle).total_seconds() + 0.5
 
 
-async def _permission(api: Any, verb: str, group: str, resource: str) -> Finding:
+async def _permission(api: Any, wanted: Permission, kubevirt: str) -> Finding:
     from kubernetes_asyncio import client
 
-    attributes = client.V1ResourceAttributes(verb=verb, group=group, resource=resource)
+    attributes = client.V1ResourceAttributes(
+        verb=wanted.verb,
+        group=wanted.group,
+        resource=wanted.resource,
+        name=wanted.name,
+        namespace=kubevirt if wanted.in_kubevirt else None,
+    )
     review = client.V1SelfSubjectAccessReview(spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes))
     answer = await client.AuthorizationV1Api(api).create_self_subject_access_review(review)
-    what = f"{verb} {resource}{'.' + group if group else ''}"
+    where = f" in namespace {kubevirt}" if wanted.in_kubevirt else ""
     if answer.status.allowed:
-        return Finding("permission", Level.OK, what)
+        return Finding("permission", Level.OK, f"{wanted}{where}")
     reason = f": {answer.status.reason}" if answer.status.reason else ""
+    role = f"Role in namespace {kubevirt}" if wanted.in_kubevirt else "ClusterRole"
     return Finding(
-        "permission",
-        Level.FAIL,
-        f"may not {what}{reason}",
-        f'add a rule to the ClusterRole: apiGroups ["{group}"], resources ["{resource}"], verbs ["{verb}"]',
+        "permission", Level.FAIL, f"may not {wanted}{where}{reason}", f"add a rule to the {role}: {wanted.rule()}"
     )

@@ -29,6 +29,7 @@ class Request:
         settings: The daemon's.
         certificates: Paths of the CA's, the certificate's and the key's PEM files.
         kubeconfig, context: Of the API server to check, beside the one of a pod.
+        kubevirt_namespace: Where KubeVirt is installed.
         peer: The other node's migration address.
         port: That it serves on.
         seconds: To measure the throughput for.
@@ -38,6 +39,7 @@ class Request:
     certificates: tuple[str | None, ...] | None
     kubeconfig: str | None
     context: str | None
+    kubevirt_namespace: str
     peer: str | None
     port: int
     seconds: float
@@ -83,7 +85,7 @@ def _findings(request: Request) -> Iterator[Finding]:
         address,
     )
     if api.is_configured(request.kubeconfig):
-        yield from api.check_api(request.kubeconfig, request.context)
+        yield from api.check_api(request.kubeconfig, request.context, request.kubevirt_namespace)
     if request.peer is not None:
         yield from _check_peer(request, request.peer, address)
 

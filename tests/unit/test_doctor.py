@@ -255,6 +255,8 @@ def api_server(folder: Path, *, forbidden: str = "", ahead: float = 0) -> Iterat
             review = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             attributes = review["spec"]["resourceAttributes"]
             what = f"{attributes['verb']} {attributes['resource']}"
+            cluster_wide = attributes["resource"] in ("virtualmachineinstances", "events")
+            assert ("namespace" in attributes) is not cluster_wide
             self._answer({**review, "status": {"allowed": what != forbidden}}, 201)
 
         def _answer(self, body: dict[str, Any], status: int) -> None:
@@ -291,7 +293,7 @@ def kubeconfig(folder: Path, server: str) -> str:
 
 def test_permissions_are_asked_for_one_by_one(tmp_path: Path) -> None:
     with api_server(tmp_path, forbidden="patch virtualmachineinstances") as config:
-        found = api.check_api(config, None)
+        found = api.check_api(config, None, "kubevirt")
     denied = [one for one in found if one.level is Level.FAIL]
     assert len(denied) == 1
     failing(denied[0], Level.FAIL, 'resources ["virtualmachineinstances"], verbs ["patch"]')
@@ -299,15 +301,22 @@ def test_permissions_are_asked_for_one_by_one(tmp_path: Path) -> None:
     assert by_name(found)["clock"].level is Level.OK
 
 
+def test_a_permission_in_kubevirts_namespace_is_asked_for_there(tmp_path: Path) -> None:
+    with api_server(tmp_path, forbidden="watch configmaps") as config:
+        (denied,) = (one for one in api.check_api(config, None, "kubevirt-here") if one.level is Level.FAIL)
+    assert "may not watch configmaps kubevirt-ca in namespace kubevirt-here" in denied.finding
+    failing(denied, Level.FAIL, 'Role in namespace kubevirt-here: apiGroups [""], resources ["configmaps"]')
+
+
 def test_the_api_servers_clock(tmp_path: Path) -> None:
     with api_server(tmp_path, ahead=90) as config:
-        failing(by_name(api.check_api(config, None))["clock"], Level.FAIL, "synchronise")
+        failing(by_name(api.check_api(config, None, "kubevirt"))["clock"], Level.FAIL, "synchronise")
 
 
 def test_an_api_server_that_does_not_answer(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
-    (found,) = api.check_api(kubeconfig(tmp_path, f"http://127.0.0.1:{port}"), None)
+    (found,) = api.check_api(kubeconfig(tmp_path, f"http://127.0.0.1:{port}"), None, "kubevirt")
     failing(found, Level.FAIL, "check the address in the kubeconfig")
 
 
