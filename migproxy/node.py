@@ -231,7 +231,7 @@ class Node:
     def forget(self, key: Key, worker: _Worker) -> None:
         """Keeps what a worker has to say of its migration, and lets go of it."""
         if proxy := worker.proxy:
-            report = worker.report() | {"state": "ended", "ended": time.time(), "history": []}
+            report = worker.report() | {"state": "ended", "history": []}
             self._ended.add(key, Ended(report, proxy.traffic, proxy.began))
             if proxy.opened is not None:
                 self._around.measures.durations.labels(proxy.role).observe(time.monotonic() - proxy.opened)
