@@ -1,19 +1,23 @@
 # make demo: a virtual machine migrates live between two nodes through migproxy
 # make test: everything that CI checks
+# make bench: migproxy beside other relays and the limit, in about six minutes (make bench BENCH_ARGS=--quick: one)
 # make venv, lint, unit, net, e2e, observe, docs, lock: the parts
 
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test venv lint unit net e2e observe docs lock lab-packages observability-packages clean
+.PHONY: demo test bench venv lint unit net e2e observe docs lock lab-packages bench-packages observability-packages clean
 
 demo: venv lab-packages
 	@scripts/demo
 
-test: venv lab-packages observability-packages lint
+test: venv lab-packages bench-packages observability-packages lint
 	@rm -f .coverage .coverage.*
 	scripts/sandbox $(BIN)/pytest --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/coverage report
+
+bench: venv bench-packages
+	@$(BIN)/migproxy bench --json benchmarks/latest.json --chart benchmarks/latest.svg $(BENCH_ARGS)
 
 lint: venv
 	$(BIN)/ruff format --check .
@@ -24,7 +28,7 @@ lint: venv
 unit: venv
 	$(BIN)/pytest tests/unit $(PYTEST_ARGS)
 
-net e2e: venv lab-packages
+net e2e: venv lab-packages bench-packages
 	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
 
 observe: venv lab-packages observability-packages
@@ -45,6 +49,8 @@ lab-packages:
 
 observability-packages:
 	@scripts/system-packages observability
+bench-packages:
+	@scripts/system-packages bench
 
 # The parts of the documentation that come from the code.
 docs: venv

@@ -104,7 +104,7 @@ def period(load: Load, seconds: float, nodes: list[Node]) -> tuple[float, list[f
 
 async def measure(pairs: int, seconds: float) -> None:
     """Measures and prints."""
-    async with Lab(libvirt=False) as lab:
+    async with Lab(libvirt=False, tls=False) as lab:
         await run("ip", "address", "add", "10.1.1.254/24", "dev", "migration")
         for node in lab.nodes:
             await node.proxy.start()

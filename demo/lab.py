@@ -147,7 +147,7 @@ class Proxy:
         self._node = node
         self.arguments = ["run", "--node-name", node.name, "--launcher-run-dir", str(node.run_dir)]
         self.arguments += ["--libvirt-socket", "libvirt/libvirt-sock", "--control-socket", str(self.control)]
-        self.arguments += ["--disable-tls", *options]
+        self.arguments += options
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -339,13 +339,19 @@ class Lab:
     Args:
         libvirt: run a libvirtd on each node.
         loopback: do without namespaces: the nodes are 127.0.0.1 and 127.0.0.2.
+        tls: protect the connections between the nodes, with certificates made for it.
         say: told what happens, and the commands that a user would type.
     """
 
     def __init__(
-        self, *, libvirt: bool = True, loopback: bool = False, say: Callable[[str], None] = lambda line: None
+        self,
+        *,
+        libvirt: bool = True,
+        loopback: bool = False,
+        tls: bool = True,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.libvirt, self.loopback, self.say = libvirt, loopback, say
+        self.libvirt, self.loopback, self.tls, self.say = libvirt, loopback, tls, say
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Lab":
@@ -358,6 +364,9 @@ class Lab:
             self.vmi_dir = self.directory / "vmis"
             self.vmi_dir.mkdir()
             self.vmi = VMIFile(self.vmi_dir / SEED.name)
+            if self.tls:
+                self.say(f"migproxy certs {self._certificates}")
+                await run(*MIGPROXY, "certs", self._certificates)
             if not self.loopback:
                 await run("ip", "link", "add", "migration", "type", "bridge")
                 stack.push_async_callback(run, "ip", "link", "delete", "migration")
@@ -372,6 +381,10 @@ class Lab:
 
     async def __aexit__(self, *error: object) -> None:
         await self._stack.aclose()
+
+    @property
+    def _certificates(self) -> str:
+        return str(self.directory / "tls")
 
     async def _complaints(self) -> str:
         """What the daemons say about their migrations."""
@@ -388,7 +401,8 @@ class Lab:
         if self.loopback:  # nodes that share a network namespace cannot share a port of all its addresses
             where += ("--http-listen", f"{address}:0")
         name = f"node0{number}"
-        return Node(name, address, self.directory / name, "--vmi-dir", str(self.vmi_dir), *where)
+        security = ("--tls-dir", self._certificates) if self.tls else ("--disable-tls",)
+        return Node(name, address, self.directory / name, "--vmi-dir", str(self.vmi_dir), *where, *security)
 
     @asynccontextmanager
     async def migration(self, source: Node, target: Node, *, block: bool = False) -> AsyncIterator[str]:

@@ -51,31 +51,32 @@ def _fail(message: str, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
-def _run(context: typer.Context, config: str | None, **flags: Any) -> None:
+def _run(invocation: typer.Context, config: str | None, **flags: Any) -> None:
     """Run the daemon of one node."""
     given = {name: value for name, value in flags.items() if value not in (None, False)}
     try:
-        settings = options.load(given, {name: _origin(context, name) for name in given}, config)
+        settings = options.load(given, {name: _origin(invocation, name) for name in given}, config)
     except options.SettingsError as error:
         _fail(str(error), 2)
 
     import uvloop
 
-    from migproxy import logs, tls
+    from migproxy import logs
     from migproxy.control import ControlError
     from migproxy.daemon import serve
     from migproxy.inventory import InventoryError
+    from migproxy.security import SecurityError
     from migproxy.web import HTTPError
 
     logs.configure(settings.log_format, settings.log_level)
     try:
-        uvloop.run(serve(settings, tls.security(disable_tls=settings.disable_tls)))
-    except (tls.SecurityError, ControlError, HTTPError, InventoryError) as error:
+        uvloop.run(serve(settings))
+    except (SecurityError, ControlError, HTTPError, InventoryError) as error:
         _fail(str(error))
 
 
-def _origin(context: typer.Context, field: str) -> str:
-    source = context.get_parameter_source(field)
+def _origin(invocation: typer.Context, field: str) -> str:
+    source = invocation.get_parameter_source(field)
     if source is not None and source.name == "ENVIRONMENT":
         return " or ".join(options.variables(field))
     return options.option(field)
@@ -84,7 +85,7 @@ def _origin(context: typer.Context, field: str) -> str:
 def _daemon_command(settings: type[options.Settings]) -> Any:
     """Makes the command whose options are the fields of the settings: text here, checked there."""
     parameters = [
-        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        inspect.Parameter("invocation", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         _parameter(
             "config", str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="TOML file of options.")
         ),
@@ -107,15 +108,19 @@ def _with_parameters(function: Callable[..., None], parameters: list[inspect.Par
 def _setting(name: str) -> inspect.Parameter:
     field = options.Settings.model_fields[name]
     is_flag = field.annotation is bool
-    has_default = not (is_flag or field.is_required() or field.default is None or field.default_factory)
+    has_default = not (is_flag or not field.default or field.default_factory)
     option = typer.Option(
         options.option(name),
         envvar=options.variables(name),
-        help=(field.description or "") + (f" Default: {field.default}." if has_default else ""),
+        help=(field.description or "") + (f" Default: {_text(field.default)}." if has_default else ""),
         show_default=False,
         show_envvar=True,
     )
     return _parameter(name, bool if is_flag else str | None, option)
+
+
+def _text(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
@@ -169,25 +174,24 @@ _EXAMINED = (
     "pods_dir",
     "congestion_control",
     "disable_tls",
+    "tls_dir",
+    "tls_cert",
+    "tls_key",
+    "tls_server_dir",
+    "tls_client_dir",
+    "tls_ca",
+    "kubeconfig",
+    "context",
+    "kubevirt_namespace",
 )
 """The daemon's options that `migproxy doctor` has too."""
 
 
 def _doctor(
-    context: typer.Context,
+    invocation: typer.Context,
     config: Annotated[
         str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="The daemon's TOML file of options.")
     ] = None,
-    tls_ca: Annotated[
-        str | None, typer.Option("--tls-ca", help="PEM file of the CAs that peers are checked by.")
-    ] = None,
-    tls_cert: Annotated[str | None, typer.Option("--tls-cert", help="PEM file of this node's certificate.")] = None,
-    tls_key: Annotated[str | None, typer.Option("--tls-key", help="PEM file of its key.")] = None,
-    kubeconfig: Annotated[str | None, typer.Option("--kubeconfig", help="Check this API server too.")] = None,
-    kube_context: Annotated[str | None, typer.Option("--context", help="The kubeconfig's context.")] = None,
-    kubevirt_namespace: Annotated[
-        str, typer.Option("--kubevirt-namespace", help="Where KubeVirt is installed.")
-    ] = "kubevirt",
     peer: Annotated[
         str | None, typer.Option("--peer", help="Check the path to this migration address, where --serve runs.")
     ] = None,
@@ -201,19 +205,14 @@ def _doctor(
 ) -> None:
     """Check this node, and the path to another one; say what to do. Exit status 1 where a check failed."""
     given = {name: value for name, value in flags.items() if value not in (None, False)}
-    origins = {name: _origin(context, name) for name in given}
-    try:  # no VMI is read here: any path will do where none is given
-        settings = options.load({"vmi_dir": "/", **given}, origins, config)
+    origins = {name: _origin(invocation, name) for name in given}
+    try:
+        settings = options.load(given, origins, config)
     except options.SettingsError as error:
         _fail(str(error), 2)
     from migproxy.doctor import command
 
-    paths = (tls_ca, tls_cert, tls_key)
-    if any(paths) and not all(paths):
-        _fail("--tls-ca, --tls-cert and --tls-key are given together", 2)
-    request = command.Request(
-        settings, paths if all(paths) else None, kubeconfig, kube_context, kubevirt_namespace, peer, peer_port, seconds
-    )
+    request = command.Request(settings, peer, peer_port, seconds)
     try:
         raise typer.Exit(command.serve(request) if serve else command.examine(request, as_json=as_json))
     except command.PeerError as error:
@@ -228,6 +227,24 @@ def _doctor_command() -> Any:
 
 
 app.command("doctor")(_doctor_command())
+
+
+@app.command()
+def certs(
+    directory: Annotated[str, typer.Argument(help="Folder to make them in; --tls-dir takes it.")],
+    days: Annotated[int, typer.Option("--days", min=1, help="How long they are good for.")] = 365,
+) -> None:
+    """Make a CA and a pair of certificates with KubeVirt's names, to try mTLS with."""
+    from migproxy.devcerts import make
+
+    try:
+        make(directory, days)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}: choose a new folder")
+    typer.echo(
+        f"{directory}: ca.crt, ca.key, and server/ and client/ with tls.crt and tls.key each, for {days} days\n"
+        f"copy ca.crt, server and client to the other node, and run both with --tls-dir {directory}"
+    )
 
 
 @app.command()
@@ -279,3 +296,58 @@ def uri(
         copy_storage=found[0].uses_block(),
     )
     typer.echo(shlex.join(command))
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A short run: less certain, a minute instead of six.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often the contestants take turns. Default: 5.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.05, help="How long each stream lasts. Default: 0.4.")] = None,
+    connections: Annotated[str | None, typer.Option(help="Streams at once. Default: 1,2,8,32.")] = None,
+    size: Annotated[str | None, typer.Option(help="Bytes of each write. Default: 131072,32768,1048576.")] = None,
+    network: Annotated[str | None, typer.Option(help="Default: veth,loopback.")] = None,
+    congestion: Annotated[
+        str | None, typer.Option(help="cubic for all, or system: what each chooses by itself. Default: cubic,system.")
+    ] = None,
+    contestants: Annotated[str | None, typer.Option(help="Their names. Default: all that are installed.")] = None,
+    source_command: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=COMMAND: a further contestant's relay from a unix socket to TCP; may use {source} (the socket), "
+            "{address} and {port} (to connect to), {folder}. Again for more."
+        ),
+    ] = None,
+    target_command: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=COMMAND: its relay from TCP, {address} and {port}, to a unix socket, {target}."),
+    ] = None,
+    growth: Annotated[
+        int | None, typer.Option(min=0, help="Migrations at once, to see how it grows; 0: none. Default: 100.")
+    ] = None,
+    as_json: Annotated[str | None, typer.Option("--json", help="File to write all values to.")] = None,
+    chart: Annotated[str | None, typer.Option("--chart", help="File to draw the streams in, as SVG.")] = None,
+) -> None:
+    """Compare migproxy with other relays, and with the limit, on this machine."""
+    from migproxy.bench import command
+    from migproxy.bench.options import make_plan
+    from migproxy.bench.stage import BenchError
+
+    try:
+        plan = make_plan(
+            quick=quick,
+            numbers={"rounds": rounds, "seconds": seconds, "migrations": growth},
+            lists={
+                "connections": connections,
+                "sizes": size,
+                "networks": network,
+                "congestion": congestion,
+                "contestants": contestants,
+            },
+            commands=(source_command or [], target_command or []),
+            files={"json": as_json, "chart": chart},
+        )
+        complete = command.run(plan, typer.echo)
+    except BenchError as error:
+        _fail(str(error))
+    if not complete:
+        raise typer.Exit(3)

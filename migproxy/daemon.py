@@ -6,14 +6,16 @@ import asyncio
 import ipaddress
 import resource
 import signal
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from migproxy import control, web
+from migproxy.inventory import Inventory, InventoryError
 from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
 from migproxy.measure import Measures
@@ -22,16 +24,26 @@ from migproxy.netif import AddressWatcher
 from migproxy.node import Node, NodeOptions
 from migproxy.portmap import IPAddress
 from migproxy.proxy import ProxyError, Surroundings
+from migproxy.security import ClusterSecurity, security
 from migproxy.settings import Settings, parse_listen
 from migproxy.sockets import TCPOptions
 from migproxy.target import PortRange
 from migproxy.tls import Security
 from migproxy.watch import Watcher
 
+if TYPE_CHECKING:
+    from migproxy.kube.cluster import Cluster
+
 log = structlog.get_logger(__name__)
 
+_SWITCH_INTERVAL = 0.02
+"""Seconds that a thread waits for Python's lock before it asks for it. Each of hundreds of pumps that wait wakes up
+as often: with 800 connections at full speed, the default of 5 ms costs a third of the throughput, and fairness."""
 
-async def serve(settings: Settings, security: Security) -> None:
+_KUBEVIRT_OWNER = (107, 107)  # the qemu user and group of KubeVirt's launcher images
+
+
+async def serve(settings: Settings) -> None:
     """Runs the daemon until a signal ends it.
 
     SIGTERM or SIGINT drains: no new migration is taken, running ones go on to their end or for
@@ -39,44 +51,90 @@ async def serve(settings: Settings, security: Security) -> None:
 
     Args:
         settings: The options.
-        security: What protects the connections between the nodes.
 
     Raises:
-        InventoryError, ControlError, HTTPError: The daemon cannot start; says why.
+        InventoryError, SecurityError, ControlError, HTTPError: The daemon cannot start; says why.
     """
     _raise_file_limit()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     signals = _Signals()
-    async with Watcher() as watcher:
+    async with Watcher() as watcher, _inputs(settings, watcher) as (inventory, protection, cluster):
         measures = Measures()
-        node = _make_node(settings, security, watcher, measures)
+        node = _make_node(settings, protection, inventory, watcher, measures)
+
+        def report() -> dict[str, Any]:
+            return node.report() | ({"cluster": cluster.report()} if cluster else {})
+
         async with (
-            control.serve(settings.control_socket, node.report),
-            _http(settings, node, Exporter(node.report, measures)),
+            control.serve(settings.control_socket, report),
+            _http(settings, report, lambda: node.checks, Exporter(node.report, measures)),
         ):
-            log.info("started", version=version("migproxy"), node=settings.node_name, vmi_dir=settings.vmi_dir)
-            running = asyncio.create_task(node.run())
+            log.info(
+                "started",
+                version=version("migproxy"),
+                node=settings.node_name,
+                vmi_dir=settings.vmi_dir,
+                kubeconfig=settings.kubeconfig,
+            )
+            running, watching = asyncio.create_task(_run(node, cluster)), asyncio.create_task(protection.watch())
             try:
                 await _first(running, signals.first())
                 await _drain(node, running, signals, settings.drain_timeout)
             finally:
-                running.cancel()
-                await asyncio.wait([running])
+                for task in (watching, running):
+                    task.cancel()
+                await asyncio.wait([running, watching])
     log.info("stopped")
 
 
 @asynccontextmanager
-async def _http(settings: Settings, node: Node, exporter: Exporter) -> AsyncIterator[None]:
+async def _inputs(settings: Settings, watcher: Watcher) -> AsyncIterator[tuple[Inventory, Security, Cluster | None]]:
+    """Where the VMIs come from, what protects their migrations, and the cluster whose KubeVirt is followed, if any."""
+    if settings.vmi_dir is not None:
+        yield FileInventory(settings.vmi_dir, watcher), security(settings), None
+        return
+    # Slow to import, and only needed here.
+    from migproxy.inventory.kube import KubeInventory
+    from migproxy.kube.api import ApiServer, ConfigurationError
+    from migproxy.kube.cluster import Cluster
+
+    async with AsyncExitStack() as stack:
+        try:
+            api = await stack.enter_async_context(ApiServer(settings.kubeconfig, settings.context))
+        except ConfigurationError as error:
+            raise InventoryError(str(error)) from error
+        protection = ClusterSecurity(settings)
+        cluster = Cluster(api, settings.kubevirt_namespace, protection.apply)
+        yield KubeInventory(api, settings.node_name), protection, cluster
+
+
+async def _run(node: Node, cluster: Cluster | None) -> None:
+    if cluster is None:
+        await node.run()
+        return
+    async with asyncio.TaskGroup() as tasks:
+        following = tasks.create_task(cluster.run())
+        await node.run()
+        following.cancel()
+
+
+@asynccontextmanager
+async def _http(
+    settings: Settings, report: Callable[[], web.Report], checks: Callable[[], web.Checks], exporter: Exporter
+) -> AsyncIterator[None]:
     where = parse_listen(settings.http_listen)
     if where is None:
         yield
         return
     options = web.HTTPOptions(*where, settings.http_tls_cert, settings.http_tls_key)
-    async with web.serve(options, node, exporter) as url:
+    async with web.serve(options, report, checks, exporter) as url:
         log.info("serving HTTP", url=url)
         yield
 
 
-def _make_node(settings: Settings, security: Security, watcher: Watcher, measures: Measures) -> Node:
+def _make_node(
+    settings: Settings, protection: Security, inventory: Inventory, watcher: Watcher, measures: Measures
+) -> Node:
     def local_address(ip_version: int) -> IPAddress:
         state = node.address
         addresses: tuple[IPAddress, ...] = state.addresses if state else ()
@@ -90,24 +148,20 @@ def _make_node(settings: Settings, security: Security, watcher: Watcher, measure
         address and ipaddress.ip_address(str(address)) for address in (settings.migration_address, settings.pod_ip)
     )
     low, high = settings.port_range or (0, 0)
+    owner = settings.socket_owner or (_KUBEVIRT_OWNER if settings.vmi_dir is None else None)
     node = Node(
-        NodeOptions(
-            settings.node_name,
-            PortRange(low, high),
-            settings.socket_owner,
-            settings.libvirt_socket,
-            settings.retention,
-        ),
+        NodeOptions(settings.node_name, PortRange(low, high), owner, settings.libvirt_socket, settings.retention),
         Surroundings(
             launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
             tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout),
-            security=security,
+            security=protection,
             local_address=local_address,
             dial_timeout=settings.dial_timeout,
             max_connections=settings.max_connections,
+            max_handshakes=settings.max_handshakes,
             measures=measures,
         ),
-        FileInventory(settings.vmi_dir, watcher),
+        inventory,
         AddressWatcher(settings.migration_interface, override, pod_ip),
         watcher,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -31,23 +30,3 @@ class WatchReporter(Protocol):
 
     @property
     def health(self) -> WatchHealth: ...
-
-
-@runtime_checkable
-class CertificateReporter(Protocol):
-    """A security that uses certificates."""
-
-    @property
-    def certificates(self) -> Mapping[str, float]:
-        """Each certificate's name ("server", "client", "ca") to its end of validity (`time.time`)."""
-        ...
-
-    @property
-    def certificate_problem(self) -> str | None:
-        """What is wrong with them now, and what to do; None when all is well."""
-        ...
-
-    @property
-    def refusals(self) -> Mapping[str, int]:
-        """Why handshakes were refused, to how often."""
-        ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -162,18 +163,22 @@ def _health(report: Report) -> Iterator[Metric]:
     )
     expiry = GaugeMetricFamily(
         "migproxy_certificate_expiry_timestamp_seconds",
-        "End of validity of each certificate in use; of several in a file, the earliest.",
-        labels=["certificate"],
+        "End of validity of the certificates in use, by role and file; of several in a file, the earliest.",
+        labels=["role", "file"],
     )
-    for name, not_after in report["certificates"].items():
-        expiry.add_metric([name], not_after)
+    ends: dict[tuple[str, str], float] = {}
+    for one in report["tls"].get("certificates", ()):
+        which, end = (one["role"], one["file"]), datetime.fromisoformat(one["not_after"]).timestamp()
+        ends[which] = min(end, ends.get(which, end))
+    for which, end in ends.items():
+        expiry.add_metric(which, end)
     yield expiry
-    refusals = CounterMetricFamily(
-        "migproxy_tls_refusals_total", "Peers refused in the TLS handshake, by reason.", labels=["reason"]
+    errors = CounterMetricFamily(
+        "migproxy_tls_errors_total", "Connections refused, or broken, for a reason of TLS, by that.", labels=["reason"]
     )
-    for reason, count in report["refusals"].items():
-        refusals.add_metric([reason], count)
-    yield refusals
+    for reason, count in report["tls"]["errors"].items():
+        errors.add_metric([str(reason)], count)
+    yield errors
 
 
 def _migrations(migrations: list[Report]) -> Iterator[Metric]:

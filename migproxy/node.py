@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from migproxy.health import CertificateReporter, WatchReporter
+from migproxy.health import WatchReporter
 from migproxy.inventory import Inventory, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.netif import AddressWatcher, MigrationAddress
@@ -30,6 +30,9 @@ log = structlog.get_logger(__name__)
 
 _FIRST_RETRY = 0.05  # seconds; doubled up to the last
 _LAST_RETRY = 2.0
+_NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
+
+FAILED = "MigrationProxyFailed"
 
 Key = tuple[Migration, Role]
 Planned = SourceProxy | TargetProxy
@@ -176,6 +179,7 @@ class Node:
                 about = {"migration": str(migration), "role": str(role), "reason": item.reason}
                 if item.error:
                     log.error("migration cannot be served", **about)
+                    self.warn((migration, role), item.reason)
                 else:
                     log.info("migration waits", **about)
         self.held = dict(held)
@@ -228,6 +232,13 @@ class Node:
         """Counts an attempt that failed."""
         self._around.measures.reconcile_errors.inc()
 
+    def warn(self, key: Key, problem: str) -> None:
+        """Tells whoever looks at the VMI that a migration cannot be served."""
+        migration, role = key
+        if vmi := self._vmis.get(migration.vmi_uid):
+            message = f"migration {role} proxy on {self.options.name}: {problem}"
+            self._inventory.note(vmi, FAILED, message, warning=True)
+
     def forget(self, key: Key, worker: _Worker) -> None:
         """Keeps what a worker has to say of its migration, and lets go of it."""
         if proxy := worker.proxy:
@@ -261,8 +272,9 @@ class Node:
             "inventory": "; ".join(f"{where}: {what}" for where, what in problems.items()) or None,
             "serving": "draining: no new migration is taken any more" if self.draining else None,
         }
-        if isinstance(self._around.security, CertificateReporter):
-            checks["certificates"] = self._around.security.certificate_problem
+        tls = self._around.security.report()
+        if tls["mode"] != "plaintext":
+            checks["certificates"] = _certificate_problem(tls)
         return checks
 
     @property
@@ -279,7 +291,7 @@ class Node:
 
     def report(self) -> dict[str, Any]:
         """What `migproxy status` shows and what is exported, as plain values."""
-        inventory, security = self._inventory, self._around.security
+        inventory = self._inventory
         held = [
             {**_identity(migration, role), "state": "error" if item.error else "waiting", "error": item.reason}
             for (migration, role), item in self.held.items()
@@ -296,8 +308,7 @@ class Node:
             "vmis": len(self._vmis),
             "queue_depth": self.queue_depth,
             "watch": asdict(inventory.health) if isinstance(inventory, WatchReporter) else None,
-            "certificates": dict(security.certificates) if isinstance(security, CertificateReporter) else {},
-            "refusals": dict(security.refusals) if isinstance(security, CertificateReporter) else {},
+            "tls": self._around.security.report(),
             "migrations": held + self._report_ended_and_running(),
         }
 
@@ -315,6 +326,8 @@ class _Worker:
         self.wanted: Planned | None = None
         self.proxy: Source | Target | None = None
         self.problem: str | None = None
+        self._failing_since: float | None = None
+        self._noted: str | None = None
         self._node = node
         self._key = key
         self._changed = asyncio.Event()
@@ -378,7 +391,7 @@ class _Worker:
         else:
             if self.problem:
                 log.info("migration is served again", migration=str(item.migration), role=str(item.role))
-            self.problem = None
+            self.problem = self._failing_since = self._noted = None
         finally:
             self._is_attempting = False
         return self.problem is None
@@ -395,6 +408,10 @@ class _Worker:
                 exc_info=unexpected,
             )
         self.problem = problem
+        self._failing_since = self._failing_since or time.monotonic()
+        if problem != self._noted and time.monotonic() - self._failing_since > _NOTED_AFTER:
+            self._noted = problem
+            self._node.warn(self._key, problem)
 
     async def _reconcile(self, item: Planned) -> None:
         if self.proxy is None:
@@ -421,6 +438,17 @@ class _Worker:
         if proxy is not None:
             report |= _traffic(proxy)
         return report
+
+
+def _certificate_problem(tls: Mapping[str, Any]) -> str | None:
+    now = datetime.now(UTC)
+    expired = [
+        f"{one['file']} has expired: renew it"
+        for one in tls.get("certificates", ())
+        if datetime.fromisoformat(one["not_after"]) <= now
+    ]
+    told = [tls.get("problem"), *tls.get("problems", {}).values(), *expired]
+    return "; ".join(dict.fromkeys(problem for problem in told if problem)) or None
 
 
 def _identity(migration: Migration, role: Role) -> dict[str, Any]:
@@ -457,6 +485,8 @@ def _traffic(proxy: Source | Target) -> dict[str, Any]:
                 "modes": dict(traffic.modes),
                 "retransmits": traffic.retransmits,
                 "tcp": _tcp(traffic),
+                "bytes_spliced_sent": traffic.spliced[0],
+                "bytes_spliced_received": traffic.spliced[1],
             }
             for channel, traffic in sorted(proxy.traffic.items())
         ],

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,7 +21,9 @@ from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
 from migproxy.relay import Relay, Traffic
 from migproxy.sockets import TCPOptions, reset, widen_unix
-from migproxy.tls import Plaintext, Security
+from migproxy.splice import Transport
+from migproxy.tls import Security, Unfinished
+from migproxy.verify import Reason, TLSError
 
 _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
 _HISTORY = 60  # seconds of rates that are kept for people to look at
@@ -28,6 +31,7 @@ _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 _BROKEN = {errno.ECONNRESET: "reset", errno.ETIMEDOUT: "timeout", errno.EPIPE: "closed"}
+_BROKEN_TLS = {Reason.TRUNCATED: "reset", Reason.BAD_RECORD: "other", Reason.KEY_UPDATE: "other"}
 
 
 class ProxyError(Exception):
@@ -50,6 +54,7 @@ class Surroundings:
         dial_timeout: Seconds that the other leg may take to appear, retried meanwhile.
         max_connections: Open connections per channel of a migration; more wait in the listener's queue, so that
             no launcher can use up the daemon's descriptors.
+        max_handshakes: Unfinished TLS handshakes per channel of a migration.
         measures: Where latencies and failures of the node are recorded.
     """
 
@@ -59,6 +64,7 @@ class Surroundings:
     local_address: Callable[[int], IPAddress]
     dial_timeout: float
     max_connections: int
+    max_handshakes: int
     measures: Measures = field(default_factory=Measures)
 
 
@@ -91,6 +97,7 @@ class Proxy(ABC):
         self._around = around
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._slots: dict[Channel, asyncio.Semaphore] = {}
+        self._unfinished: dict[Channel, Unfinished] = {}
         self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
 
     @abstractmethod
@@ -113,8 +120,8 @@ class Proxy(ABC):
 
     @property
     def open_connections(self) -> int:
-        """Connections that are relayed or being dialled now."""
-        return len(self._connections)
+        """Connections that are relayed or being dialled now; who has not authenticated does not count."""
+        return len(self._connections) - sum(map(len, self._unfinished.values()))
 
     @property
     def rate(self) -> tuple[float, float]:
@@ -159,6 +166,7 @@ class Proxy(ABC):
             channel: The channel that it serves.
         """
         slots = self._slots.setdefault(channel, asyncio.Semaphore(self._around.max_connections))
+        self._unfinished.setdefault(channel, Unfinished(self._around.max_handshakes))
         self.traffic.setdefault(channel, Traffic())
         while True:
             if slots.locked():
@@ -168,11 +176,11 @@ class Proxy(ABC):
                     open=self._around.max_connections,
                     remedy="end the launcher's surplus connections, or raise --max-connections",
                 )
-            await slots.acquire()
+            async with slots:  # there is one; each connection takes its own, a target's only once it is authenticated
+                pass
             try:
-                accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
+                accepted, address = await asyncio.get_running_loop().sock_accept(listener)
             except OSError as error:
-                slots.release()
                 if error.errno in _OUT_OF_RESOURCES:
                     self.log.error(
                         "cannot accept connections",
@@ -182,50 +190,80 @@ class Proxy(ABC):
                     )
                     await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            except asyncio.CancelledError:
-                slots.release()
-                raise
-            task = asyncio.create_task(self._connection(accepted, channel, slots))
+            remote = str(address[0]) if address else "launcher"
+            task = asyncio.create_task(self._connection(accepted, remote, channel, slots))
             self._connections[task] = accepted
             task.add_done_callback(lambda done: self._connections.pop(done).close())
 
-    async def _connection(self, accepted: socket.socket, channel: Channel, slots: asyncio.Semaphore) -> None:
-        log = self.log.bind(channel=channel.label, peer=self.peer(channel))
-        try:
-            relay = await self._connect(accepted, channel, log)
-            if relay is not None:
-                await self._relay(relay, channel, log)
-        finally:
-            slots.release()
+    async def _connection(
+        self, accepted: socket.socket, remote: str, channel: Channel, slots: asyncio.Semaphore
+    ) -> None:
+        log = self.log.bind(channel=channel.label, peer=self.peer(channel), remote=remote)
+        async with AsyncExitStack() as slot:
+            legs = [accepted]
+            try:
+                if accepted.family == socket.AF_UNIX:
+                    await slot.enter_async_context(slots)
+                    unix, transport = accepted, await self._to_network(channel, legs)
+                else:
+                    transport = await self._from_network(accepted, remote, channel, legs)
+                    await slot.enter_async_context(slots)
+                    unix = await self._reach(channel)
+                    legs.append(unix)
+                widen_unix(unix)
+                relay = Relay(unix, transport)
+            except (DialError, ProxyError, OSError) as error:
+                log.error("connection failed", **self._fail(channel, error, "dial"))
+                for leg in legs:
+                    reset(leg)
+                return
+            except BaseException:
+                for leg in legs:
+                    reset(leg)
+                raise
+            await self._relay(relay, channel, log.bind(security=transport.label))
 
-    async def _connect(
-        self, accepted: socket.socket, channel: Channel, log: structlog.stdlib.BoundLogger
-    ) -> Relay | None:
-        """Turns an accepted connection into a relay; without one, both legs are closed and it is said why."""
-        legs = [accepted]
-        measures, phase, began = self._around.measures, "dial", time.monotonic()
-        try:
-            legs.append(await self._dial_until(channel))
-            measures.dials.labels(self.role, channel.label).observe(time.monotonic() - began)
-            unix, tcp = legs if accepted.family == socket.AF_UNIX else reversed(legs)
-            phase, began = "handshake", time.monotonic()
-            tcp = await self._around.security.secure(tcp, server=tcp is accepted)
-            if not isinstance(self._around.security, Plaintext):
-                measures.handshakes.labels(self.role).observe(time.monotonic() - began)
-            phase = "other"
-            widen_unix(unix)
-            return Relay(unix, tcp, f"{self.migration.migration_uid[:8]} {channel.label}")
-        except (DialError, ProxyError, OSError) as error:
-            why = getattr(error, "strerror", None) or str(error)
-            self._failed(channel, phase, why)
-            log.error("connection failed", error=why)
-            for leg in legs:
-                reset(leg)
-            return None
-        except BaseException:
-            for leg in legs:
-                reset(leg)
-            raise
+    async def _to_network(self, channel: Channel, legs: list[socket.socket]) -> Transport:
+        """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
+        legs.append(await self._reach(channel))
+        transport = await self._secure(legs[-1], server=False)
+        legs[-1] = transport.tcp
+        return transport
+
+    async def _from_network(
+        self, accepted: socket.socket, remote: str, channel: Channel, legs: list[socket.socket]
+    ) -> Transport:
+        """Protects what was accepted: nothing is dialled for a peer that has not shown who it is."""
+        async with self._unfinished[channel].place(remote):
+            transport = await self._secure(accepted, server=True)
+        legs[0] = transport.tcp
+        return transport
+
+    async def _secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+        began = time.monotonic()
+        transport = await self._around.security.secure(tcp, server=server)
+        if transport.label != Transport.label:
+            self._around.measures.handshakes.labels(self.role).observe(time.monotonic() - began)
+        return transport
+
+    async def _reach(self, channel: Channel) -> socket.socket:
+        """Dials the other leg, and records how long that took."""
+        began = time.monotonic()
+        sock = await self._dial_until(channel)
+        self._around.measures.dials.labels(self.role, channel.label).observe(time.monotonic() - began)
+        return sock
+
+    def _fail(self, channel: Channel, error: Exception, reason: str) -> dict[str, str]:
+        """Counts a failure, for that reason unless it is one of TLS; returns what a log line says of it."""
+        why = getattr(error, "strerror", None) or str(error)
+        self.last_error = f"channel {channel.label}: {why}"
+        told = {"error": why}
+        if isinstance(error, TLSError):
+            self._around.security.errors[error.reason] += 1
+            reason, told["reason"] = _BROKEN_TLS.get(error.reason, "handshake"), str(error.reason)
+        self.traffic[channel].failures[reason] += 1
+        self._around.measures.failures.labels(self.role, reason).inc()
+        return told
 
     async def _dial_until(self, channel: Channel) -> socket.socket:
         """Dials until it works, an error is final, or the time is up."""
@@ -249,25 +287,19 @@ class Proxy(ABC):
         traffic.begin(relay)
         self.opened = self.opened or relay.opened
         log.info("connection opened")
-        outcome, error = "connection closed", None
+        failure: dict[str, str] = {}
         try:
             await relay.run()
-        except OSError as broken:
-            outcome, error = "connection broken", broken.strerror or str(broken)
-            self._failed(channel, _BROKEN.get(broken.errno or 0, "other"), error)
+        except OSError as error:
+            failure = self._fail(channel, error, _BROKEN.get(error.errno or 0, "other"))
         finally:
             traffic.end(relay)
             seconds = round(time.monotonic() - relay.opened, 3)
             counts = {"sent": relay.sent, "received": relay.received, "seconds": seconds}
-            if error:
-                log.warning(outcome, **counts, error=error)
+            if failure:
+                log.warning("connection broken", **counts, **failure)
             else:
-                log.info(outcome, **counts)
-
-    def _failed(self, channel: Channel, reason: str, error: str) -> None:
-        self.traffic[channel].failures[reason] += 1
-        self._around.measures.failures.labels(self.role, reason).inc()
-        self.last_error = f"channel {channel.label}: {error}"
+                log.info("connection closed", **counts)
 
     async def close(self) -> None:
         """Ends every connection at once, and logs what the migration has moved."""

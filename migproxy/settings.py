@@ -20,15 +20,17 @@ from pydantic import (
     Field,
     IPvAnyAddress,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from migproxy.launcher import Launchers
+from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, SERVER_DIR, SERVER_NAMES
 
 
 class SettingsError(Exception):
-    """Options are missing or wrong; the message names each of them, where it was given, and why."""
+    """Options are wrong; the message names each of them, where it was given, and why."""
 
 
 def _pair(separator: str, text: object) -> object:
@@ -38,6 +40,14 @@ def _pair(separator: str, text: object) -> object:
     if match is None:
         raise ValueError(f"two numbers joined by {separator!r} are expected")
     return int(match[1]), int(match[2])
+
+
+def _names(value: object) -> object:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _version(value: object) -> object:
+    return {"VersionTLS12": "1.2", "VersionTLS13": "1.3"}.get(value, value) if isinstance(value, str) else value
 
 
 def _port_range(value: object) -> object:
@@ -74,10 +84,22 @@ class Settings(BaseModel):
         min_length=1,
         description="This node's name, as the VMIs' status and labels have it. Default: the host name.",
     )
-    vmi_dir: str = Field(
+    vmi_dir: str | None = Field(
+        None,
         min_length=1,
-        description="Folder (or single file) of VMIs in YAML or JSON, as `kubectl get vmis -A -o yaml` prints them. "
-        "Read again whenever it changes; the target's address and ports are written into it.",
+        description="Folder (or single file) of VMIs in YAML or JSON, as `kubectl get vmis -A -o yaml` prints them, "
+        "instead of a cluster. Read again whenever it changes; the target's address and ports are written into it.",
+    )
+    kubeconfig: str | None = Field(
+        None,
+        min_length=1,
+        description="kubeconfig of the cluster whose API server tells the VMIs. Default: the pod's service account.",
+    )
+    context: str | None = Field(None, min_length=1, description="The kubeconfig's context. Default: its current one.")
+    kubevirt_namespace: str = Field(
+        "kubevirt",
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+        description="Namespace in which KubeVirt is installed, whose settings and CA are followed.",
     )
     migration_interface: str = Field(
         "migration0", min_length=1, description="Interface whose first global-unicast address is the migration address."
@@ -107,7 +129,7 @@ class Settings(BaseModel):
     socket_owner: Annotated[tuple[int, int] | None, BeforeValidator(lambda value: _pair(":", value))] = Field(
         None,
         description="UID:GID that the source's socket files are given, which QEMU and libvirt run as. "
-        "Default: the owner of the launcher's kubevirt folder.",
+        "Default: 107:107 (KubeVirt's qemu) under Kubernetes, otherwise the owner of the launcher's kubevirt folder.",
     )
     congestion_control: str = Field(
         "cubic",
@@ -133,6 +155,60 @@ class Settings(BaseModel):
     disable_tls: bool = Field(
         False,
         description="Relay in plaintext: whoever is on the migration network can read and alter the guests' memory.",
+    )
+    tls_dir: str | None = Field(
+        None,
+        description="Folder of ca.crt and, for both roles or in folders `server` and `client` for each, tls.crt and "
+        "tls.key, as `migproxy certs` makes it.",
+    )
+    tls_cert: str | None = Field(None, description="Certificate for both roles, PEM; with --tls-key.")
+    tls_key: str | None = Field(None, description="Key of --tls-cert, PEM.")
+    tls_server_dir: str | None = Field(
+        None, description=f"Folder of tls.crt and tls.key for the target's role. Default: {SERVER_DIR}, virt-handler's."
+    )
+    tls_client_dir: str | None = Field(
+        None, description=f"Folder of tls.crt and tls.key for the source's role. Default: {CLIENT_DIR}, virt-handler's."
+    )
+    tls_ca: str | None = Field(
+        None,
+        description="CA bundle that the other nodes' certificates are verified by, PEM; or a folder with ca.crt or "
+        f"ca-bundle. Default: {CA_DIR}, where the ConfigMap kubevirt-ca is to be mounted.",
+    )
+    tls_client_names: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        CLIENT_NAMES, description="Common names of the sources that a target accepts, separated by commas."
+    )
+    tls_server_names: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        SERVER_NAMES, description="Common names of the targets that a source accepts, separated by commas."
+    )
+    tls_externally_managed: bool = Field(
+        False,
+        description="The cluster's own PKI issues the certificates: accept intermediates, do not check common names.",
+    )
+    tls_min_version: Annotated[Literal["1.2", "1.3"], BeforeValidator(_version)] = Field(
+        "1.2", description="Oldest version of TLS: 1.2 or 1.3 (or KubeVirt's VersionTLS12, VersionTLS13)."
+    )
+    tls_ciphers: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="Cipher suites of TLS 1.2, best first, separated by commas, by OpenSSL's names or KubeVirt's "
+        "(tlsConfiguration.ciphers). Default: ECDHE with AES-GCM or ChaCha20.",
+    )
+    handshake_timeout: float = Field(10.0, gt=0, le=600, description="Seconds for a TLS handshake.")
+    max_handshakes: int = Field(
+        256,
+        ge=1,
+        le=65536,
+        description="Unfinished TLS handshakes per channel of a migration; beyond it, the oldest one of the address "
+        "that has most of them is given up.",
+    )
+    ktls: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Kernel TLS, which encrypts without a copy: `auto` where OpenSSL and the kernel can, `on` to "
+        "refuse to start where they cannot, `off`.",
+    )
+    tls_expiry_warning: float | None = Field(
+        None,
+        ge=0,
+        description="Hours before a certificate's end to warn. Default: the last third of its life, two weeks at most.",
     )
     control_socket: str = Field(
         "/run/migproxy/control.sock",
@@ -168,10 +244,26 @@ class Settings(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _certificate_and_key(self) -> Settings:
+    def _whole_pair(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: give both, or a folder of both")
         if (self.http_tls_cert is None) != (self.http_tls_key is None):
             raise ValueError("--http-tls-cert and --http-tls-key are given together, or neither")
         return self
+
+    @field_validator("kubeconfig")
+    @classmethod
+    def _one_inventory(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("vmi_dir") is not None:
+            raise ValueError("--vmi-dir is given too: VMIs come from the one or from the other")
+        return value
+
+    @field_validator("context")
+    @classmethod
+    def _context_of_a_kubeconfig(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("kubeconfig") is None:
+            raise ValueError("there is no --kubeconfig that could have a context")
+        return value
 
     @field_validator("launcher_run_dir")
     @classmethod
@@ -206,7 +298,7 @@ def load(given: Mapping[str, Any], origins: Mapping[str, str], config: str | Non
         config: Path of a TOML file with the flags' names (without dashes in front) as keys, or None.
 
     Raises:
-        SettingsError: A value is wrong, an option is unknown or missing, or the file cannot be read.
+        SettingsError: A value is wrong, an option is unknown, or the file cannot be read.
     """
     values, where = _read(config) if config else ({}, {})
     values |= given
@@ -234,10 +326,8 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _explain(problem: dict[str, Any], where: Mapping[str, str]) -> str:
-    if not problem["loc"]:  # of several options together, which the message names
-        return str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:  # about several options: names them itself
+        return str(problem["msg"].removeprefix("Value error, "))
     field = str(problem["loc"][0])
-    if problem["type"] == "missing":
-        return f"{option(field)} is missing (or {variables(field)[0]}, or {key(field)} in the configuration file)"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where.get(field, option(field))}: {problem['input']!r}: {message}"

@@ -17,7 +17,7 @@ from migproxy.launcher import LauncherError, RunDir
 from migproxy.plan import Role, SourceProxy
 from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
 from migproxy.proxy import Proxy, ProxyError, Surroundings
-from migproxy.sockets import BACKLOG, new_tcp
+from migproxy.sockets import BACKLOG, connect_tcp, new_tcp
 from migproxy.watch import Watcher
 
 _FOLDER_CHANGES = (
@@ -332,7 +332,7 @@ class Source(Proxy):
         except OSError as error:
             raise OSError(f"cannot connect from {local}: {error.strerror}") from error
         try:
-            await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+            await connect_tcp(sock, address, port)
         except OSError as error:
             sock.close()
             why = os.strerror(error.errno) if error.errno else str(error)  # the loop's own words repeat the address

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import socket
+from abc import ABC, abstractmethod
 from contextlib import suppress
 
 PIPE_SIZES = (1 << 20, 1 << 19, 1 << 18)
@@ -45,7 +46,7 @@ class Pipe:
         os.close(self.writer)
 
 
-class Pump:
+class Pump(ABC):
     """Moves the bytes of one direction until its end, and passes the end on.
 
     `run` blocks in the kernel and is meant for a thread of its own. An end of stream is passed on as what it is, a
@@ -54,33 +55,61 @@ class Pump:
     and then ends too.
 
     Attributes:
-        mode: How the bytes move, for metrics.
+        mode: How the bytes move, for metrics: "spliced", "ktls" (spliced, and encrypted by the kernel), "user-space".
+        spliced: Whether the bytes stay in the kernel.
         moved: Bytes delivered to `target` so far; written by the pump's thread alone, read by anyone.
         error: What ended the stream before its end; None while it runs and after a clean end.
     """
 
-    __slots__ = ("error", "moved", "pipe", "source", "target")
-    mode = "spliced"
+    __slots__ = ("error", "moved", "source", "target")
+    mode = "user-space"
+    spliced = False
 
     def __init__(self, source: socket.socket, target: socket.socket) -> None:
         self.source = source
         self.target = target
-        self.pipe = Pipe()
         self.moved = 0
         self.error: OSError | None = None
 
     def run(self) -> None:
         """Pumps until the end of the stream or an error, which is left in `error`."""
         try:
-            self._splice()
+            self._move()
         except OSError as error:
             self.error = error
-            _shutdown(self.target, socket.SHUT_RDWR)
-            _shutdown(self.source, socket.SHUT_RD)
+            shutdown(self.target, socket.SHUT_RDWR)
+            shutdown(self.source, socket.SHUT_RD)
         else:
-            _shutdown(self.target, socket.SHUT_WR)
+            self._finish()
 
-    def _splice(self) -> None:
+    @abstractmethod
+    def _move(self) -> None:
+        """Moves everything up to the end of the stream; raises OSError for any other end."""
+
+    def _finish(self) -> None:
+        """Tells the target of the end; does not raise."""
+        shutdown(self.target, socket.SHUT_WR)
+
+    def close(self) -> None:  # noqa: B027 - a pump may have nothing to free
+        """Frees what is the pump's own; the sockets belong to whoever made them."""
+
+
+class Splice(Pump):
+    """The pump whose bytes stay in the kernel.
+
+    Attributes:
+        pipe: Holds the bytes in flight.
+    """
+
+    __slots__ = ("pipe",)
+    mode = "spliced"
+    spliced = True
+
+    def __init__(self, source: socket.socket, target: socket.socket) -> None:
+        super().__init__(source, target)
+        self.pipe = Pipe()
+
+    def _move(self) -> None:
         source, target = self.source.fileno(), self.target.fileno()
         reader, writer, capacity = self.pipe.reader, self.pipe.writer, self.pipe.capacity
         # No SPLICE_F_MORE: on the last bytes of a message it makes TCP wait up to 200 ms for more.
@@ -94,20 +123,54 @@ class Pump:
         try:
             return os.splice(source, writer, capacity)
         except ConnectionResetError:
-            # A unix peer that closes with unread data of ours resets us, after all it wrote has been read
-            # (unix(7)): for this direction that is its end. A TCP peer's reset is a truncation.
-            if self.source.family == socket.AF_UNIX:
+            if ended_by_reset(self.source):
                 return 0
             raise
 
     def close(self) -> None:
-        """Closes the pipe; the sockets belong to whoever made them."""
         self.pipe.close()
 
 
-def _shutdown(sock: socket.socket, how: int) -> None:
+class Transport:
+    """A connection between the two nodes, and how its bytes are moved: this one as they are.
+
+    Attributes:
+        tcp: The connected socket; whoever has the transport owns it.
+        label: What protects the connection, for people.
+    """
+
+    label = "plaintext"
+
+    def __init__(self, tcp: socket.socket) -> None:
+        self.tcp = tcp
+
+    def sending(self, unix: socket.socket) -> Pump:
+        """Makes the pump of what the launcher sends; to be closed by the caller.
+
+        Raises:
+            OSError: No descriptors are left.
+        """
+        return Splice(unix, self.tcp)
+
+    def receiving(self, unix: socket.socket) -> Pump:
+        """Makes the pump of what the launcher receives; see `sending`."""
+        return Splice(self.tcp, unix)
+
+
+def ended_by_reset(source: socket.socket) -> bool:
+    """Whether a reset is the end of what that socket has to give.
+
+    A unix peer that closes with unread data of ours resets us, after all it wrote has been read (unix(7)): for
+    this direction that is its end. A TCP peer's reset is a truncation.
+    """
+    return source.family == socket.AF_UNIX
+
+
+def shutdown(sock: socket.socket, how: int) -> None:
+    """Shuts a socket down, one way or both, unless its peer was faster."""
     try:
-        sock.shutdown(how)
+        # Not sock.shutdown: an SSLSocket's own would take the session away from under the other direction.
+        socket.socket.shutdown(sock, how)
     except OSError as error:
         if error.errno != errno.ENOTCONN:  # the peer has ended the connection already
             raise

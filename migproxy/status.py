@@ -32,6 +32,8 @@ def render(report: Mapping[str, Any]) -> str:
     state = "draining" if report["draining"] else "ready" if report["ready"] else "NOT READY"
     lines = [f"node {report['node']}, migration address {report['address'] or 'none'}, {state}"]
     lines += [f"  {name}: {problem}" for name, problem in report["problems"].items()]
+    if cluster := report.get("cluster"):
+        lines += _cluster(cluster)
     if not report["migrations"]:
         return "\n".join([*lines, "no migrations"])
     rows = [_HEADINGS, *(row for migration in report["migrations"] for row in _rows(migration))]
@@ -41,6 +43,14 @@ def render(report: Mapping[str, Any]) -> str:
             if migration.get(label):
                 lines.append(f"{_name(migration)} ({migration['role']}): {migration[label]}")
     return "\n".join(lines)
+
+
+def _cluster(cluster: Mapping[str, Any]) -> Iterator[str]:
+    tls = "off" if cluster["disable_tls"] else f"on, {cluster['min_tls'] or 'the default version'} or newer"
+    network, ca = cluster["network"] or "the pods'", cluster["ca_certificates"]
+    yield f"KubeVirt in {cluster['namespace']}: TLS {tls}; migration network {network}; {ca} CA certificates"
+    if cluster["problem"]:
+        yield f"  {cluster['problem']}"
 
 
 def _name(migration: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,7 +19,9 @@ from typing import Any
 from aiohttp import web
 
 from migproxy.metrics import Exporter, render
-from migproxy.node import Node
+
+Report = Mapping[str, Any]
+Checks = Mapping[str, str | None]
 
 
 class HTTPError(Exception):
@@ -46,13 +48,16 @@ class HTTPOptions:
 
 
 @asynccontextmanager
-async def serve(options: HTTPOptions, node: Node, exporter: Exporter) -> AsyncIterator[str]:
+async def serve(
+    options: HTTPOptions, report: Callable[[], Report], checks: Callable[[], Checks], exporter: Exporter
+) -> AsyncIterator[str]:
     """Serves HTTP while the context lasts.
 
     Args:
         options: Where and how.
-        node: What is told about.
-        exporter: Of its metrics.
+        report: `Node.report`; called for each request.
+        checks: `Node.checks`; likewise.
+        exporter: Of the metrics.
 
     Returns:
         The URL that it is served at.
@@ -61,7 +66,7 @@ async def serve(options: HTTPOptions, node: Node, exporter: Exporter) -> AsyncIt
         HTTPError: The port is taken, the address is not this machine's, or the certificate cannot be used.
     """
     protection = _protection(options)
-    runner = web.AppRunner(_application(node, exporter), access_log=None)
+    runner = web.AppRunner(_application(report, checks, exporter), access_log=None)
     await runner.setup()
     try:
         sock = _listen(options)
@@ -135,7 +140,7 @@ def _identity(path: str) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def _application(node: Node, exporter: Exporter) -> web.Application:
+def _application(report: Callable[[], Report], checks: Callable[[], Checks], exporter: Exporter) -> web.Application:
     page = files("migproxy").joinpath("page.html").read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": _policy(page), "X-Content-Type-Options": "nosniff"}
 
@@ -143,7 +148,7 @@ def _application(node: Node, exporter: Exporter) -> web.Application:
         return web.Response(text=page, content_type="text/html", headers=headers)
 
     async def status(_: web.Request) -> web.Response:
-        return web.json_response(node.report(), headers={"Cache-Control": "no-store"})
+        return web.json_response(report(), headers={"Cache-Control": "no-store"})
 
     async def metrics(request: web.Request) -> web.Response:
         # Formatting takes most of the time, and needs nothing of the event loop's.
@@ -154,9 +159,9 @@ def _application(node: Node, exporter: Exporter) -> web.Application:
         return web.Response(text="ok\n")
 
     async def ready(_: web.Request) -> web.Response:
-        checks = node.checks
-        lines = [f"[{'-' if reason else '+'}] {name}: {reason or 'ok'}" for name, reason in checks.items()]
-        return web.Response(text="\n".join(lines) + "\n", status=503 if any(checks.values()) else 200)
+        now = checks()
+        lines = [f"[{'-' if reason else '+'}] {name}: {reason or 'ok'}" for name, reason in now.items()]
+        return web.Response(text="\n".join(lines) + "\n", status=503 if any(now.values()) else 200)
 
     app = web.Application()
     routes: dict[str, Any] = {

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING
 
 from migproxy.doctor.finding import Finding, Level
 from migproxy.doctor.host import check_clock
+
+if TYPE_CHECKING:
+    from migproxy.kube.api import ApiServer
 
 _TIMEOUT = 10.0
 
@@ -69,18 +70,19 @@ def check_api(kubeconfig: str | None, context: str | None, kubevirt: str) -> lis
 
 
 async def _check(kubeconfig: str | None, context: str | None, kubevirt: str) -> list[Finding]:
+    from migproxy.kube.api import ApiError, ApiServer, ConfigurationError  # slow to import
+
     try:
-        async with asyncio.timeout(_TIMEOUT), _connected(kubeconfig, context) as api:
-            host = api.configuration.host
+        async with asyncio.timeout(_TIMEOUT), ApiServer(kubeconfig, context) as api:
             began = datetime.now(UTC)
-            version, _, headers = await _version(api)
-            skew = _skew(headers, began)
-            findings = [Finding("API server", Level.OK, f"{host} answers, {version.git_version}")]
+            version = await api.request("GET", "/version")
+            skew = _skew(api.date, began)
+            findings = [Finding("API server", Level.OK, f"{api.host} answers, {version['gitVersion']}")]
             if skew is not None:
                 findings.append(check_clock(skew, "the API server"))
             return [*findings, *[await _permission(api, wanted, kubevirt) for wanted in PERMISSIONS]]
-    except Exception as error:  # noqa: BLE001 - whatever the client raises is the finding
-        why = f"no answer within {_TIMEOUT:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)
+    except (ApiError, ConfigurationError, TimeoutError, KeyError, TypeError) as error:
+        why = f"no answer within {_TIMEOUT:g} s" if isinstance(error, TimeoutError) else str(error)
         return [
             Finding(
                 "API server",
@@ -91,50 +93,30 @@ async def _check(kubeconfig: str | None, context: str | None, kubevirt: str) -> 
         ]
 
 
-@asynccontextmanager
-async def _connected(kubeconfig: str | None, context: str | None) -> AsyncIterator[Any]:
-    from kubernetes_asyncio import client, config  # slow to import
-
-    configuration = client.Configuration()
-    if kubeconfig is None:
-        config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-    else:
-        await config.load_kube_config(kubeconfig, context, client_configuration=configuration)
-    async with client.ApiClient(configuration) as api:
-        yield api
-
-
-async def _version(api: Any) -> Any:
-    from kubernetes_asyncio import client
-
-    return await client.VersionApi(api).get_code_with_http_info()
-
-
-def _skew(headers: Any, began: datetime) -> float | None:
+def _skew(date: str | None, began: datetime) -> float | None:
     """How far ahead the server's clock is, judged by the middle of the request and the header's whole seconds."""
-    date = headers.get("Date")
     if date is None:
         return None
     middle = began + (datetime.now(UTC) - began) / 2
     return (parsedate_to_datetime(date) - middle).total_seconds() + 0.5
 
 
-async def _permission(api: Any, wanted: Permission, kubevirt: str) -> Finding:
-    from kubernetes_asyncio import client
-
-    attributes = client.V1ResourceAttributes(
-        verb=wanted.verb,
-        group=wanted.group,
-        resource=wanted.resource,
-        name=wanted.name,
-        namespace=kubevirt if wanted.in_kubevirt else None,
-    )
-    review = client.V1SelfSubjectAccessReview(spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes))
-    answer = await client.AuthorizationV1Api(api).create_self_subject_access_review(review)
-    where = f" in namespace {kubevirt}" if wanted.in_kubevirt else ""
-    if answer.status.allowed:
+async def _permission(api: ApiServer, wanted: Permission, kubevirt: str) -> Finding:
+    attributes = {"verb": wanted.verb, "group": wanted.group, "resource": wanted.resource}
+    if wanted.name:
+        attributes["name"] = wanted.name
+    if wanted.in_kubevirt:
+        attributes["namespace"] = kubevirt
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": attributes},
+    }
+    answer = await api.request("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=review)
+    status, where = answer["status"], f" in namespace {kubevirt}" if wanted.in_kubevirt else ""
+    if status.get("allowed"):
         return Finding("permission", Level.OK, f"{wanted}{where}")
-    reason = f": {answer.status.reason}" if answer.status.reason else ""
+    reason = f": {status['reason']}" if status.get("reason") else ""
     role = f"Role in namespace {kubevirt}" if wanted.in_kubevirt else "ClusterRole"
     return Finding(
         "permission", Level.FAIL, f"may not {wanted}{where}{reason}", f"add a rule to the {role}: {wanted.rule()}"

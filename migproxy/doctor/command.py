@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import os
 import signal
 import sys
 import threading
@@ -15,10 +16,28 @@ from migproxy.doctor import api, host, peer
 from migproxy.doctor.finding import Finding, Level, render
 from migproxy.doctor.peer import PeerError
 from migproxy.netif import MigrationAddress
+from migproxy.pki import locate
 from migproxy.portmap import IPAddress
-from migproxy.settings import Settings
+from migproxy.settings import Settings, option
 
 __all__ = ["PeerError", "Request", "examine", "serve"]
+
+
+_PASSED_ON = (
+    "congestion_control",
+    "tls_dir",
+    "tls_cert",
+    "tls_key",
+    "tls_server_dir",
+    "tls_client_dir",
+    "tls_client_names",
+    "tls_server_names",
+    "tls_min_version",
+    "tls_ciphers",
+    "ktls",
+)
+_PASSED_ON_FLAGS = ("disable_tls", "tls_externally_managed")
+"""Options of the daemons that measure the path, where they are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +46,54 @@ class Request:
 
     Attributes:
         settings: The daemon's.
-        certificates: Paths of the CA's, the certificate's and the key's PEM files.
-        kubeconfig, context: Of the API server to check, beside the one of a pod.
-        kubevirt_namespace: Where KubeVirt is installed.
         peer: The other node's migration address.
         port: That it serves on.
         seconds: To measure the throughput for.
     """
 
     settings: Settings
-    certificates: tuple[str | None, ...] | None
-    kubeconfig: str | None
-    context: str | None
-    kubevirt_namespace: str
     peer: str | None
     port: int
     seconds: float
 
     @property
+    def ca(self) -> str | None:
+        """The CA bundle: in a cluster, the daemon reads it from the API and keeps it beside its control socket."""
+        settings = self.settings
+        if settings.tls_ca or settings.tls_dir or not api.is_configured(settings.kubeconfig):
+            return settings.tls_ca
+        return os.path.join(os.path.dirname(settings.control_socket), "kubevirt-ca.crt")
+
+    @property
+    def certificates(self) -> dict[str, host.Certificates]:
+        """What each role shows, and checks the other by."""
+        settings = self.settings
+        pair = (settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+        server, client = locate(
+            server=settings.tls_server_dir,
+            client=settings.tls_client_dir,
+            pair=pair,
+            folder=settings.tls_dir,
+            ca=self.ca,
+        )
+        names = {"server": settings.tls_server_names, "client": settings.tls_client_names}
+        return {
+            role: host.Certificates(files.bundle(), files.cert, files.key, names[role])
+            for role, files in (("server", server), ("client", client))
+        }
+
+    @property
     def daemon_options(self) -> list[str]:
         """What the daemons that measure the path are started with."""
-        chosen = ["--congestion-control", self.settings.congestion_control]
-        return [*chosen, "--disable-tls"] if self.settings.disable_tls else chosen
+        given = self.settings.model_fields_set
+        values = {name: getattr(self.settings, name) for name in _PASSED_ON if name in given}
+        chosen = [part for name, value in values.items() for part in (option(name), _text(value))]
+        chosen += [option(name) for name in _PASSED_ON_FLAGS if getattr(self.settings, name)]
+        return [*chosen, "--tls-ca", self.ca] if self.ca else chosen
+
+
+def _text(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def examine(request: Request, *, as_json: bool) -> int:
@@ -71,7 +116,6 @@ def examine(request: Request, *, as_json: bool) -> int:
 def _findings(request: Request) -> Iterator[Finding]:
     settings = request.settings
     address = _address(settings)
-    certificates = host.Certificates(*map(str, request.certificates)) if request.certificates else None
     yield from host.examine(
         host.Patient(
             settings.migration_interface,
@@ -79,13 +123,12 @@ def _findings(request: Request) -> Iterator[Finding]:
             settings.launcher_run_dir,
             settings.pods_dir,
             settings.congestion_control,
-            settings.disable_tls,
-            certificates,
+            {} if settings.disable_tls else request.certificates,
         ),
         address,
     )
-    if api.is_configured(request.kubeconfig):
-        yield from api.check_api(request.kubeconfig, request.context, request.kubevirt_namespace)
+    if api.is_configured(settings.kubeconfig):
+        yield from api.check_api(settings.kubeconfig, settings.context, settings.kubevirt_namespace)
     if request.peer is not None:
         yield from _check_peer(request, request.peer, address)
 

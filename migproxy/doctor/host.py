@@ -10,9 +10,9 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -26,13 +26,6 @@ from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.portmap import IPAddress
 from migproxy.sockets import PortTaken, TCPOptions, listen_tcp
 from migproxy.splice import PIPE_SIZES, Pipe
-
-KUBEVIRT_NAMES = (
-    "kubevirt.io:system:node:virt-handler",
-    "kubevirt.io:system:client:migration",
-    "kubevirt.io:system:client:virt-handler",
-)
-"""Common names that KubeVirt's migration proxies show and accept."""
 
 MAX_SKEW = 5.0  # seconds; timestamps in a VMI's status are compared with the node's clock
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # linux/proc_ns.h, PROC_PID_INIT_INO
@@ -252,28 +245,43 @@ def check_pid_namespace(path: str = "/proc/self/ns/pid") -> Finding:
 # Certificates
 
 
-def check_certificates(ca: str, certificate: str, key: str, now: datetime | None = None) -> Iterator[Finding]:
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """What one role shows, and checks the other by.
+
+    Attributes:
+        ca, certificate, key: Paths of PEM files; those of the CA and the certificate may hold several.
+        names: Common names that the other role accepts.
+    """
+
+    ca: str
+    certificate: str
+    key: str
+    names: tuple[str, ...]
+
+
+def check_certificates(paths: Certificates, now: datetime | None = None) -> Iterator[Finding]:
     """Whether a certificate can be used: its files, key, chain, name and validity.
 
     Args:
-        ca, certificate, key: Paths of PEM files; those of the CA and the certificate may hold several.
+        paths: What to look at.
         now: The time to judge by.
     """
     try:
-        roots = _certificates(ca)
-        leaf, *intermediates = _certificates(certificate)
+        roots = _certificates(paths.ca)
+        leaf, *intermediates = _certificates(paths.certificate)
     except (OSError, ValueError) as error:
         yield Finding(
             "certificate files",
             Level.FAIL,
             _reason(error),
-            "name PEM files that exist and are readable with --tls-ca and --tls-cert",
+            "name PEM files that exist and are readable with --tls-dir, or --tls-ca and --tls-cert; or --disable-tls",
         )
         return
-    yield Finding("certificate files", Level.OK, f"{certificate}, {len(roots)} CA certificates in {ca}")
-    yield _check_key(leaf, key)
+    yield Finding("certificate files", Level.OK, f"{paths.certificate}, {len(roots)} CA certificates in {paths.ca}")
+    yield _check_key(leaf, paths.key)
     yield _check_chain(leaf, intermediates, roots)
-    yield _check_name(leaf)
+    yield _check_name(leaf, paths.names)
     yield from (
         _check_expiry(what, one, now or datetime.now(UTC)) for what, one in (("certificate", leaf), *_cas(roots))
     )
@@ -337,15 +345,15 @@ def _is_issued_by(one: x509.Certificate, issuer: x509.Certificate) -> bool:
     return True
 
 
-def _check_name(leaf: x509.Certificate) -> Finding:
+def _check_name(leaf: x509.Certificate, accepted: Sequence[str]) -> Finding:
     names = [str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    if any(name in KUBEVIRT_NAMES for name in names):
+    if any(name in accepted for name in names):
         return Finding("common name", Level.OK, names[0])
     return Finding(
         "common name",
         Level.WARN,
-        f"{', '.join(names) or 'none'}: a KubeVirt peer accepts {', '.join(KUBEVIRT_NAMES)} only",
-        "use KubeVirt's certificates, or tell the other nodes to accept this name",
+        f"{', '.join(names) or 'none'}: the other nodes accept {', '.join(accepted)} only",
+        "use KubeVirt's certificates, or tell all nodes to accept this name (--tls-server-names, --tls-client-names)",
     )
 
 
@@ -396,21 +404,11 @@ def check_clock(skew: float, other: str) -> Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Certificates:
-    """Paths of PEM files; see `check_certificates`."""
-
-    ca: str
-    certificate: str
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
 class Patient:
     """What to look at; the daemon's options of the same names.
 
     Attributes:
-        disable_tls: Nothing about certificates or kernel TLS matters.
-        certificates: None where none are named.
+        certificates: By role; none where TLS is off.
     """
 
     migration_interface: str
@@ -418,8 +416,7 @@ class Patient:
     launcher_run_dir: str
     pods_dir: str
     congestion_control: str
-    disable_tls: bool
-    certificates: Certificates | None
+    certificates: Mapping[str, Certificates]
 
 
 def interface_mtu(name: str) -> int | None:
@@ -447,18 +444,8 @@ def examine(patient: Patient, address: MigrationAddress) -> Iterator[Finding]:
     if "{pid}" in patient.launcher_run_dir:
         yield check_pods_dir(patient.pods_dir)
         yield check_pid_namespace()
-    if not patient.disable_tls:
+    if patient.certificates:
         yield check_ktls()
-        yield from _examine_certificates(patient.certificates)
-
-
-def _examine_certificates(paths: Certificates | None) -> Iterator[Finding]:
-    if paths is None:
-        yield Finding(
-            "certificate files",
-            Level.WARN,
-            "none named, so none checked",
-            "name them with --tls-ca, --tls-cert and --tls-key, or say --disable-tls",
-        )
-        return
-    yield from check_certificates(paths.ca, paths.certificate, paths.key)
+    for role, paths in patient.certificates.items():
+        for finding in check_certificates(paths):
+            yield replace(finding, check=f"{role} {finding.check}")

@@ -64,8 +64,9 @@ def _daemon(vmi: Mapping[str, Any], options: Sequence[str], address: IPAddress) 
         command += ["--node-name", vmi["status"]["nodeName"], "--vmi-dir", f"{folder}/vmi.json"]
         command += ["--launcher-run-dir", f"{folder}/run", "--migration-address", str(address)]
         command += ["--control-socket", f"{folder}/control.sock", "--http-listen", "off", "--drain-timeout", "0"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MIGPROXY_")}
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # noqa: S603
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)  # noqa: S603
         try:
             _until(lambda: _is_prepared(folder, process), f"{folder}/log")
             yield folder

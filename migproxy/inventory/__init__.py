@@ -44,6 +44,17 @@ class Inventory(Protocol):
         """
         ...
 
+    def note(self, vmi: VMI, reason: str, message: str, *, warning: bool = False) -> None:
+        """Tell whoever looks at the VMI, where there is a way to; never waits, never fails.
+
+        Args:
+            vmi: whom it is about.
+            reason: in CamelCase, for machines.
+            message: for people.
+            warning: somebody must mend something.
+        """
+        ...
+
     @property
     def problems(self) -> Mapping[str, str]:
         """What is wrong now: where it is (a path, path:line, a URL) to what it is; empty when all is well."""

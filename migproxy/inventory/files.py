@@ -31,6 +31,8 @@ from migproxy.watch import Mask, Subscription, Watcher
 SUFFIXES: Final = (".yaml", ".yml", ".json")
 MISSING_SECONDS: Final = 0.25
 LOCK_SECONDS: Final = 10.0
+SMALL_BYTES: Final = 1 << 14
+"""Up to here, reading takes a few milliseconds of CPU."""
 PUBLISH_ATTEMPTS: Final = 5
 MAX_LINKS: Final = 40
 """More symbolic links on one way are a loop to the kernel too (path_resolution(7))."""
@@ -132,6 +134,9 @@ class FileInventory:
             raise PublishError(f"{_who(vmi)}: no file of {self._path} holds it any more")
         await asyncio.to_thread(_publish, path, vmi, str(address), ports.published())
 
+    def note(self, vmi: VMI, reason: str, message: str, *, warning: bool = False) -> None:
+        """See `Inventory.note`: a file has no place for it, and the log has it anyway."""
+
     async def _refresh(self, feed: "_Feed") -> None:
         """Bring `_files` up to the disk's state, reading no file but those that the news are about."""
         news = feed.take()
@@ -147,7 +152,7 @@ class FileInventory:
             self._forget_missing(trails)
             for path in sorted(path for path, trail in trails.items() if self._is_stale(path, trail, news)):
                 before = self._files.get(path, _File())
-                self._files[path] = await asyncio.to_thread(_load, path, before)
+                self._files[path] = await _load_aside(path, before)
                 if self._files[path] is not before:
                     changed.add(path)
         elif self._absent or not isinstance(error, FileNotFoundError) or self._is_overdue(self._path):
@@ -384,6 +389,17 @@ def _is_linked(step: Step) -> bool:
     except OSError:
         return False
     return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+
+
+async def _load_aside(path: str, before: _File) -> _File:
+    """Read a file without keeping the loop: in a thread, unless that would take longer than the reading.
+
+    On a machine whose CPUs migrations keep busy, each hand-over between threads waits for milliseconds.
+    """
+    with suppress(OSError):
+        if os.stat(path).st_size <= SMALL_BYTES:
+            return _load(path, before)
+    return await asyncio.to_thread(_load, path, before)
 
 
 def _load(path: str, before: _File) -> _File:

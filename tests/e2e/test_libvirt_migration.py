@@ -26,18 +26,20 @@ def _machine_has_what_it_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("disk", "parallel"),
+    ("disk", "parallel", "tls"),
     [
-        pytest.param(False, 0, id="plain"),
-        pytest.param(False, 4, id="parallel"),
-        pytest.param(True, 0, id="copy-storage-all"),
+        pytest.param(False, 0, True, id="plain"),
+        pytest.param(False, 4, True, id="parallel"),
+        pytest.param(True, 0, True, id="copy-storage-all"),
+        pytest.param(False, 4, False, id="parallel-without-tls"),
     ],
 )
-async def test_running_guest_migrates_there_and_back(disk: bool, parallel: int) -> None:
-    async with Lab() as lab:
+async def test_running_guest_migrates_there_and_back(disk: bool, parallel: int, tls: bool) -> None:
+    async with Lab(tls=tls) as lab:
         here, there = lab.nodes
         for node in lab.nodes:
             await node.proxy.start()
+            assert (await node.proxy.status())["tls"]["mode"] == ("mTLS" if tls else "plaintext")
         descriptors = {node.name: open_descriptors(node) for node in lab.nodes}
         async with Guest.boot(lab, here, disk=disk) as guest:
             at_first = guest.hashes[0]

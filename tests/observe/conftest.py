@@ -23,7 +23,7 @@ def sandbox() -> None:
 
 @pytest.fixture
 async def lab() -> AsyncIterator[Lab]:
-    """Two nodes without libvirt, whose HTTP can be reached from here; their daemons are not started yet."""
-    async with Lab(libvirt=False) as made:
+    """Two nodes without libvirt and TLS, whose HTTP can be reached from here; their daemons are not started yet."""
+    async with Lab(libvirt=False, tls=False) as made:
         await run("ip", "address", "add", f"{WATCHER}/24", "dev", "migration")
         yield made

@@ -4,19 +4,21 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from demo.lab import Lab, Node, end, run
 
-DOCTOR = (sys.executable, "-m", "migproxy", "doctor", "--disable-tls", "--launcher-run-dir", "/run")
+DOCTOR = (sys.executable, "-m", "migproxy", "doctor", "--launcher-run-dir", "/run")
+PLAINTEXT = ("--disable-tls",)
 
 
-async def examine(node: Node, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
+async def examine(node: Node, *options: str, tls: Sequence[str] = PLAINTEXT) -> tuple[int, dict[str, dict[str, Any]]]:
     """The exit status, and the findings by check."""
     process = await asyncio.create_subprocess_exec(
-        *node.prefix("net"), *DOCTOR, "--json", "--seconds", "0.5", *options, stdout=asyncio.subprocess.PIPE
+        *node.prefix("net"), *DOCTOR, *tls, "--json", "--seconds", "0.5", *options, stdout=asyncio.subprocess.PIPE
     )
     out, _ = await asyncio.wait_for(process.communicate(), 120)
     assert process.returncode is not None
@@ -24,9 +26,9 @@ async def examine(node: Node, *options: str) -> tuple[int, dict[str, dict[str, A
 
 
 @asynccontextmanager
-async def serving(node: Node) -> AsyncIterator[None]:
+async def serving(node: Node, tls: Sequence[str] = PLAINTEXT) -> AsyncIterator[None]:
     process = await asyncio.create_subprocess_exec(
-        *node.prefix("net"), *DOCTOR, "--serve", stdout=asyncio.subprocess.PIPE
+        *node.prefix("net"), *DOCTOR, *tls, "--serve", stdout=asyncio.subprocess.PIPE
     )
     try:
         assert process.stdout
@@ -45,6 +47,24 @@ async def test_a_good_path_is_measured_through_two_daemons(lab: Lab) -> None:
     for check in ("peer reachable", "path MTU", "round trip", "clock"):
         assert found[check]["level"] == "ok", found[check]
     assert "two migproxies (spliced" in found["throughput"]["finding"]
+
+
+async def test_the_path_is_measured_as_it_is_protected_and_a_peer_with_another_ca_is_found(
+    lab: Lab, tmp_path: Path
+) -> None:
+    here, there = lab.nodes
+    for name in ("ours", "another"):
+        await run(sys.executable, "-m", "migproxy", "certs", str(tmp_path / name))
+    ours, another = (("--tls-dir", str(tmp_path / name)) for name in ("ours", "another"))
+    async with serving(there, ours):
+        status, found = await examine(here, "--peer", there.address, tls=ours)
+        assert status == 0, found
+        assert "user-space" in found["throughput"]["finding"] or "ktls" in found["throughput"]["finding"]
+        assert {found[f"{role} chain"]["level"] for role in ("server", "client")} == {"ok"}
+
+        status, found = await examine(here, "--peer", there.address, tls=another)
+        assert status == 1
+        assert "the same CA" in found["peer"]["remedy"]
 
 
 async def test_a_path_that_drops_large_packets_is_found_and_so_is_a_slow_one(lab: Lab) -> None:

@@ -27,6 +27,7 @@ from migproxy.cli import app
 from migproxy.doctor import api, host, peer
 from migproxy.doctor.finding import Finding, Level, render
 from migproxy.netif import MigrationAddress
+from migproxy.pki import SERVER_NAMES
 
 LOOPBACK = ip_address("127.0.0.1")
 NOW = dt.datetime.now(dt.UTC)
@@ -130,7 +131,7 @@ class Authority:
 
     def issue(
         self,
-        name: str = host.KUBEVIRT_NAMES[0],
+        name: str = SERVER_NAMES[0],
         begins: dt.datetime = NOW - DAY / 10,
         ends: dt.datetime = NOW + DAY,
     ) -> host.Certificates:
@@ -138,7 +139,7 @@ class Authority:
         made = self._issue(name, key, self.key, self._name(), begins, ends)
         pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         certificate = self._write("tls.crt", made.public_bytes(serialization.Encoding.PEM))
-        return host.Certificates(self.ca, certificate, self._write("tls.key", key.private_bytes(*pem)))
+        return host.Certificates(self.ca, certificate, self._write("tls.key", key.private_bytes(*pem)), SERVER_NAMES)
 
     def _name(self) -> str:
         return str(self.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
@@ -163,7 +164,7 @@ class Authority:
 
 
 def examined(paths: host.Certificates) -> dict[str, Finding]:
-    return by_name(host.check_certificates(paths.ca, paths.certificate, paths.key, NOW))
+    return by_name(host.check_certificates(paths, NOW))
 
 
 def test_certificates_that_are_well(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_an_intermediate_behind_the_certificate_completes_the_chain(tmp_path: Pa
     between = Authority(tmp_path / "below", "between")
     between.certificate = root._issue("between", between.key, root.key, "kubevirt.io", NOW - DAY, NOW + DAY)
     paths = between.issue()
-    chain = host.Certificates(root.ca, paths.certificate, paths.key)
+    chain = host.Certificates(root.ca, paths.certificate, paths.key, SERVER_NAMES)
     failing(examined(chain)["chain"], Level.FAIL, "put intermediates behind the certificate")
     with Path(paths.certificate).open("ab") as file:
         file.write(between.certificate.public_bytes(serialization.Encoding.PEM))
@@ -211,7 +212,11 @@ def test_a_key_that_is_not_the_certificates(tmp_path: Path) -> None:
 def test_a_certificate_of_another_ca(tmp_path: Path) -> None:
     paths = Authority(tmp_path).issue()
     other = Authority(tmp_path, "another")
-    failing(examined(host.Certificates(other.ca, paths.certificate, paths.key))["chain"], Level.FAIL, "kubevirt-ca")
+    failing(
+        examined(host.Certificates(other.ca, paths.certificate, paths.key, SERVER_NAMES))["chain"],
+        Level.FAIL,
+        "kubevirt-ca",
+    )
 
 
 def test_a_name_that_kubevirt_does_not_accept(tmp_path: Path) -> None:
@@ -376,4 +381,4 @@ def test_the_command_exits_with_0_where_nothing_failed(tmp_path: Path) -> None:
 
 def test_wrong_options_exit_with_2() -> None:
     assert CliRunner().invoke(app, ["doctor", "--port-range", "9-8"]).exit_code == 2
-    assert CliRunner().invoke(app, ["doctor", "--tls-ca", os.devnull]).exit_code == 2
+    assert CliRunner().invoke(app, ["doctor", "--tls-cert", os.devnull]).exit_code == 2

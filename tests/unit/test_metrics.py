@@ -62,8 +62,15 @@ def report(*migrations: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "vmis": 7,
         "queue_depth": 1,
         "watch": {"source": "kubernetes", "last_event": 1700000000.0, "reconnects": 3, "relists": 1},
-        "certificates": {"server": 1800000000.0},
-        "refusals": {"unknown CA": 4},
+        "tls": {
+            "mode": "mTLS",
+            "errors": {"wrong_ca": 4},
+            "certificates": [
+                {"role": "server", "file": "/tls.crt", "not_after": "2027-01-15T08:00:00+00:00"},
+                {"role": "server", "file": "/ca.crt", "not_after": "2028-01-15T08:00:00+00:00"},
+                {"role": "server", "file": "/ca.crt", "not_after": "2027-01-15T08:00:00+00:00"},
+            ],
+        },
         "migrations": list(migrations),
         **changes,
     }
@@ -119,12 +126,20 @@ def test_a_migration_that_waits_has_no_counters_yet_and_is_counted_by_its_state(
 
 
 def test_what_is_not_known_is_not_exported() -> None:
-    text = exposition(report(watch=None, certificates={}, refusals={}))
-    for name in ("watch", "certificate", "refusals", "handshake", "migration_bytes"):
+    text = exposition(report(watch=None, tls={"mode": "plaintext", "errors": {}}))
+    for name in ("watch", "certificate", "tls_errors", "handshake", "migration_bytes"):
         assert f"migproxy_{name}" not in text, name
     files = exposition(report(watch={"source": "files", "last_event": 5.0, "reconnects": None, "relists": None}))
     assert 'migproxy_watch_last_event_timestamp_seconds{source="files"} 5.0' in files
     assert "reconnects" not in files
+
+
+def test_of_several_certificates_in_a_file_the_first_to_expire_counts() -> None:
+    text = exposition(report())
+    assert lines(text, "migproxy_certificate_expiry_timestamp_seconds{") == [
+        'migproxy_certificate_expiry_timestamp_seconds{file="/tls.crt",role="server"} 1.8e+09',
+        'migproxy_certificate_expiry_timestamp_seconds{file="/ca.crt",role="server"} 1.8e+09',
+    ]
 
 
 def test_every_reason_of_failure_exists_before_the_first_failure() -> None:

@@ -8,12 +8,13 @@ import hashlib
 import os
 import random
 import socket
-import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from migproxy.relay import Relay, Traffic
+from migproxy.splice import Transport
 
 DEADLINE = 20.0
 BROKEN = r"reset|Broken"
@@ -29,7 +30,7 @@ class Legs:
             tcp, _ = listener.accept()
         for end in (self.launcher, self.far):
             end.setblocking(False)
-        self.relay = Relay(unix, tcp, "test")
+        self.relay = Relay(unix, Transport(tcp))
         self.run = asyncio.create_task(self.relay.run())
 
     async def ended(self) -> None:
@@ -50,9 +51,12 @@ async def legs() -> AsyncIterator[Legs]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    threads = threading.active_count()
+    threads = len(os.listdir("/proc/self/task"))
     yield
-    assert threading.active_count() <= threads + 1  # the loop's own worker
+    deadline = time.monotonic() + DEADLINE
+    while len(os.listdir("/proc/self/task")) > threads + 1:  # the loop's own worker; a thread takes a moment to go
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 async def send(sock: socket.socket, data: bytes) -> None:

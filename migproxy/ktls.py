@@ -1,0 +1,146 @@
+"""TLS in the kernel: what it can do here, which directions of a connection it does, and splicing through it.
+
+Once the keys are with the kernel (Documentation/networking/tls.rst), a TLS socket takes and gives plain bytes, and
+splice(2) works on it. What is no data keeps its record type: the kernel refuses to splice such a record, and it is
+read with a control message instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from contextlib import suppress
+
+from migproxy.splice import Pump, Splice, Transport, shutdown
+from migproxy.verify import Reason, TLSError
+
+OP_ENABLE_KTLS = 1 << 3
+"""OpenSSL's option; Python names it since 3.12, and passes it on before."""
+
+_SOL_TLS = 282
+_TLS_TX, _TLS_RX = 1, 2
+_TLS_SET_RECORD_TYPE, _TLS_GET_RECORD_TYPE = 1, 2
+_ALERT, _HANDSHAKE = 21, 22
+_FATAL = 2
+_CLOSE_NOTIFY = b"\x01\x00"  # level warning, close_notify (RFC 8446, 6.1)
+_NEW_SESSION_TICKET, _KEY_UPDATE = 4, 24
+_RECORD = 1 << 14
+_CRYPTO_INFO = struct.Struct("HH")  # tls_crypto_info, linux/tls.h
+
+
+def offloaded(tcp: socket.socket) -> tuple[bool, bool]:
+    """Asks the kernel whether it encrypts what that socket sends, and decrypts what it receives."""
+    return _has_keys(tcp, _TLS_TX), _has_keys(tcp, _TLS_RX)
+
+
+def _has_keys(tcp: socket.socket, direction: int) -> bool:
+    try:
+        # The head of the kernel's struct, version and cipher; EBUSY where that direction has no keys, ENOPROTOOPT
+        # where the socket is not TLS's at all.
+        tcp.getsockopt(_SOL_TLS, direction, _CRYPTO_INFO.size)
+    except OSError:
+        return False
+    return True
+
+
+class KernelSend(Splice):
+    """Splices what the launcher sends into a socket that the kernel encrypts."""
+
+    __slots__ = ()
+    mode = "ktls"
+
+    def _finish(self) -> None:
+        # See UserSend: a peer that has ended both directions does not miss it.
+        with suppress(OSError):
+            record = [(_SOL_TLS, _TLS_SET_RECORD_TYPE, bytes([_ALERT]))]
+            # An SSLSocket refuses sendmsg, because OpenSSL's keys would be left out; the kernel has them.
+            socket.socket.sendmsg(self.target, [_CLOSE_NOTIFY], record)
+        shutdown(self.target, socket.SHUT_WR)
+
+
+class KernelReceive(Splice):
+    """Splices what the launcher receives out of a socket that the kernel decrypts."""
+
+    __slots__ = ()
+    mode = "ktls"
+
+    def _fill(self, source: int, writer: int, capacity: int) -> int:
+        while True:
+            try:
+                count = os.splice(source, writer, capacity)
+            except OSError as error:
+                if error.errno == errno.EBADMSG:
+                    raise TLSError(Reason.BAD_RECORD, "a record does not decrypt: the stream was altered") from error
+                if error.errno not in (errno.EINVAL, errno.EIO):
+                    raise
+                if not self._read_control():
+                    return 0
+            else:
+                if not count:
+                    raise TLSError(
+                        Reason.TRUNCATED, "the peer ended the stream without a close_notify: it may be truncated"
+                    )
+                return count
+
+    def _read_control(self) -> bool:
+        """Reads the record that splice refused; returns whether more may follow."""
+        body, ancillary, _, _ = socket.socket.recvmsg(self.source, _RECORD, socket.CMSG_SPACE(1))
+        kinds = [data[0] for level, kind, data in ancillary if (level, kind) == (_SOL_TLS, _TLS_GET_RECORD_TYPE)]
+        return check_control(kinds[0] if kinds else None, body)
+
+
+def check_control(kind: int | None, body: bytes) -> bool:
+    """Decides on a record that is no data.
+
+    Args:
+        kind: Its type (RFC 8446, 5.1), None where the kernel did not say.
+        body: What it holds.
+
+    Returns:
+        Whether the stream goes on: not after a close_notify, but after a session ticket, which nobody uses.
+
+    Raises:
+        TLSError: It ends the connection.
+    """
+    if kind == _ALERT and len(body) == 2:
+        if body == _CLOSE_NOTIFY or body[1] == 0:
+            return False
+        if body[0] != _FATAL:
+            return True
+        raise TLSError(Reason.REFUSED_BY_PEER, f"the peer ended the connection with TLS alert {body[1]}")
+    if kind == _HANDSHAKE and (messages := _handshake_messages(body)):
+        if messages == {_NEW_SESSION_TICKET}:
+            return True
+        if _KEY_UPDATE in messages:
+            raise TLSError(
+                Reason.KEY_UPDATE, "the peer changes its keys, which the kernel cannot follow: use --ktls off for it"
+            )
+    raise TLSError(Reason.BAD_RECORD, f"a TLS record of type {kind} where data were expected")
+
+
+def _handshake_messages(body: bytes) -> set[int]:
+    """The types of the messages in a record (RFC 8446, 4); empty for what is not whole messages."""
+    types = set()
+    while body:
+        end = 4 + int.from_bytes(body[1:4], "big")
+        if len(body) < end:
+            return set()
+        types.add(body[0])
+        body = body[end:]
+    return types
+
+
+class KernelTransport(Transport):
+    """A connection that the kernel encrypts and decrypts."""
+
+    def __init__(self, tcp: socket.socket, label: str) -> None:
+        super().__init__(tcp)
+        self.label = label
+
+    def sending(self, unix: socket.socket) -> Pump:
+        return KernelSend(unix, self.tcp)
+
+    def receiving(self, unix: socket.socket) -> Pump:
+        return KernelReceive(self.tcp, unix)

@@ -1,0 +1,1 @@
+"""Kubernetes: the API server as migproxy uses it."""

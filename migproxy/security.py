@@ -1,0 +1,169 @@
+"""Chooses what protects this daemon's connections, from its options."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import Counter
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from migproxy.pki import locate
+from migproxy.settings import Settings
+from migproxy.splice import Transport
+from migproxy.tls import MutualTLS, Plaintext, Security, SecurityError, TLSOptions
+from migproxy.verify import Peers, Reason, TLSError
+
+if TYPE_CHECKING:
+    from migproxy.kube.cluster import ClusterSettings
+
+__all__ = ["ClusterSecurity", "SecurityError", "security"]
+
+log = structlog.get_logger(__name__)
+
+_VERSIONS = {"VersionTLS12": "1.2", "VersionTLS13": "1.3"}
+"""KubeVirt's names of the TLS versions that its proxy may be configured with."""
+
+
+def security(settings: Settings) -> Security:
+    """Returns what protects this daemon's connections.
+
+    Raises:
+        SecurityError: mTLS cannot be had as it was asked for; says why, and what to do.
+    """
+    if settings.disable_tls:
+        return Plaintext()
+    pair = (settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+    server, client = locate(
+        server=settings.tls_server_dir,
+        client=settings.tls_client_dir,
+        pair=pair,
+        folder=settings.tls_dir,
+        ca=settings.tls_ca,
+    )
+    notice = settings.tls_expiry_warning
+    return MutualTLS(
+        TLSOptions(
+            server=server,
+            client=client,
+            sources=Peers(settings.tls_client_names, settings.tls_externally_managed),
+            targets=Peers(settings.tls_server_names, settings.tls_externally_managed),
+            min_version=settings.tls_min_version,
+            ciphers=settings.tls_ciphers,
+            handshake_timeout=settings.handshake_timeout,
+            ktls=settings.ktls,
+            expiry_notice=None if notice is None else timedelta(hours=notice),
+        )
+    )
+
+
+class ClusterSecurity:
+    """Protects connections as the cluster's KubeVirt is configured; each option that is given beats KubeVirt's setting.
+
+    Until KubeVirt's settings are known, the options decide. What they do not suffice for (the CA is known from the
+    cluster alone) has no connections: never plaintext, unless KubeVirt or an option asks for it. Connections that are
+    open when a setting changes go on as they are.
+
+    Attributes:
+        errors: See Security.
+        problem: Why connections are not protected as the cluster asks for, None when they are.
+
+    Args:
+        settings: The options.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.errors: Counter[Reason] = Counter()
+        self.problem: str | None = None
+        self._settings = settings
+        self._current: Security | None = None
+        self._changed = asyncio.Event()
+        try:
+            self._use(security(settings))
+        except SecurityError as error:
+            self.problem = f"KubeVirt's settings are not known yet, and the options alone do not suffice: {error}"
+
+    def apply(self, cluster: ClusterSettings) -> None:
+        """Follows the cluster's settings, for connections from now on.
+
+        Args:
+            cluster: KubeVirt's settings, whenever they change.
+        """
+        try:
+            self._use(security(self._merged(cluster)))
+        except (SecurityError, OSError) as error:
+            self.problem = f"KubeVirt's settings cannot be followed: {error}"
+            log.error("KubeVirt's settings cannot be followed, the last good ones stay in use", error=str(error))
+        else:
+            self.problem = None
+
+    def _use(self, current: Security) -> None:
+        current.errors = self.errors
+        self._current = current
+        self._changed.set()
+
+    def _merged(self, cluster: ClusterSettings) -> Settings:
+        from migproxy.kube.cluster import Overrides, merge  # slow to import, and only needed with a cluster
+
+        settings, given = self._settings, self._settings.model_fields_set
+        merged = merge(
+            cluster,
+            Overrides(
+                disable_tls=settings.disable_tls if "disable_tls" in given else None,
+                min_tls=settings.tls_min_version if "tls_min_version" in given else None,
+                ciphers=settings.tls_ciphers if "tls_ciphers" in given else None,
+            ),
+        )
+        if merged.disable_tls != cluster.disable_tls:
+            log.warning(
+                "TLS is another than KubeVirt's",
+                disable_tls=merged.disable_tls,
+                kubevirt=cluster.disable_tls,
+                remedy="every proxy of the cluster must agree: set migrations.disableTLS in the KubeVirt resource, or "
+                "leave --disable-tls away",
+            )
+        changes: dict[str, Any] = {"disable_tls": merged.disable_tls, "tls_ciphers": merged.ciphers}
+        if merged.min_tls:
+            version = _VERSIONS.get(merged.min_tls, merged.min_tls)
+            if version not in _VERSIONS.values():
+                raise SecurityError(f"minTLSVersion {version} is not among {', '.join(_VERSIONS)}")
+            changes["tls_min_version"] = version
+        if merged.ca_bundle and not given & {"tls_ca", "tls_dir"}:
+            changes["tls_ca"] = self._keep(merged.ca_bundle)
+        return settings.model_copy(update=changes)
+
+    def _keep(self, bundle: str) -> str:
+        """Puts KubeVirt's CA bundle into a file, where it is found again while the API server is away."""
+        path = os.path.join(os.path.dirname(self._settings.control_socket) or ".", "kubevirt-ca.crt")
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        temporary = f"{path}.new"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(bundle)
+        os.replace(temporary, path)
+        return path
+
+    async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+        if self._current is None:
+            raise TLSError(Reason.NO_CREDENTIALS, str(self.problem))
+        return await self._current.secure(tcp, server=server)
+
+    def report(self) -> dict[str, Any]:
+        errors = {str(reason): count for reason, count in self.errors.items()}
+        current = self._current.report() if self._current else {"mode": "none yet", "errors": errors}
+        return current | {"problem": self.problem}
+
+    async def watch(self) -> None:
+        while True:
+            self._changed.clear()
+            watching = asyncio.create_task(self._current.watch()) if self._current else None
+            try:
+                await self._changed.wait()
+            finally:
+                if watching:
+                    watching.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await watching

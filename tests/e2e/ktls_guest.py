@@ -1,0 +1,133 @@
+"""Runs inside the virtual machine of test_ktls_vm: two daemons with mTLS move hashed streams, in each mode.
+
+Prints one line of JSON for each mode: what the kernel counted, what the daemons report, and their CPU time.
+
+The daemons are forked, not started: over the virtual machine's file system, imports take longer than anything else.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from demo.lab import Node, VMIFile, until
+from demo.stream import CONNECTIONS, Streams
+from migproxy import control, daemon, devcerts, logs
+from migproxy.settings import Settings
+
+SMALL, LARGE = 1 << 20, 64 << 20  # bytes, of all streams together
+DEADLINE = 300.0
+ADDRESSES = {"node01": "127.0.0.1", "node02": "127.0.0.2"}
+MODES: tuple[tuple[dict[str, str], int], ...] = (
+    ({"ktls": "on"}, LARGE),
+    ({"ktls": "off"}, LARGE),
+    ({"ktls": "auto", "tls_min_version": "1.3"}, SMALL),  # of which OpenSSL 3.0 offloads one direction
+)
+
+
+def kernel_counters() -> dict[str, int]:
+    """The kernel's own account of its TLS sockets (Documentation/networking/tls.rst, Statistics)."""
+    lines = Path("/proc/net/tls_stat").read_text().splitlines()
+    return {name: int(value) for name, value in map(str.split, lines)}
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process with all its threads: where the virtual machine counts instructions, their number."""
+    return time.clock_gettime(~pid << 3 | 2)  # CPUCLOCK_SCHED of another process, linux/posix-timers.h
+
+
+def start(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> int:
+    """Starts a node's daemon, and returns its process ID."""
+    settings = Settings.model_validate(
+        {
+            "node_name": node.name,
+            "vmi_dir": str(vmis),
+            "migration_address": node.address,
+            "launcher_run_dir": str(node.run_dir),
+            "libvirt_socket": "libvirt/libvirt-sock",
+            "control_socket": str(node.proxy.control),
+            "tls_dir": certificates,
+            **mode,
+        }
+    )
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(os.open(node.proxy.log, os.O_WRONLY | os.O_CREAT, 0o600), 2)
+            logs.configure("json", "info")
+            uvloop.run(daemon.serve(settings))
+        finally:
+            os._exit(0)
+    return pid
+
+
+def measure(certificates: str, mode: dict[str, str], size: int) -> dict[str, Any]:
+    """Moves streams both ways through a pair of daemons."""
+    with tempfile.TemporaryDirectory(prefix="lab-") as folder:
+        vmis = Path(folder) / "vmis"
+        vmis.mkdir()
+        vmi = VMIFile(vmis / "vmi.yaml")
+        nodes = [Node(name, address, Path(folder) / name) for name, address in ADDRESSES.items()]
+        pids = [start(node, vmis, certificates, mode) for node in nodes]
+        try:
+            return {"mode": mode} | asyncio.run(exchange(vmi, nodes, pids, size))
+        except Exception:
+            for node in nodes:
+                print(node.proxy.log.read_text(), file=sys.stderr)
+            raise
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+async def exchange(vmi: VMIFile, nodes: list[Node], pids: list[int], size: int) -> dict[str, Any]:
+    """Carries one migration through, and returns what everybody counted."""
+    source, target = nodes
+    before = kernel_counters()
+    vmi.begin(source, target, block=True)
+    await until(lambda: len(source.sockets()) == len(CONNECTIONS), "the source's sockets", DEADLINE)
+    vmi.start()
+    most = dict(before)
+    moved, spent = [], []
+    for step in (SMALL, size):
+        streams = Streams(source, target, vmi.read()["metadata"]["uid"], step)
+        used = sum(map(cpu_seconds, pids))
+        running = asyncio.create_task(streams.exchange())
+        while not running.done():
+            most = {name: max(value, most[name]) for name, value in kernel_counters().items()}
+            await asyncio.wait([running], timeout=0.05)
+        await running
+        spent.append(sum(map(cpu_seconds, pids)) - used)
+        moved.append(sum(streams.moved(channel) for channel in CONNECTIONS))
+    status = [control.ask(str(node.proxy.control)) for node in nodes]
+    return {
+        "bytes": moved,
+        "cpu_seconds": spent,
+        "open": {name: most[name] - before[name] for name in ("TlsCurrTxSw", "TlsCurrRxSw")},
+        "total": {name: value - before[name] for name, value in kernel_counters().items()},
+        "tls": [report["tls"] for report in status],
+        "channels": [report["migrations"][0]["channels"] for report in status],
+    }
+
+
+def main() -> None:
+    """Measures each mode."""
+    subprocess.run(["modprobe", "tls"], check=True)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    with tempfile.TemporaryDirectory() as certificates:
+        devcerts.make(certificates, days=2)
+        for mode, size in MODES:
+            print("RESULT", json.dumps(measure(certificates, mode, size)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

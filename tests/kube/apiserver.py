@@ -1,0 +1,557 @@
+"""A test double of the API server: the real protocol over HTTP, with its data in memory.
+
+Lists with paging, resourceVersions and label and field selectors; watches with bookmarks, timeouts and 410 in both
+forms; JSON and merge patches with tests, conflicts, no-op writes; Events like any object; bearer tokens bound to a
+pod, RBAC and ValidatingAdmissionPolicies, both read from the objects themselves. Any resource may be created.
+"""
+
+import argparse
+import asyncio
+import base64
+import copy
+import json
+import re
+import secrets
+import signal
+import uuid
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import celpy
+from aiohttp import web
+from celpy.adapter import json_to_cel
+from celpy.evaluation import CELEvalError
+
+Object = dict[str, Any]
+Key = tuple[str, str]
+"""Namespace ("" where there is none) and name."""
+
+ADMIN_TOKEN = "admin"
+
+
+class Refusal(Exception):
+    """A request is answered with an error."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "metadata": {},
+            "status": "Failure",
+            "message": message,
+            "reason": reason,
+            "code": code,
+        }
+
+    @property
+    def code(self) -> int:
+        return int(self.status["code"])  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who asks.
+
+    Args:
+        node: of the pod that the token is bound to.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    node: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request is about, by its path."""
+
+    group: str
+    version: str
+    resource: str
+    namespace: str
+    name: str
+    subresource: str
+
+    @property
+    def store(self) -> str:
+        return f"{self.group}/{self.resource}"
+
+    @property
+    def full_resource(self) -> str:
+        return f"{self.resource}.{self.group}" if self.group else self.resource
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A write, in the history that watches read."""
+
+    version: int
+    store: str
+    before: Object | None
+    after: Object | None
+
+
+@dataclass(slots=True)
+class Faults:
+    """What the double does on request.
+
+    Args:
+        gone_as_event: 410 is told as an ERROR event of an accepted watch, not as an HTTP status.
+        bookmark_seconds: between two bookmarks.
+        conflicts: how many of the next writes are refused with 409.
+    """
+
+    gone_as_event: bool = False
+    bookmark_seconds: float = 60.0
+    conflicts: int = 0
+
+
+@dataclass(slots=True)
+class ApiDouble:
+    """The server's state; `application` makes it answer HTTP."""
+
+    faults: Faults = field(default_factory=Faults)
+    users: dict[str, User] = field(default_factory=lambda: {ADMIN_TOKEN: User("admin", ("system:masters",))})
+    _stores: dict[str, dict[Key, Object]] = field(default_factory=dict)
+    _version: int = 1000
+    _oldest: int = 1000
+    _history: list[Change] = field(default_factory=list)
+    _snapshots: dict[str, list[Object]] = field(default_factory=dict)
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _policies: dict[str, "_Expression"] = field(default_factory=dict)
+
+    def application(self) -> web.Application:
+        """The HTTP server's application."""
+        application = web.Application(client_max_size=1 << 26)
+        application.router.add_get("/readyz", self._readyz)
+        application.router.add_route("*", "/{path:.*}", self._handle)
+        return application
+
+    def compact(self) -> None:
+        """Forgets the history: watches from before now, and unfinished lists, get 410."""
+        self._oldest = self._version
+        self._history.clear()
+        self._snapshots.clear()
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        try:
+            user = self._authenticate(request)
+            target = _target(request.path)
+            watch = request.query.get("watch") in ("true", "1")
+            self._authorize(user, _verb(request.method, target, watch), target, request)
+            if request.method == "GET" and not target.name:
+                return await (self._watch(request, target) if watch else self._list(request, target))
+            body = await request.json() if request.can_read_body else None
+            answer, status = await self._single(request, user, target, body)
+            return web.json_response(answer, status=status)
+        except Refusal as refusal:
+            return web.json_response(refusal.status, status=refusal.code)
+
+    async def _single(self, request: web.Request, user: User, target: Target, body: Any) -> tuple[Object, int]:
+        if request.method == "POST" and target.subresource == "token":
+            return self._issue_token(target, body), 201
+        if request.method == "POST":
+            return await self._create(user, target, body), 201
+        before = self._get(target)
+        if request.method == "GET":
+            return before, 200
+        if request.method == "DELETE":
+            await self._write(target, before, None)
+            return before, 200
+        if request.method == "PUT":
+            after = body
+        elif request.content_type == "application/json-patch+json":
+            after = apply_json_patch(before, body)
+        elif request.content_type == "application/merge-patch+json":
+            after = apply_merge_patch(before, body)
+        else:
+            raise Refusal(415, "UnsupportedMediaType", f"{request.content_type} is not supported")
+        return await self._update(user, target, before, after), 200
+
+    def _authenticate(self, request: web.Request) -> User:
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in self.users:
+            raise Refusal(401, "Unauthorized", "Unauthorized")
+        return self.users[token]
+
+    # Access
+
+    def _authorize(self, user: User, verb: str, target: Target, request: web.Request) -> None:
+        if "system:masters" in user.groups:
+            return
+        name = target.name
+        if verb in ("list", "watch"):  # with a single name selected, a rule with resourceNames holds (RBAC)
+            selected = re.fullmatch(r"metadata\.name=(.+)", request.query.get("fieldSelector", ""))
+            name = selected[1] if selected else ""
+        if not any(_allows(rule, verb, target, name) for rule in self._rules(user, target.namespace)):
+            where = f'in the namespace "{target.namespace}"' if target.namespace else "at the cluster scope"
+            raise Refusal(
+                403,
+                "Forbidden",
+                f'{target.full_resource} is forbidden: User "{user.name}" cannot {verb} resource "{target.resource}" '
+                f'in API group "{target.group}" {where}',
+            )
+
+    def _rules(self, user: User, namespace: str) -> list[Object]:
+        rbac = "rbac.authorization.k8s.io"
+        bindings = list(self._stores.get(f"{rbac}/clusterrolebindings", {}).values())
+        bindings += [
+            binding
+            for (where, _), binding in self._stores.get(f"{rbac}/rolebindings", {}).items()
+            if namespace and where == namespace
+        ]
+        rules: list[Object] = []
+        for binding in bindings:
+            if any(user.name == _subject_name(subject) for subject in binding.get("subjects") or ()):
+                reference = binding["roleRef"]
+                where = binding["metadata"].get("namespace", "") if reference["kind"] == "Role" else ""
+                role = self._stores.get(f"{rbac}/{reference['kind'].lower()}s", {}).get((where, reference["name"]), {})
+                rules += role.get("rules") or ()
+        return rules
+
+    def _issue_token(self, target: Target, body: Object) -> Object:
+        bound = body["spec"].get("boundObjectRef")
+        node = None
+        if bound:
+            pod = self._stores["/pods"][target.namespace, bound["name"]]
+            if pod["metadata"]["uid"] != bound.get("uid", pod["metadata"]["uid"]):
+                raise Refusal(409, "Conflict", "the UID in the bound object reference does not match the UID in record")
+            node = pod["spec"].get("nodeName")
+        token = secrets.token_urlsafe(16)
+        groups = ("system:serviceaccounts", f"system:serviceaccounts:{target.namespace}", "system:authenticated")
+        self.users[token] = User(f"system:serviceaccount:{target.namespace}:{target.name}", groups, node)
+        return {**body, "status": {"token": token, "expirationTimestamp": _now()}}
+
+    def _admit(self, user: User, target: Target, before: Object, after: Object) -> None:
+        policies = self._stores.get("admissionregistration.k8s.io/validatingadmissionpolicies", {})
+        bindings = self._stores.get("admissionregistration.k8s.io/validatingadmissionpolicybindings", {})
+        for (_, name), policy in policies.items():
+            bound = [binding for binding in bindings.values() if binding["spec"]["policyName"] == name]
+            rules = policy["spec"]["matchConstraints"]["resourceRules"]
+            if not bound or not any(_matches(rule, target) for rule in rules):
+                continue
+            self._evaluate(policy, user, before, after, bound[0]["metadata"]["name"])
+
+    def _evaluate(self, policy: Object, user: User, before: Object, after: Object, binding: str) -> None:
+        """Evaluates a policy; an expression that fails counts as failurePolicy Fail has it."""
+        extra = {"authentication.kubernetes.io/node-name": [user.node]} if user.node else {}
+        request = {"userInfo": {"username": user.name, "groups": list(user.groups), "extra": extra}}
+        values: dict[str, Any] = {"object": after, "oldObject": before, "request": request, "variables": {}}
+        spec = policy["spec"]
+        for condition in spec.get("matchConditions") or ():
+            if not self._expression(condition["expression"])(values):
+                return
+        for variable in spec.get("variables") or ():
+            values["variables"][variable["name"]] = self._expression(variable["expression"])(values)
+        for validation in spec["validations"]:
+            if self._expression(validation["expression"])(values) is not True:
+                code = {"Forbidden": 403, "Invalid": 422}[validation.get("reason", "Invalid")]
+                raise Refusal(
+                    code,
+                    validation.get("reason", "Invalid"),
+                    f'virtualmachineinstances.kubevirt.io "{after["metadata"]["name"]}" is forbidden: '
+                    f"ValidatingAdmissionPolicy '{policy['metadata']['name']}' with binding '{binding}' denied "
+                    f"request: {validation.get('message')}",
+                )
+
+    def _expression(self, text: str) -> "_Expression":
+        if text not in self._policies:
+            self._policies[text] = _Expression(text)
+        return self._policies[text]
+
+    # Reading
+
+    def _get(self, target: Target) -> Object:
+        found = self._stores.get(target.store, {}).get((target.namespace, target.name))
+        if found is None:
+            raise Refusal(404, "NotFound", f'{target.full_resource} "{target.name}" not found')
+        return found
+
+    async def _list(self, request: web.Request, target: Target) -> web.Response:
+        limit = int(request.query.get("limit", "0"))
+        token = request.query.get("continue")
+        if token:
+            if token not in self._snapshots:
+                raise Refusal(410, "Expired", "The provided continue parameter is too old")
+            found = self._snapshots.pop(token)
+            version = int(base64.b64decode(token).decode().split()[0])
+        else:
+            stored = self._stores.get(target.store, {})
+            found = [stored[key] for key in sorted(stored) if _selected(stored[key], request.query, target.namespace)]
+            version = self._version
+        page, rest = (found[:limit], found[limit:]) if limit else (found, [])
+        metadata: Object = {"resourceVersion": str(version)}
+        if rest:
+            metadata["continue"] = base64.b64encode(f"{version} {secrets.token_hex(8)}".encode()).decode()
+            metadata["remainingItemCount"] = len(rest)
+            self._snapshots[metadata["continue"]] = rest
+        api_version = f"{target.group}/{target.version}" if target.group else target.version
+        return web.json_response({"kind": "List", "apiVersion": api_version, "metadata": metadata, "items": page})
+
+    async def _watch(self, request: web.Request, target: Target) -> web.StreamResponse:
+        asked = int(request.query.get("resourceVersion") or self._version)
+        gone = Refusal(410, "Expired", f"too old resource version: {asked} ({self._oldest})")
+        if asked < self._oldest and not self.faults.gone_as_event:
+            raise gone
+        if asked > self._version:
+            raise Refusal(504, "Timeout", f"Too large resource version: {asked}, current: {self._version}")
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        if asked < self._oldest:
+            await _send(response, {"type": "ERROR", "object": gone.status})
+            return response
+        with suppress(TimeoutError, ConnectionResetError):
+            async with asyncio.timeout(float(request.query.get("timeoutSeconds", "1800"))):
+                await self._stream(request, target, response, asked)
+        return response
+
+    async def _stream(self, request: web.Request, target: Target, response: web.StreamResponse, version: int) -> None:
+        bookmarks = request.query.get("allowWatchBookmarks") == "true"
+        while True:
+            if version < self._oldest and self._version > version:
+                status = Refusal(410, "Expired", f"too old resource version: {version} ({self._oldest})").status
+                await _send(response, {"type": "ERROR", "object": status})
+                return
+            news = self._history[bisect_right(self._history, version, key=lambda change: change.version) :]
+            version = self._version
+            for change in news:
+                if change.store == target.store and (event := _event(change, request.query, target.namespace)):
+                    await _send(response, event)
+            try:
+                async with asyncio.timeout(self.faults.bookmark_seconds), self._changed:
+                    while self._version <= version:
+                        await self._changed.wait()
+            except TimeoutError:
+                if bookmarks:
+                    bookmark = {"metadata": {"resourceVersion": str(version)}}
+                    await _send(response, {"type": "BOOKMARK", "object": bookmark})
+
+    # Writing
+
+    async def _create(self, user: User, target: Target, body: Object) -> Object:
+        metadata = dict(body.get("metadata") or {})
+        name, namespace = metadata["name"], "" if target.resource == "namespaces" else target.namespace
+        if (namespace, name) in self._stores.get(target.store, {}):
+            raise Refusal(409, "AlreadyExists", f'{target.full_resource} "{name}" already exists')
+        metadata |= {"uid": str(uuid.uuid4()), "creationTimestamp": _now(), "generation": 1}
+        if namespace:
+            metadata["namespace"] = namespace
+        created = {**body, "metadata": metadata}
+        whole = Target(target.group, target.version, target.resource, namespace, name, "")
+        return await self._write(whole, None, created)
+
+    async def _update(self, user: User, target: Target, before: Object, after: Object) -> Object:
+        metadata = after["metadata"]
+        if self.faults.conflicts > 0:
+            self.faults.conflicts -= 1
+            raise Refusal(409, "Conflict", f"Operation cannot be fulfilled on {target.full_resource}: modified")
+        if (
+            metadata.get("resourceVersion", before["metadata"]["resourceVersion"])
+            != (before["metadata"]["resourceVersion"])
+            or metadata.get("uid", before["metadata"]["uid"]) != (before["metadata"]["uid"])
+        ):
+            raise Refusal(
+                409,
+                "Conflict",
+                f'Operation cannot be fulfilled on {target.full_resource} "{target.name}": the object has been '
+                "modified; please apply your changes to the latest version and try again",
+            )
+        self._admit(user, target, before, after)
+        if after == before:
+            return before
+        return await self._write(target, before, after)
+
+    async def _write(self, target: Target, before: Object | None, after: Object | None) -> Object:
+        self._version += 1
+        store = self._stores.setdefault(target.store, {})
+        if after is None:
+            del store[target.namespace, target.name]
+        else:
+            after = copy.deepcopy(after)
+            after["metadata"]["resourceVersion"] = str(self._version)
+            store[target.namespace, target.name] = after
+        self._history.append(Change(self._version, target.store, before, after))
+        async with self._changed:
+            self._changed.notify_all()
+        return after or {}
+
+
+class _Expression:
+    """A compiled CEL expression."""
+
+    _environment = celpy.Environment()
+
+    def __init__(self, text: str) -> None:
+        self._program = self._environment.program(self._environment.compile(text))
+
+    def __call__(self, values: Mapping[str, Any]) -> Any:
+        context = {name: json_to_cel(value) for name, value in values.items()}
+        try:
+            result = self._program.evaluate(context)
+        except CELEvalError as error:
+            raise Refusal(422, "Invalid", f"expression failed: {error}") from error
+        return bool(result) if isinstance(result, celpy.celtypes.BoolType) else result
+
+
+async def _send(response: web.StreamResponse, event: Object) -> None:
+    await response.write(json.dumps(event).encode() + b"\n")
+
+
+def _target(path: str) -> Target:
+    parts = path.strip("/").split("/")
+    if parts[0] == "api":
+        group, version, rest = "", parts[1], parts[2:]
+    elif parts[0] == "apis" and len(parts) >= 4:
+        group, version, rest = parts[1], parts[2], parts[3:]
+    else:
+        raise Refusal(404, "NotFound", "the server could not find the requested resource")
+    namespace = ""
+    if rest[0] == "namespaces" and len(rest) > 2:
+        namespace, rest = rest[1], rest[2:]
+    rest += ["", ""]
+    return Target(group, version, rest[0], namespace, rest[1], rest[2])
+
+
+def _verb(method: str, target: Target, watch: bool) -> str:
+    if method == "GET" and not target.name:
+        return "watch" if watch else "list"
+    return {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}[method]
+
+
+def _allows(rule: Object, verb: str, target: Target, name: str) -> bool:
+    resource = f"{target.resource}/{target.subresource}" if target.subresource else target.resource
+    names = rule.get("resourceNames")
+    return (
+        verb in rule["verbs"]
+        and target.group in rule.get("apiGroups", ())
+        and resource in rule.get("resources", ())
+        and (not names or name in names)
+    )
+
+
+def _matches(rule: Object, target: Target) -> bool:
+    return (
+        "UPDATE" in rule["operations"]
+        and target.group in rule["apiGroups"]
+        and bool({"*", target.version} & set(rule["apiVersions"]))
+        and target.resource in rule["resources"]
+    )
+
+
+def _subject_name(subject: Object) -> str:
+    if subject["kind"] == "ServiceAccount":
+        return f"system:serviceaccount:{subject['namespace']}:{subject['name']}"
+    return str(subject["name"])
+
+
+def _selected(item: Object | None, query: Mapping[str, str], namespace: str) -> bool:
+    if item is None or (namespace and item["metadata"].get("namespace") != namespace):
+        return False
+    labels = item["metadata"].get("labels") or {}
+    for clause in re.findall(r"(?:[^,(]|\([^)]*\))+", query.get("labelSelector", "")):
+        clause = clause.strip()
+        if match := re.fullmatch(r"(\S+) (in|notin) \(([^)]*)\)", clause):
+            listed = labels.get(match[1]) in [value.strip() for value in match[3].split(",")]
+            if listed is (match[2] == "notin"):
+                return False
+        elif match := re.fullmatch(r"([^=!]+)(==?|!=)(.*)", clause):
+            if (labels.get(match[1]) == match[3]) is (match[2] == "!="):
+                return False
+        elif (clause.lstrip("!") in labels) is clause.startswith("!"):
+            return False
+    for clause in filter(None, query.get("fieldSelector", "").split(",")):
+        path, _, value = clause.partition("=")
+        if path not in ("metadata.name", "metadata.namespace"):
+            raise Refusal(400, "BadRequest", f"field label not supported: {path}")
+        if item["metadata"].get(path.removeprefix("metadata.")) != value:
+            return False
+    return True
+
+
+def _event(change: Change, query: Mapping[str, str], namespace: str) -> Object | None:
+    before, after = _selected(change.before, query, namespace), _selected(change.after, query, namespace)
+    if after:
+        return {"type": "MODIFIED" if before else "ADDED", "object": change.after}
+    if not before or change.before is None:
+        return None
+    last = copy.deepcopy(change.before)
+    last["metadata"]["resourceVersion"] = str(change.version)
+    return {"type": "DELETED", "object": last}
+
+
+def apply_json_patch(document: Object, patch: list[Object]) -> Object:
+    """RFC 6902 as the API server has it: a test for null holds for what is absent; a failed test is 422."""
+    result = copy.deepcopy(document)
+    for operation in patch:
+        path = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
+        parent: Any = result
+        for part in path[:-1]:
+            if not isinstance(parent, dict) or part not in parent:
+                raise Refusal(422, "Invalid", "the server rejected our request due to an error in our request")
+            parent = parent[part]
+        if operation["op"] == "test":
+            if parent.get(path[-1]) != operation["value"]:
+                raise Refusal(422, "Invalid", "the server rejected our request due to an error in our request")
+        elif operation["op"] == "add" or (operation["op"] == "replace" and path[-1] in parent):
+            parent[path[-1]] = operation["value"]
+        elif operation["op"] == "remove" and path[-1] in parent:
+            del parent[path[-1]]
+        else:
+            raise Refusal(422, "Invalid", "the server rejected our request due to an error in our request")
+    return result
+
+
+def apply_merge_patch(document: Any, patch: Any) -> Any:
+    """RFC 7386."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(document) if isinstance(document, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = apply_merge_patch(result.get(name), value)
+    return result
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@asynccontextmanager
+async def serve(double: ApiDouble, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
+    """Answers HTTP while the context lasts, and yields the URL."""
+    runner = web.AppRunner(double.application(), access_log=None, shutdown_timeout=0, handler_cancellation=True)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port)
+        await site.start()
+        assert site._server
+        number = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
+        yield f"http://{host}:{number}"
+    finally:
+        await runner.cleanup()
+
+
+async def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    options = parser.parse_args()
+    done = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
+    async with serve(ApiDouble(), options.host, options.port) as url:
+        print(url, flush=True)
+        await done.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

@@ -1,0 +1,369 @@
+"""A cluster to test against: the double, or a real kube-apiserver with etcd where KUBEBUILDER_ASSETS has them.
+
+Both get the same objects by the same requests: KubeVirt's resource definitions (minimal ones), namespaces, two nodes,
+and everything in daemonset.yaml; migproxy's tokens are bound to a pod on a node, as the kubelet's are.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from tests.kube.apiserver import ADMIN_TOKEN, ApiDouble, serve
+
+MANIFESTS = Path(__file__).parents[2] / "daemonset.yaml"
+NODES = ("node01", "node02")
+NAMESPACE = "kubevirt"
+VMIS = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstances"
+JSON_PATCH = "application/json-patch+json"
+MERGE_PATCH = "application/merge-patch+json"
+
+_PLURALS = {
+    "ServiceAccount": "serviceaccounts",
+    "ClusterRole": "clusterroles",
+    "ClusterRoleBinding": "clusterrolebindings",
+    "Role": "roles",
+    "RoleBinding": "rolebindings",
+    "ValidatingAdmissionPolicy": "validatingadmissionpolicies",
+    "ValidatingAdmissionPolicyBinding": "validatingadmissionpolicybindings",
+    "DaemonSet": "daemonsets",
+    "Service": "services",
+    "CustomResourceDefinition": "customresourcedefinitions",
+    "Namespace": "namespaces",
+    "Node": "nodes",
+    "Pod": "pods",
+}
+_START_SECONDS = 90
+
+
+class Refused(Exception):
+    """The server answered a test's own request with an error."""
+
+
+class Cluster:
+    """A running API server, seen by its administrator.
+
+    Attributes:
+        double: Its state, where it is the double; tests that need what only the double can do ask for it.
+    """
+
+    def __init__(self, url: str, session: aiohttp.ClientSession, tls: ssl.SSLContext | bool, double: ApiDouble | None):
+        self.url = url
+        self.tls = tls
+        self.double = double
+        self._session = session
+        self._tokens: dict[str, str] = {}
+
+    async def request(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Any:
+        """Makes a request as the administrator."""
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}", "Content-Type": content_type}
+        data = None if body is None else json.dumps(body)
+        async with self._session.request(method, self.url + path, data=data, headers=headers) as response:
+            answer = await response.json(content_type=None)
+            if response.status >= 400:
+                raise Refused(f"{method} {path}: {response.status}: {answer.get('message')}")
+            return answer
+
+    async def create(self, document: Any) -> Any:
+        """Creates any object of a known kind."""
+        group, _, version = document["apiVersion"].rpartition("/")
+        namespace = document["metadata"].get("namespace")
+        path = f"/apis/{group}/{version}" if group else f"/api/{version}"
+        path += f"/namespaces/{namespace}" if namespace else ""
+        return await self.request("POST", f"{path}/{_PLURALS[document['kind']]}", document)
+
+    async def install(self) -> None:
+        """Creates everything that a KubeVirt cluster with migproxy has."""
+        for kind in ("VirtualMachineInstance", "KubeVirt"):
+            await self.create(resource_definition(kind))
+        for namespace in ("default", NAMESPACE):
+            try:
+                await self.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+            except Refused as error:
+                if "already exists" not in str(error):
+                    raise
+        for document in yaml.safe_load_all(MANIFESTS.read_text()):
+            await self.create(document)
+        for node in NODES:
+            await self.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}})
+            self._tokens[node] = await self._issue_token(node)
+        await self._until_served()
+
+    def token(self, node: str) -> str:
+        """The token of migproxy on a node."""
+        return self._tokens[node]
+
+    async def use_unbound_token(self, node: str) -> None:
+        """Has migproxy on a node use a token of its ServiceAccount that no pod holds."""
+        self._tokens[node] = await self._request_token({})
+
+    async def _issue_token(self, node: str) -> str:
+        pod = await self.create(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": f"migproxy-{node}", "namespace": NAMESPACE},
+                "spec": {
+                    "nodeName": node,
+                    "serviceAccountName": "migproxy",
+                    "containers": [{"name": "migproxy", "image": "migproxy"}],
+                },
+            }
+        )
+        bound = {"kind": "Pod", "apiVersion": "v1", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
+        return await self._request_token({"boundObjectRef": bound})
+
+    async def _request_token(self, bound: dict[str, Any]) -> str:
+        path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/migproxy/token"
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenRequest",
+            "metadata": {},
+            "spec": {"expirationSeconds": 3600, **bound},
+        }
+        return str((await self.request("POST", path, body))["status"]["token"])
+
+    async def _until_served(self) -> None:
+        """A real server serves a new resource definition, and follows a new policy, a moment later."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                await self.request("GET", VMIS)
+                await self.request("GET", f"/apis/kubevirt.io/v1/namespaces/{NAMESPACE}/kubevirts")
+            except Refused:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.2)
+            else:
+                return
+
+    def kubeconfig(self, folder: Path, node: str, url: str | None = None) -> Path:
+        """Writes the kubeconfig of migproxy on a node.
+
+        Args:
+            folder: Where to.
+            node: Whose.
+            url: Of a gate; by default, of the server itself.
+        """
+        path = folder / f"{node}.kubeconfig"
+        cluster: dict[str, Any] = {"server": url or self.url}
+        if cluster["server"].startswith("https:"):
+            cluster["insecure-skip-tls-verify"] = True
+        document = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "test", "cluster": cluster}],
+            "users": [{"name": "migproxy", "user": {"token": self._tokens[node]}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "migproxy"}}],
+            "current-context": "test",
+        }
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+
+def resource_definition(kind: str) -> dict[str, Any]:
+    """A minimal definition of one of KubeVirt's resources: unknown fields are kept, and status is no subresource."""
+    plural = f"{kind.lower()}s"
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.kubevirt.io"},
+        "spec": {
+            "group": "kubevirt.io",
+            "names": {"kind": kind, "listKind": f"{kind}List", "plural": plural, "singular": kind.lower()},
+            "scope": "Namespaced",
+            "versions": [
+                {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}},
+            ],
+        },
+    }
+
+
+@asynccontextmanager
+async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Cluster]:
+    """A cluster with migproxy's objects in it.
+
+    Args:
+        folder: For the files of a real one.
+        separate: The double is a process of its own, as a real one always is.
+    """
+    assets = os.environ.get("KUBEBUILDER_ASSETS")
+    tls: ssl.SSLContext | bool = False
+    double = None
+    async with AsyncExitStack() as stack:
+        if assets:
+            url = await stack.enter_async_context(_real(Path(assets), folder))
+            tls = ssl._create_unverified_context()
+        elif separate:
+            url = await stack.enter_async_context(_double())
+        else:
+            double = ApiDouble()
+            url = await stack.enter_async_context(serve(double))
+        connector = aiohttp.TCPConnector(ssl=tls, limit=0)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, read_bufsize=2**21))
+        made = Cluster(url, session, tls, double)
+        if assets:
+            await _ready(made)
+        await made.install()
+        yield made
+
+
+@asynccontextmanager
+async def _double() -> AsyncIterator[str]:
+    command = [sys.executable, "-m", "tests.kube.apiserver"]
+    process = await asyncio.create_subprocess_exec(*command, cwd=MANIFESTS.parent, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout
+        yield (await process.stdout.readline()).decode().strip()
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@asynccontextmanager
+async def _real(assets: Path, folder: Path) -> AsyncIterator[str]:
+    """etcd and kube-apiserver, with RBAC, admission policies and a token for the administrator."""
+    etcd, peer, secure = _free_ports(3)
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    (folder / "sa.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (folder / "sa.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    (folder / "tokens.csv").write_text(f'{ADMIN_TOKEN},admin,admin,"system:masters"\n')
+    commands = [
+        [
+            str(assets / "etcd"),
+            f"--data-dir={folder / 'etcd'}",
+            f"--listen-client-urls=http://127.0.0.1:{etcd}",
+            f"--advertise-client-urls=http://127.0.0.1:{etcd}",
+            f"--listen-peer-urls=http://127.0.0.1:{peer}",
+            "--unsafe-no-fsync",
+        ],
+        [
+            str(assets / "kube-apiserver"),
+            f"--etcd-servers=http://127.0.0.1:{etcd}",
+            "--bind-address=127.0.0.1",
+            f"--secure-port={secure}",
+            f"--cert-dir={folder / 'certs'}",
+            f"--token-auth-file={folder / 'tokens.csv'}",
+            "--authorization-mode=RBAC",
+            "--disable-admission-plugins=ServiceAccount",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            f"--service-account-key-file={folder / 'sa.pub'}",
+            f"--service-account-signing-key-file={folder / 'sa.key'}",
+            "--service-cluster-ip-range=10.0.0.0/24",
+            "--allow-privileged=true",
+        ],
+    ]
+    processes: list[asyncio.subprocess.Process] = []
+    try:
+        for command in commands:
+            with (folder / f"{Path(command[0]).name}.log").open("wb") as log:
+                processes.append(await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log))
+        yield f"https://127.0.0.1:{secure}"
+    finally:
+        for process in reversed(processes):
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(process.wait(), 20)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        for command in commands:
+            log_path = folder / f"{Path(command[0]).name}.log"
+            if log_path.exists() and sys.exc_info()[0] is not None:
+                print(f"--- {log_path}\n{log_path.read_text(errors='replace')[-4000:]}")
+
+
+async def _ready(made: Cluster) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            await made.request("GET", "/api/v1/namespaces/default")
+        except (aiohttp.ClientError, Refused, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the API server did not come up: {error}") from error
+            await asyncio.sleep(0.3)
+        else:
+            return
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [int(sock.getsockname()[1]) for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def vmi(name: str, *, node: str = NODES[0], padding: int = 0) -> dict[str, Any]:
+    """A VMI that runs on a node.
+
+    Args:
+        name: Its name.
+        node: Where it runs.
+        padding: Bytes more in its spec, for the size that real ones have.
+    """
+    return {
+        "apiVersion": "kubevirt.io/v1",
+        "kind": "VirtualMachineInstance",
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "labels": {"kubevirt.io/nodeName": node},
+            "annotations": {"kubevirt.io/latest-observed-api-version": "v1"},
+            "finalizers": [],
+        },
+        "spec": {"evictionStrategy": "LiveMigrate", "padding": "x" * padding},
+        "status": {
+            "phase": "Running",
+            "nodeName": node,
+            "migrationMethod": "LiveMigration",
+            "migrationTransport": "Unix",
+            "activePods": {f"{name}-pod-1": NODES[0], f"{name}-pod-2": NODES[1]},
+        },
+    }
+
+
+def begin(migration: str, source: str = NODES[0], target: str = NODES[1]) -> dict[str, Any]:
+    """The merge patch with which virt-controller asks for a migration."""
+    state = {"migrationUid": migration, "sourceNode": source, "targetNode": target}
+    return {
+        "metadata": {"labels": {"kubevirt.io/migrationTargetNodeName": target}},
+        "status": {"migrationState": state},
+    }
+
+
+def start() -> dict[str, Any]:
+    """The merge patch that marks a migration as running."""
+    return {"status": {"migrationState": {"startTimestamp": timestamp()}}}
+
+
+def end(source: str = NODES[0], target: str = NODES[1], *, failed: bool = False) -> dict[str, Any]:
+    """The merge patch that marks a migration as over, and the VMI as running on its target where it did not fail."""
+    node = source if failed else target
+    state = {"endTimestamp": timestamp(), "completed": True, "failed": failed}
+    return {
+        "metadata": {"labels": {"kubevirt.io/migrationTargetNodeName": None, "kubevirt.io/nodeName": node}},
+        "status": {"nodeName": node, "migrationState": state},
+    }
+
+
+def timestamp() -> str:
+    """Now, as Kubernetes writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,23 @@
+"""The API server and the gate before it, for each test anew."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.kube.cluster import Cluster, cluster
+from tests.kube.gate import Gate, gate
+
+
+@pytest.fixture
+async def kubernetes(tmp_path: Path) -> AsyncIterator[Cluster]:
+    """A cluster with migproxy's objects in it."""
+    async with cluster(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def door(kubernetes: Cluster) -> AsyncIterator[Gate]:
+    """The gate that migproxy's requests to the cluster pass."""
+    async with gate(kubernetes.url, kubernetes.tls) as made:
+        yield made

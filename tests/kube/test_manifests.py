@@ -1,0 +1,203 @@
+"""daemonset.yaml is valid, and fits the program that it starts."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from migproxy import settings as options
+from migproxy.inventory import kube
+from migproxy.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted([ROOT / "daemonset.yaml", ROOT / "kustomization.yaml", *(ROOT / "deploy").rglob("*.yaml")])
+DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "daemonset.yaml").read_text()))
+VERSIONS = ("1.32", "1.34", "1.37")
+TLS_FOLDERS = ("/etc/virt-handler/servercertificates", "/etc/virt-handler/clientcertificates")
+
+
+def document(kind: str) -> dict[str, Any]:
+    (found,) = [one for one in DOCUMENTS if one["kind"] == kind]
+    return found
+
+
+POD = document("DaemonSet")["spec"]["template"]["spec"]
+(CONTAINER,) = POD["containers"]
+
+
+def flags() -> dict[str, str | None]:
+    """The container's flags and their values."""
+    command, *arguments = CONTAINER["args"]
+    assert command == "run"
+    return {flag: value or None for flag, _, value in (one.partition("=") for one in arguments)}
+
+
+def environment() -> dict[str, Any]:
+    return {one["name"]: one for one in CONTAINER["env"]}
+
+
+def effective(field: str) -> Any:
+    """The value of a setting in the container, where it is a fixed one."""
+    return flags().get(options.option(field), Settings.model_fields[field].default)
+
+
+def mounts() -> dict[str, dict[str, Any]]:
+    return {one["mountPath"]: one for one in CONTAINER["volumeMounts"]}
+
+
+def volume(mount: dict[str, Any]) -> dict[str, Any]:
+    (found,) = [one for one in POD["volumes"] if one["name"] == mount["name"]]
+    return dict(found)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("number", range(len(DOCUMENTS)), ids=lambda number: DOCUMENTS[number]["kind"])
+def test_every_object_is_valid(number: int, version: str) -> None:
+    kubernetes_validate.validate(DOCUMENTS[number], version, strict=True)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_file_is_yaml(path: Path) -> None:
+    assert all(yaml.safe_load_all(path.read_text()))
+
+
+def test_every_flag_exists_and_has_a_good_value() -> None:
+    known = {options.option(field): field for field in Settings.model_fields}
+    assert set(flags()) <= set(known)
+    values = {known[flag]: True if value is None else value for flag, value in flags().items()}
+    options.load(values, {}, None)
+
+
+def test_every_variable_exists() -> None:
+    known = {variable for field in Settings.model_fields for variable in options.variables(field)}
+    assert set(environment()) <= known
+
+
+def test_node_and_namespace_and_address_come_from_the_pod() -> None:
+    paths = {name: one["valueFrom"]["fieldRef"]["fieldPath"] for name, one in environment().items()}
+    assert paths == {
+        "MIGPROXY_NODE_NAME": "spec.nodeName",
+        "MIGPROXY_KUBEVIRT_NAMESPACE": "metadata.namespace",
+        "MY_POD_IP": "status.podIP",
+    }
+
+
+def test_every_path_is_mounted() -> None:
+    """Whoever adds a setting that is a path says here where the pod has it."""
+    found = {field for field in Settings.model_fields if re.search(r"_(dir|socket|file|path)$|kubeconfig", field)}
+    unused = {
+        "vmi_dir",  # the API server is the inventory
+        "kubeconfig",  # the service account is
+        "launcher_run_dir",  # in /proc: hostPID
+        "libvirt_socket",  # below launcher_run_dir
+    }
+    assert found == {"pods_dir", "control_socket", *unused}
+    pods = mounts()[effective("pods_dir")]
+    assert volume(pods)["hostPath"]["path"] == Settings.model_fields["pods_dir"].default
+    assert pods["mountPropagation"] == "HostToContainer"
+    control = mounts()[str(Path(effective("control_socket")).parent)]
+    assert "emptyDir" in volume(control)
+    assert not control.get("readOnly")
+    assert effective("launcher_run_dir").startswith("/proc/{pid}/")
+    assert POD["hostPID"] is True
+
+
+def test_certificates_are_mounted() -> None:
+    for folder in TLS_FOLDERS:
+        assert volume(mounts()[folder])["secret"]["optional"] is True
+        assert mounts()[folder]["readOnly"] is True
+
+
+def test_nothing_else_is_mounted() -> None:
+    assert set(mounts()) == {effective("pods_dir"), "/run/migproxy", *TLS_FOLDERS}
+    assert {one["name"] for one in POD["volumes"]} == {one["name"] for one in CONTAINER["volumeMounts"]}
+
+
+def test_pod_outlives_the_drain() -> None:
+    drain = float(effective("drain_timeout"))
+    assert drain + 30 <= POD["terminationGracePeriodSeconds"]
+
+
+def test_container_has_no_more_rights_than_it_needs() -> None:
+    context = CONTAINER["securityContext"]
+    assert context["privileged"] is False
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["capabilities"]["drop"] == ["ALL"]
+    assert set(context["capabilities"]["add"]) == {"SYS_PTRACE", "DAC_OVERRIDE", "CHOWN", "FOWNER", "SYS_RESOURCE"}
+    assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not POD.get("hostNetwork")
+
+
+def test_multus_makes_the_interface_that_is_looked_for() -> None:
+    annotations = document("DaemonSet")["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["k8s.v1.cni.cncf.io/networks"].endswith("@" + effective("migration_interface"))
+
+
+def test_service_and_monitor_find_the_pods_and_their_port() -> None:
+    labels = document("DaemonSet")["spec"]["template"]["metadata"]["labels"]
+    (port,) = CONTAINER["ports"]
+    service = document("Service")["spec"]
+    assert service["selector"].items() <= labels.items()
+    assert service["clusterIP"] == "None"
+    assert [one["targetPort"] for one in service["ports"]] == [port["name"]]
+    monitor = yaml.safe_load((ROOT / "deploy/podmonitor.yaml").read_text())["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= labels.items()
+    assert [one["port"] for one in monitor["podMetricsEndpoints"]] == [port["name"]]
+
+
+def test_everything_is_in_one_namespace_and_bound_to_one_account() -> None:
+    account = document("ServiceAccount")["metadata"]
+    namespaced = ("ServiceAccount", "Role", "RoleBinding", "DaemonSet", "Service")
+    assert {document(kind)["metadata"]["namespace"] for kind in namespaced} == {account["namespace"]}
+    for kind in ("RoleBinding", "ClusterRoleBinding"):
+        assert document(kind)["subjects"] == [
+            {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
+        ]
+    assert POD["serviceAccountName"] == account["name"]
+    policy = document("ValidatingAdmissionPolicy")
+    (condition,) = policy["spec"]["matchConditions"]
+    assert f":{account['name']}$" in condition["expression"]
+    assert document("ValidatingAdmissionPolicyBinding")["spec"]["policyName"] == policy["metadata"]["name"]
+
+
+def test_rules_are_the_requests_that_are_made() -> None:
+    """The suite runs with these rules, so that nothing is missing; and this keeps anything from being added."""
+    rules = {
+        (resource, verb)
+        for kind in ("ClusterRole", "Role")
+        for rule in document(kind)["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert rules == {
+        *(("virtualmachineinstances", verb) for verb in ("list", "watch", "get", "patch")),
+        *(("events", verb) for verb in ("create", "patch")),
+        *((resource, verb) for resource in ("kubevirts", "configmaps") for verb in ("list", "watch")),
+    }
+    (config_maps,) = [rule for rule in document("Role")["rules"] if rule["resources"] == ["configmaps"]]
+    assert config_maps["resourceNames"] == ["kubevirt-ca"]
+
+
+def test_policy_names_the_fields_that_are_published() -> None:
+    text = (ROOT / "daemonset.yaml").read_text()
+    for pair in kube.SIDE_FIELDS.items():
+        for field in pair:
+            assert f"'{field}'" in text
+
+
+def test_kustomization_changes_what_is_there() -> None:
+    kustomization = yaml.safe_load((ROOT / "kustomization.yaml").read_text())
+    assert kustomization["resources"] == ["daemonset.yaml"]
+    assert kustomization["images"][0]["name"] == CONTAINER["image"].partition(":")[0]
+    (patch,) = kustomization["patches"]
+    assert patch["target"]["kind"] == "DaemonSet"
+    (operation,) = yaml.safe_load(patch["patch"])
+    parts = [part.replace("~1", "/") for part in operation["path"].split("/")[1:]]
+    found: Any = document("DaemonSet")
+    for part in parts:
+        found = found[part]
+    assert isinstance(found, str)

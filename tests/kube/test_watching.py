@@ -1,0 +1,287 @@
+"""VMIs reach the inventory completely, once, and in their last state, whatever happens to the connection."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from migproxy.inventory.kube import KubeInventory
+from migproxy.kube.api import ApiServer
+from tests.kube.apiserver import ApiDouble
+from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, vmi
+from tests.kube.gate import Gate
+from tests.kube.world import PACE, Listener, eventually, listening
+
+
+def double_of(kubernetes: Cluster) -> ApiDouble:
+    """The double, for what a real server does not do on request."""
+    if kubernetes.double is None:
+        pytest.skip("a real API server does not shorten its history or send bookmarks on request")
+    return kubernetes.double
+
+
+def is_watch(request: web.Request) -> bool:
+    return "watch" in request.query
+
+
+async def rename_pod(kubernetes: Cluster, name: str, pod: str) -> None:
+    """A change that the inventory must tell of."""
+    await kubernetes.request("PATCH", f"{VMIS}/{name}", {"status": {"activePods": {pod: "node01"}}}, MERGE_PATCH)
+
+
+async def change_during_gap(kubernetes: Cluster) -> None:
+    await rename_pod(kubernetes, "changes", "other")
+    await kubernetes.request("DELETE", f"{VMIS}/vanishes")
+    await kubernetes.request("POST", VMIS, vmi("appears"))
+
+
+async def assert_difference_is_told(listener: Listener) -> None:
+    await eventually(lambda: listener.names == {"stays", "changes", "appears"}, "what happened during the gap")
+    await eventually(lambda: "other" in pods(listener, "changes"), "the change during the gap")
+    stays = listener.named("stays")
+    assert stays
+    assert all(stays.uid not in batch for batch in listener.batches[1:])
+
+
+def pods(listener: Listener, name: str = "one") -> set[str]:
+    found = listener.named(name)
+    return set(found.active_pods) if found else set()
+
+
+def target_label(listener: Listener) -> str | None:
+    found = listener.named("one")
+    return found.target_node_label if found else "the VMI is gone"
+
+
+async def test_first_batch_is_the_whole_state_of_this_node(kubernetes: Cluster, tmp_path: Path) -> None:
+    for number in range(20):  # three pages
+        await kubernetes.request("POST", VMIS, vmi(f"here-{number}", node="node01"))
+        await kubernetes.request("POST", VMIS, vmi(f"there-{number}", node="node02"))
+    arriving = vmi("arriving", node="node02")
+    arriving["metadata"]["labels"]["kubevirt.io/migrationTargetNodeName"] = "node01"
+    await kubernetes.request("POST", VMIS, arriving)
+    async with listening(kubernetes, tmp_path) as listener:
+        assert {found.name for found in listener.batches[0].values() if found} == {
+            "arriving",
+            *(f"here-{number}" for number in range(20)),
+        }
+
+
+async def test_cluster_without_vmis_is_synchronised(kubernetes: Cluster, tmp_path: Path) -> None:
+    async with listening(kubernetes, tmp_path) as listener:
+        assert listener.batches == [{}]
+        assert listener.inventory.problems == {}
+
+
+async def test_changes_are_told_as_they_happen(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        await kubernetes.request("POST", VMIS, vmi("one"))
+        await eventually(lambda: listener.names == {"one"}, "the new VMI")
+        await rename_pod(kubernetes, "one", "other")
+        await eventually(lambda: "other" in pods(listener), "its change")
+        await kubernetes.request("DELETE", f"{VMIS}/one")
+        await eventually(lambda: listener.names == set(), "its end")
+        assert door.lists == 2
+
+
+async def test_vmi_that_is_in_both_streams_ends_when_it_left_both(kubernetes: Cluster, tmp_path: Path) -> None:
+    async def label(name: str, node: str | None) -> None:
+        labels = {"metadata": {"labels": {f"kubevirt.io/{name}": node}}}
+        await kubernetes.request("PATCH", f"{VMIS}/one", labels, MERGE_PATCH)
+
+    async with listening(kubernetes, tmp_path) as listener:
+        await kubernetes.request("POST", VMIS, vmi("one", node="node02"))
+        await kubernetes.request("PATCH", f"{VMIS}/one", begin("first", "node02", "node01"), MERGE_PATCH)
+        await eventually(lambda: listener.names == {"one"}, "the VMI that arrives")
+        await label("nodeName", "node01")
+        await label("migrationTargetNodeName", None)
+        await eventually(lambda: target_label(listener) is None, "the label's end")
+        assert all(None not in batch.values() for batch in listener.batches)
+        await label("nodeName", "node02")
+        await eventually(lambda: listener.names == set(), "its end")
+
+
+async def test_cut_watch_is_resumed_without_a_new_list(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+    await kubernetes.request("POST", VMIS, vmi("one"))
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        await eventually(lambda: door.watches == 2, "the watches")
+        for number in range(5):
+            door.cut()
+            pod = f"pod-{number}"
+            await rename_pod(kubernetes, "one", pod)  # nobody watches at this moment
+            await eventually(lambda pod=pod: pod in pods(listener), "the change during the gap")  # type: ignore[misc]
+        assert door.lists == 2
+        assert len(listener.batches) <= 6
+
+
+async def test_watch_that_the_server_ends_is_begun_again(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+    await kubernetes.request("POST", VMIS, vmi("one"))
+    pace = replace(PACE, watch=0.6, healthy=0.1, silence=30)  # the server is asked for a second
+    async with listening(kubernetes, tmp_path, door.url, pace=pace) as listener:
+        await eventually(lambda: door.watches >= 6, "new watches")
+        await rename_pod(kubernetes, "one", "other")
+        await eventually(lambda: "other" in pods(listener), "the change")
+        assert door.lists == 2
+        assert listener.inventory.problems == {}
+
+
+async def test_silent_connection_is_noticed(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+    await kubernetes.request("POST", VMIS, vmi("one"))
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        await eventually(lambda: door.watches == 2, "the watches")
+        door.stall()
+        await rename_pod(kubernetes, "one", "other")
+        await eventually(lambda: "other" in pods(listener), "the change, by a new connection")
+        assert door.lists == 2
+
+
+async def test_gone_as_a_status_lists_anew_and_tells_the_difference(
+    kubernetes: Cluster, door: Gate, tmp_path: Path
+) -> None:
+    for name in ("stays", "changes", "vanishes"):
+        await kubernetes.request("POST", VMIS, vmi(name))
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        door.refuse = lambda request: 410 if is_watch(request) else None
+        door.cut()
+        await change_during_gap(kubernetes)
+        door.refuse = lambda request: None
+        await assert_difference_is_told(listener)
+
+
+async def test_gone_as_an_event_lists_anew_and_tells_the_difference(
+    kubernetes: Cluster, door: Gate, tmp_path: Path
+) -> None:
+    for name in ("stays", "changes", "vanishes"):
+        await kubernetes.request("POST", VMIS, vmi(name))
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        await eventually(lambda: door.watches == 2, "the watches")
+        door.stall()
+        await change_during_gap(kubernetes)
+        await door.expire()
+        await assert_difference_is_told(listener)
+        assert door.lists == 4
+
+
+async def test_server_that_forgot_the_history_is_listed_anew(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+    double = double_of(kubernetes)
+    for as_event in (False, True):
+        double.faults.gone_as_event = as_event
+        for name in ("stays", "changes", "vanishes"):
+            await kubernetes.request("POST", VMIS, vmi(name))
+        async with listening(kubernetes, tmp_path, door.url) as listener:
+            await eventually(lambda: door.watches >= 2, "the watches")
+            door.refuse = lambda request: 503
+            door.cut()
+            await change_during_gap(kubernetes)
+            double.compact()
+            door.refuse = lambda request: None
+            await assert_difference_is_told(listener)
+        for name in ("stays", "changes", "appears"):
+            await kubernetes.request("DELETE", f"{VMIS}/{name}")
+
+
+async def test_bookmarks_keep_a_silent_watch_resumable(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+    double = double_of(kubernetes)
+    double.faults.bookmark_seconds = 0.05
+    await kubernetes.request("POST", VMIS, vmi("elsewhere", node="node02"))
+    async with listening(kubernetes, tmp_path, door.url):
+        for number in range(30):  # none of this node's business, but the version goes on
+            await rename_pod(kubernetes, "elsewhere", f"pod-{number}")
+        await asyncio.sleep(0.3)  # several bookmarks, which nothing else shows
+        double.compact()
+        before = door.watches
+        door.cut()
+        await eventually(lambda: door.watches == before + 2, "the watches again")
+        assert door.lists == 2
+
+
+async def test_list_whose_token_expires_is_begun_again(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+    for number in range(20):
+        await kubernetes.request("POST", VMIS, vmi(f"here-{number}"))
+    expired: list[str] = []
+
+    def expire_once(request: web.Request) -> int | None:
+        if "continue" in request.query and len(expired) < 2:
+            expired.append(request.query["continue"])
+            return 410
+        return None
+
+    door.refuse = expire_once
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        assert len(expired) == 2
+        assert len(listener.names) == 20
+
+
+async def test_server_that_is_away_keeps_everything_and_is_followed_again(
+    kubernetes: Cluster, door: Gate, tmp_path: Path
+) -> None:
+    await kubernetes.request("POST", VMIS, vmi("one"))
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        await eventually(lambda: door.watches == 2, "the watches")
+        await door.close()
+        await eventually(lambda: len(listener.inventory.problems) == 2, "the problems")
+        assert listener.names == {"one"}
+        await kubernetes.request("DELETE", f"{VMIS}/one")
+        await kubernetes.request("POST", VMIS, vmi("two"))
+        await door.open()
+        await eventually(lambda: listener.names == {"two"}, "what happened meanwhile")
+        await eventually(lambda: listener.inventory.problems == {}, "the end of the problems")
+
+
+async def test_errors_are_waited_out_as_the_server_asks(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+    await kubernetes.request("POST", VMIS, vmi("one"))
+    for status in (429, 500, 503):
+        refusals: list[float] = []
+
+        def refuse(request: web.Request, status: int = status, refusals: list[float] = refusals) -> int | None:
+            refusals.append(asyncio.get_running_loop().time())
+            return status if len(refusals) <= 12 else None
+
+        door.refuse = refuse
+        async with listening(kubernetes, tmp_path, door.url) as listener:
+            assert listener.names == {"one"}
+        gaps = [later - earlier for earlier, later in zip(refusals[:10], refusals[2:12], strict=True)]
+        assert max(gaps) > 0.02  # it backs off
+
+
+async def test_refused_token_is_said_and_read_again(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+    await kubernetes.request("POST", VMIS, vmi("one"))
+    refuse: list[int | None] = [None]
+    door.refuse = lambda request: refuse[0]
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        refuse[0] = 401
+        door.cut()
+        await eventually(lambda: bool(listener.inventory.problems), "the problem")
+        assert all("the token is not accepted" in problem for problem in listener.inventory.problems.values())
+        refuse[0] = None
+        await kubernetes.request("DELETE", f"{VMIS}/one")
+        await eventually(lambda: listener.names == set(), "what happened meanwhile")
+
+
+async def test_missing_permission_is_named(kubernetes: Cluster, tmp_path: Path) -> None:
+    role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/migproxy"
+    await kubernetes.request("PATCH", role, {"rules": []}, MERGE_PATCH)
+    async with ApiServer(str(kubernetes.kubeconfig(tmp_path, "node01"))) as api:
+        listener = Listener(KubeInventory(api, "node01", PACE))
+        task = asyncio.create_task(listener.run())
+        await eventually(lambda: len(listener.inventory.problems) == 2, "the problems")
+        for problem in listener.inventory.problems.values():
+            assert "list and watch on virtualmachineinstances" in problem
+            assert "ClusterRole migproxy" in problem
+        assert not listener.batches
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_vmi_that_cannot_be_read_keeps_its_last_good_state(kubernetes: Cluster, tmp_path: Path) -> None:
+    await kubernetes.request("POST", VMIS, vmi("one"))
+    async with listening(kubernetes, tmp_path) as listener:
+        await kubernetes.request("PATCH", f"{VMIS}/one", {"status": {"phase": 3}}, MERGE_PATCH)
+        await eventually(lambda: bool(listener.inventory.problems), "the problem")
+        assert any("default/one" in problem for problem in listener.inventory.problems.values())
+        assert listener.names == {"one"}
+        await kubernetes.request("PATCH", f"{VMIS}/one", {"status": {"phase": "Running"}}, MERGE_PATCH)
+        await eventually(lambda: not listener.inventory.problems, "the end of the problem")
+        assert len(listener.batches) == 1

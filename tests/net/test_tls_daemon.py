@@ -1,0 +1,187 @@
+"""Daemons with mTLS: bad peers reach nothing, a crowd of them disturbs nothing, certificates rotate under load."""
+
+import asyncio
+import hashlib
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from demo.lab import until
+from migproxy.portmap import Channel
+from tests.certificates import SOURCE, TARGET, Cluster, SecretMount, authority
+from tests.net.nodes import MIB, Migration, Nodes, assert_carries, assert_logged, receive, send
+
+MALFORMED = 100_000
+ROTATION_SECONDS = 60
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster.make(tmp_path / "pki")
+
+
+async def start(nodes: Nodes, *options: str) -> Migration:
+    """Starts both daemons with mTLS, and a migration."""
+    for node in nodes.both:
+        node._options.remove("--disable-tls")
+    await nodes.start(source=options, target=options)
+    migration = nodes.migration(block=False)
+    migration.begin()
+    await migration.served()
+    return migration
+
+
+def errors(nodes: Nodes) -> dict[str, int]:
+    """What the target's daemon has refused, by reason."""
+    return dict(nodes.target.status()["tls"]["errors"])
+
+
+@asynccontextmanager
+async def hashed_stream(migration: Migration) -> AsyncIterator[None]:
+    """Bytes cross one connection both ways all the while, and arrive as they were sent."""
+    going = True
+
+    async def one_way(out: socket.socket, into: socket.socket, seed: int) -> int:
+        chance, sent, got, size = random.Random(seed), hashlib.sha256(), hashlib.sha256(), 0
+        while going:
+            data = chance.randbytes(MIB // 4)
+            sent.update(data)
+            reading = asyncio.create_task(receive(into, len(data)))
+            await send(out, data)
+            got.update(await reading)
+            size += len(data)
+        assert sent.digest() == got.digest()
+        return size
+
+    async with migration.connection() as (near, far):
+        ways = [asyncio.create_task(one_way(near, far, 1)), asyncio.create_task(one_way(far, near, 2))]
+        try:
+            yield
+        finally:
+            going = False
+            moved = await asyncio.gather(*ways)
+    assert min(moved) > MIB
+
+
+async def test_a_migration_crosses_with_mtls_and_a_bad_peer_reaches_nothing(nodes: Nodes, cluster: Cluster) -> None:
+    migration = await start(nodes, "--tls-dir", str(cluster.folder), "--ktls", "off")
+    listener = migration.listener(Channel.DIRECT)
+    port = migration.published()[Channel.DIRECT]
+    for words, reason in ((b"GET / HTTP/1.1\r\n\r\n", "not_tls"), (b"\x16\x03\x01", "closed_in_handshake")):
+        with socket.create_connection((nodes.target.address, port)) as bad:
+            bad.sendall(words)
+            with suppress(OSError):  # it may be refused already
+                bad.shutdown(socket.SHUT_WR)
+            await until(lambda reason=reason: reason in errors(nodes), f"a refusal: {reason}")  # type: ignore[misc]
+        line = await assert_logged(nodes.target, "connection failed", reason=reason)
+        assert line["migration_uid"] == migration.migration_uid
+        assert (line["channel"], line["remote"]) == ("direct", nodes.target.address.rsplit(".", 1)[0] + ".1")
+    with pytest.raises(BlockingIOError):
+        listener.accept()  # nobody was connected to the launcher for them
+    async with migration.connection() as (near, far):
+        await assert_carries(near, far)
+    opened = await assert_logged(nodes.source, "connection opened")
+    assert "TLSv1.3" in opened["security"]
+    assert "kubevirt.io:system:node:virt-handler" in opened["security"]
+
+
+async def test_a_source_of_another_cluster_is_told_apart_on_both_sides(
+    nodes: Nodes, cluster: Cluster, tmp_path: Path
+) -> None:
+    stranger = Cluster.make(tmp_path / "stranger")
+    for node in nodes.both:
+        node._options.remove("--disable-tls")
+    await nodes.source.start("--tls-dir", str(stranger.folder), "--ktls", "off")
+    await nodes.target.start("--tls-dir", str(cluster.folder), "--ktls", "off")
+    migration = nodes.migration(block=False)
+    migration.begin()
+    await until(migration.is_served, "the listeners")
+    with socket.socket(socket.AF_UNIX) as launcher:
+        launcher.connect(str(migration.source_path(Channel.DIRECT)))
+        await assert_logged(nodes.source, "connection failed", reason="wrong_ca")
+        await assert_logged(nodes.target, "connection failed", reason="refused_by_peer")
+
+
+async def test_silent_peers_keep_no_real_one_out(nodes: Nodes, cluster: Cluster) -> None:
+    options = ("--max-handshakes", "16", "--max-connections", "4", "--handshake-timeout", "600")
+    migration = await start(nodes, "--tls-dir", str(cluster.folder), "--ktls", "off", *options)
+    address = (nodes.target.address, migration.published()[Channel.DIRECT])
+    with ExitStack() as silent:
+        for _ in range(100):
+            silent.enter_context(socket.create_connection(address))
+        await until(lambda: errors(nodes).get("handshake_displaced") == 84, "all but 16 of them to be given up")
+        for _ in range(5):
+            async with migration.connection() as (near, far):
+                await assert_carries(near, far)
+
+
+async def test_a_hundred_thousand_malformed_handshakes_disturb_nothing(nodes: Nodes, cluster: Cluster) -> None:
+    migration = await start(nodes, "--tls-dir", str(cluster.folder), "--ktls", "off", "--log-level", "error")
+    port = migration.published()[Channel.LIBVIRT]
+    async with hashed_stream(migration):
+        await bombard(nodes.target.address, port, 3_000)  # until every pool and cache has its size
+        descriptors, memory = nodes.target.descriptors(), resident(nodes.target.pid)
+        await bombard(nodes.target.address, port, MALFORMED)
+        assert sum(errors(nodes).values()) >= 0.99 * MALFORMED  # a changed random number is no malformation
+        await until(lambda: nodes.target.descriptors() <= descriptors, "the descriptors to come back")
+        assert resident(nodes.target.pid) < memory + 30 * MIB
+    async with migration.connection(Channel.LIBVIRT) as (near, far):
+        await assert_carries(near, far)
+
+
+async def bombard(address: str, port: int, count: int) -> None:
+    """Sends malformed handshakes from a process of its own."""
+    program = str(Path(__file__).with_name("malformed.py"))
+    process = await asyncio.create_subprocess_exec(sys.executable, program, address, str(port), str(count), str(count))
+    try:
+        assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has in use."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def test_ca_and_pairs_rotate_each_second_under_load_and_nobody_notices(nodes: Nodes, tmp_path: Path) -> None:
+    """Each second a new CA signs new pairs. As in KubeVirt, a CA is in the bundle before and after its time."""
+    mounts = {role: SecretMount(tmp_path / role) for role in ("server", "client", "ca")}
+    authorities = [authority(f"CA {number}") for number in range(3)]
+
+    def rotate() -> None:
+        mounts["ca"].put({"ca-bundle": b"".join(ca.pem() for ca in authorities[-3:])})
+        for role, leaf in (("server", TARGET), ("client", SOURCE)):
+            issued = authorities[-2].issue(leaf)
+            mounts[role].put({"tls.crt": issued.pem(), "tls.key": issued.key_pem()})
+
+    rotate()
+    folders = ("--tls-server-dir", str(mounts["server"].folder), "--tls-client-dir", str(mounts["client"].folder))
+    migration = await start(nodes, *folders, "--tls-ca", str(mounts["ca"].folder), "--ktls", "off")
+    deadline, rotations, connections = time.monotonic() + ROTATION_SECONDS, 0, 0
+    async with hashed_stream(migration):
+        next_rotation = time.monotonic()
+        while time.monotonic() < deadline:
+            if time.monotonic() >= next_rotation:
+                authorities = [*authorities[1:], authority(f"CA {rotations + 3}")]
+                rotate()
+                rotations += 1
+                next_rotation += 1
+            async with migration.connection(Channel.LIBVIRT) as (near, far):
+                await assert_carries(near, far)
+            connections += 1
+    assert rotations >= ROTATION_SECONDS // 2
+    assert connections > rotations
+    for node in nodes.both:
+        assert node.status()["tls"]["errors"] == {}
+        assert node.status()["tls"]["reloads"] >= rotations
+        assert not node.logged("connection failed") + node.logged("connection broken")

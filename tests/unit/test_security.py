@@ -1,0 +1,124 @@
+"""What protects the connections in a cluster: KubeVirt's settings, less what options override."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migproxy.devcerts import make
+from migproxy.kube.cluster import ClusterSettings
+from migproxy.security import ClusterSecurity
+from migproxy.settings import Settings
+from migproxy.splice import Transport
+from migproxy.verify import Reason, TLSError
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificates") / "set"
+    make(str(folder), 1)
+    return folder
+
+
+def settings(certificates: Path, run: Path, **given: Any) -> Settings:
+    """As a node's: KubeVirt's certificates are mounted, its CA is not."""
+    pairs = {"tls_server_dir": str(certificates / "server"), "tls_client_dir": str(certificates / "client")}
+    return Settings.model_validate(pairs | {"control_socket": str(run / "control.sock"), "ktls": "off"} | given)
+
+
+def cluster(certificates: Path, **values: Any) -> ClusterSettings:
+    return ClusterSettings(ca_bundle=(certificates / "ca.crt").read_text(), **values)
+
+
+async def connect(security: ClusterSecurity) -> tuple[Transport, Transport]:
+    """Both roles of one node's, with each other."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+    for end in (client, server):
+        end.setblocking(False)
+    try:
+        sides = (security.secure(client, server=False), security.secure(server, server=True))
+        source, target = await asyncio.gather(*sides)
+    except BaseException:
+        client.close()
+        server.close()
+        raise
+    return source, target
+
+
+async def label(security: ClusterSecurity) -> str:
+    source, target = await connect(security)
+    source.tcp.close()
+    target.tcp.close()
+    return source.label
+
+
+async def test_before_the_cluster_is_known_nothing_is_relayed_and_never_in_plaintext(
+    certificates: Path, tmp_path: Path
+) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path))
+    with pytest.raises(TLSError, match="not known yet") as refused:
+        await connect(security)
+    assert refused.value.reason == Reason.NO_CREDENTIALS
+    assert "not known yet" in security.report()["problem"]
+
+
+async def test_the_clusters_ca_is_used_and_kept_for_a_restart_without_the_api(
+    certificates: Path, tmp_path: Path
+) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path))
+    security.apply(cluster(certificates))
+    assert (await label(security)).startswith("TLSv1.3")
+    assert security.problem is None
+    assert (tmp_path / "kubevirt-ca.crt").read_text() == (certificates / "ca.crt").read_text()
+
+
+async def test_plaintext_is_what_kubevirts_disable_tls_asks_for_and_ends_with_it(
+    certificates: Path, tmp_path: Path
+) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path))
+    security.apply(cluster(certificates, disable_tls=True))
+    assert await label(security) == "plaintext"
+    security.apply(cluster(certificates))
+    assert (await label(security)).startswith("TLS")
+
+
+@pytest.mark.parametrize(("given", "wanted"), [({"disable_tls": True}, "plaintext"), ({"disable_tls": False}, "TLSv")])
+async def test_the_option_beats_the_cluster_both_ways(
+    certificates: Path, tmp_path: Path, given: dict[str, Any], wanted: str
+) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path, **given))
+    security.apply(cluster(certificates, disable_tls=not given["disable_tls"]))
+    assert (await label(security)).startswith(wanted)
+
+
+async def test_version_and_ciphers_are_the_clusters(certificates: Path, tmp_path: Path) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path))
+    security.apply(cluster(certificates, min_tls="VersionTLS13"))
+    assert security.report()["min_version"] == "1.3"
+    security.apply(cluster(certificates, min_tls="VersionTLS12"))
+    assert security.report()["min_version"] == "1.2"
+
+
+async def test_a_setting_that_cannot_be_followed_leaves_the_last_good_one(certificates: Path, tmp_path: Path) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path))
+    security.apply(cluster(certificates))
+    for bad in ({"min_tls": "VersionTLS10"}, {"ciphers": ("TLS_NO_SUCH_SUITE",)}):
+        security.apply(cluster(certificates, **bad))
+        assert "cannot be followed" in security.report()["problem"]
+        assert (await label(security)).startswith("TLS")
+    security.apply(ClusterSettings(ca_bundle="no certificate"))
+    assert (await label(security)).startswith("TLS")
+
+
+async def test_refusals_are_counted_across_changes(certificates: Path, tmp_path: Path) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path))
+    security.errors[Reason.WRONG_CA] += 1
+    security.apply(cluster(certificates))
+    security.apply(cluster(certificates, min_tls="VersionTLS13"))
+    assert security.report()["errors"] == {Reason.WRONG_CA: 1}

@@ -1,0 +1,508 @@
+"""mTLS on loopback: who is let in, who is not and why, and what crosses unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+
+from migproxy import devcerts
+from migproxy.credentials import Validity
+from migproxy.ktls import check_control
+from migproxy.pki import CLIENT_NAMES, SERVER_NAMES, locate
+from migproxy.splice import Transport
+from migproxy.tls import MutualTLS, SecurityError, TLSOptions, Unfinished, cipher_string
+from migproxy.verify import Peers, Reason, TLSError
+from tests.certificates import (
+    CLIENT,
+    DAY,
+    SERVER,
+    SOURCE,
+    TARGET,
+    Cluster,
+    Issued,
+    Leaf,
+    SecretMount,
+    authority,
+    self_signed,
+)
+
+DEADLINE = 60.0
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster.make(tmp_path / "pki")
+
+
+@contextlib.contextmanager
+def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a TCP connection, not blocking."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    with near, far:
+        for end in (near, far):
+            end.setblocking(False)
+        yield near, far
+
+
+async def outcome(secured: Awaitable[Transport]) -> Transport | TLSError:
+    """What became of a handshake."""
+    async with asyncio.timeout(DEADLINE):
+        try:
+            return await secured
+        except TLSError as error:
+            return error
+
+
+async def shake(source: MutualTLS, target: MutualTLS) -> tuple[Transport | TLSError, Transport | TLSError]:
+    """Lets two nodes shake hands; returns what the source and what the target made of it."""
+    with connection() as (near, far):
+
+        async def target_side() -> Transport | TLSError:
+            result = await outcome(target.secure(far, server=True))
+            if isinstance(result, TLSError):
+                far.close()  # as its owner does
+            return result
+
+        return await asyncio.gather(outcome(source.secure(near, server=False)), target_side())
+
+
+def other(cluster: Cluster, folder: Path, **members: Issued) -> Cluster:
+    """A node with the cluster's certificates but for some."""
+    node = replace(cluster, folder=folder, **members)
+    folder.mkdir()
+    node.write()
+    return node
+
+
+STRANGER = authority("stranger")
+INTERMEDIATE = Leaf(names=("intermediate",), usages=None, ca=True)
+
+# How each is made of the cluster's CA and of a certificate that would be good, and why it is refused.
+BAD: dict[str, tuple[Callable[[Issued, Leaf], Issued], Reason]] = {
+    "self-signed": (lambda ca, good: self_signed(good), Reason.SELF_SIGNED),
+    "expired": (lambda ca, good: ca.issue(replace(good, begins=-2 * DAY, ends=-DAY)), Reason.EXPIRED),
+    "not-yet-valid": (lambda ca, good: ca.issue(replace(good, begins=DAY, ends=2 * DAY)), Reason.NOT_YET_VALID),
+    "wrong-ca": (lambda ca, good: STRANGER.issue(good), Reason.WRONG_CA),
+    "a-ca-of-the-same-name": (lambda ca, good: authority().issue(good), Reason.WRONG_CA),
+    "wrong-usage": (
+        lambda ca, good: ca.issue(replace(good, usages=(SERVER,) if good is SOURCE else (CLIENT,))),
+        Reason.WRONG_USAGE,
+    ),
+    "wrong-name": (lambda ca, good: ca.issue(replace(good, names=("kubevirt.io:system",))), Reason.WRONG_NAME),
+    "no-name": (lambda ca, good: ca.issue(replace(good, names=())), Reason.WRONG_NAME),
+    "embedded-nul": (
+        lambda ca, good: ca.issue(replace(good, names=(good.names[0] + "\0.example.com",))),
+        Reason.WRONG_NAME,
+    ),
+    "longer-name": (lambda ca, good: ca.issue(replace(good, names=(good.names[0] + "2",))), Reason.WRONG_NAME),
+    "name-as-suffix": (lambda ca, good: ca.issue(replace(good, names=("x" + good.names[0],))), Reason.WRONG_NAME),
+    "two-names": (lambda ca, good: ca.issue(replace(good, names=("other", good.names[0]))), Reason.WRONG_NAME),
+    "a-ca-as-leaf": (lambda ca, good: ca.issue(replace(good, ca=True)), Reason.CA_AS_LEAF),
+    "an-intermediate-as-leaf": (
+        lambda ca, good: ca.issue(replace(good, ca=True, usages=None, sign_only=True)),
+        Reason.WRONG_USAGE,  # OpenSSL is first to see that its key usage is signing certificates alone
+    ),
+    "the-root-as-leaf": (lambda ca, good: ca, Reason.CA_AS_LEAF),
+    "by-an-intermediate": (lambda ca, good: ca.issue(INTERMEDIATE).issue(good), Reason.INTERMEDIATE),
+    "by-a-leaf": (lambda ca, good: ca.issue(replace(good, names=("leaf",))).issue(good), Reason.WRONG_CA),
+}
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+@pytest.mark.parametrize("case", BAD)
+async def test_a_target_refuses_a_source_with(cluster: Cluster, tmp_path: Path, case: str, version: str) -> None:
+    make, reason = BAD[case]
+    source = other(cluster, tmp_path / "bad", source=make(cluster.ca, SOURCE)).security()
+    _, refused = await shake(source, cluster.security(min_version=version))
+    assert isinstance(refused, TLSError)
+    assert refused.reason == reason
+
+
+@pytest.mark.parametrize("case", BAD)
+async def test_a_source_refuses_a_target_with(cluster: Cluster, tmp_path: Path, case: str) -> None:
+    make, reason = BAD[case]
+    target = other(cluster, tmp_path / "bad", target=make(cluster.ca, TARGET)).security()
+    refused, _ = await shake(cluster.security(), target)
+    assert isinstance(refused, TLSError)
+    assert refused.reason == reason
+
+
+GOOD: dict[str, tuple[Callable[[Issued], Issued], dict[str, object]]] = {
+    "today's": (lambda ca: ca.issue(SOURCE), {}),
+    "the former": (lambda ca: ca.issue(replace(SOURCE, names=CLIENT_NAMES[1:])), {}),
+    "for both roles": (lambda ca: ca.issue(replace(SOURCE, usages=(SERVER, CLIENT))), {}),
+    "for every use, as Go has it": (lambda ca: ca.issue(replace(SOURCE, usages=None)), {}),
+    "a name of the configuration": (
+        lambda ca: ca.issue(replace(SOURCE, names=("mine",))),
+        {"sources": Peers(("mine", "yours"))},
+    ),
+    "externally managed": (
+        lambda ca: ca.issue(INTERMEDIATE).issue(replace(SOURCE, names=("whoever",))),
+        {"sources": Peers(CLIENT_NAMES, externally_managed=True)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+async def test_a_target_accepts(cluster: Cluster, tmp_path: Path, case: str) -> None:
+    make, changes = GOOD[case]
+    source = other(cluster, tmp_path / "good", source=make(cluster.ca)).security()
+    assert not [end for end in await shake(source, cluster.security(**changes)) if isinstance(end, TLSError)]
+
+
+async def test_an_externally_managed_ca_still_has_to_be_the_right_one_for_the_right_use(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    target = cluster.security(sources=Peers((), externally_managed=True))
+    for number, (issued, reason) in enumerate(
+        [
+            (STRANGER.issue(INTERMEDIATE).issue(SOURCE), Reason.WRONG_CA),
+            (cluster.ca.issue(replace(SOURCE, usages=(SERVER,))), Reason.WRONG_USAGE),
+        ]
+    ):
+        source = other(cluster, tmp_path / str(number), source=issued).security()
+        _, refused = await shake(source, target)
+        assert isinstance(refused, TLSError)
+        assert refused.reason == reason
+
+
+async def say(sock: socket.socket, words: bytes) -> None:
+    """Sends what is no handshake, and waits for the end of the connection."""
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, words)
+    with contextlib.suppress(ConnectionResetError):
+        while await loop.sock_recv(sock, 4096):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", Reason.NOT_TLS, id="http"),
+        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Reason.NOT_TLS, id="http2"),
+        pytest.param(b"\x00" * 100, Reason.NOT_TLS, id="zeroes"),
+        pytest.param(b"\x28\x00\x00\x00\x20\x00\x80\x86" * 8, Reason.NOT_TLS, id="libvirt-rpc"),
+        pytest.param(b"\x16\x03\x01\xff\xff" + b"x" * 100, Reason.NOT_TLS, id="oversized-record"),
+    ],
+)
+async def test_who_does_not_speak_tls_is_refused(cluster: Cluster, words: bytes, reason: Reason) -> None:
+    with connection() as (near, far):
+        talking = asyncio.create_task(say(near, words))
+        refused = await outcome(cluster.security().secure(far, server=True))
+        far.close()
+        await talking
+    assert isinstance(refused, TLSError)
+    assert refused.reason == reason
+
+
+async def test_a_silent_peer_is_refused_when_its_time_is_up(cluster: Cluster) -> None:
+    with connection() as (_, far):
+        refused = await outcome(cluster.security(handshake_timeout=0.2).secure(far, server=True))
+    assert isinstance(refused, TLSError)
+    assert refused.reason == Reason.TIMEOUT
+    assert "0.2 s" in str(refused)
+
+
+async def test_a_peer_that_leaves_during_the_handshake_is_said_to_have_left(cluster: Cluster) -> None:
+    with connection() as (near, far):
+        near.close()
+        refused = await outcome(cluster.security().secure(far, server=True))
+    assert isinstance(refused, TLSError)
+    assert refused.reason == Reason.CLOSED
+
+
+async def shake_with(peer: ssl.SSLContext, security: MutualTLS, *, peer_is_client: bool) -> TLSError:
+    """Lets a peer that is not ours shake hands with a node that is to refuse it; returns why it did."""
+    with connection() as (near, far):
+        near.setblocking(True)
+        near.settimeout(DEADLINE)
+
+        def theirs() -> None:
+            with contextlib.suppress(OSError), peer.wrap_socket(near, server_side=not peer_is_client) as tls:
+                tls.recv(1)
+
+        running = asyncio.create_task(asyncio.to_thread(theirs))
+        refused = await outcome(security.secure(far, server=peer_is_client))
+        far.close()
+        await running
+    assert isinstance(refused, TLSError)
+    return refused
+
+
+def client_context(cluster: Cluster, *, certificate: bool = True) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(cluster.folder / "ca.crt"))
+    context.check_hostname = False
+    if certificate:
+        context.load_cert_chain(cluster.folder / "client/tls.crt", cluster.folder / "client/tls.key")
+    return context
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+async def test_a_source_without_a_certificate_is_refused(cluster: Cluster, version: str) -> None:
+    refused = await shake_with(
+        client_context(cluster, certificate=False), cluster.security(min_version=version), peer_is_client=True
+    )
+    assert refused.reason == Reason.NO_CERTIFICATE
+
+
+async def test_an_old_version_is_refused_and_so_is_an_old_cipher(cluster: Cluster) -> None:
+    old = client_context(cluster)
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    refused = await shake_with(old, cluster.security(min_version="1.3"), peer_is_client=True)
+    assert refused.reason == Reason.VERSION
+    old.set_ciphers("ECDHE-ECDSA-AES128-SHA256")
+    refused = await shake_with(old, cluster.security(), peer_is_client=True)
+    assert refused.reason == Reason.CIPHER
+
+
+async def test_tls_1_1_is_refused(cluster: Cluster) -> None:
+    oldest = client_context(cluster)
+    oldest.set_ciphers("ALL:@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning, match="TLSv1"):
+        oldest.minimum_version, oldest.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    refused = await shake_with(oldest, cluster.security(), peer_is_client=True)
+    assert refused.reason == Reason.VERSION
+
+
+async def test_sessions_are_not_resumed(cluster: Cluster) -> None:
+    """A client of TLS 1.2 that offers the last session gets a whole handshake."""
+    target = cluster.security()
+    context = client_context(cluster)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    session: ssl.SSLSession | None = None
+    reused = []
+    for _ in range(3):
+        with connection() as (near, far):
+            near.setblocking(True)
+            near.settimeout(DEADLINE)
+
+            def theirs(near: socket.socket = near, session: ssl.SSLSession | None = session) -> ssl.SSLSession | None:
+                with context.wrap_socket(near, session=session) as tls:
+                    reused.append(tls.session_reused)
+                    return tls.session
+
+            running = asyncio.create_task(asyncio.to_thread(theirs))
+            assert isinstance(await outcome(target.secure(far, server=True)), Transport)
+            session = await running
+    assert reused == [False] * 3
+
+
+async def test_when_too_many_are_unfinished_the_oldest_of_the_busiest_address_goes() -> None:
+    unfinished = Unfinished(3)
+    done = asyncio.Event()
+
+    async def handshake(address: str) -> Reason | None:
+        try:
+            async with unfinished.place(address):
+                await done.wait()
+        except TLSError as error:
+            return error.reason
+        return None
+
+    tasks = {}
+    for name in ("honest", "silent 1", "silent 2", "silent 3", "silent 4"):
+        tasks[name] = asyncio.create_task(handshake(name.split()[0]))
+        await asyncio.sleep(0)
+    assert len(unfinished) == 3
+    done.set()
+    async with asyncio.timeout(DEADLINE):
+        outcomes = {name: await task for name, task in tasks.items()}
+    assert [name for name, reason in outcomes.items() if reason] == ["silent 1", "silent 2"]
+    assert {reason for reason in outcomes.values() if reason} == {Reason.DISPLACED}
+    assert len(unfinished) == 0
+
+
+async def test_new_connections_use_new_certificates_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    """Secrets are replaced by the swap of a link; a source of the new CA is let in, one of the old no longer."""
+    mount = SecretMount(tmp_path / "secret")
+
+    def put(ca: Issued) -> None:
+        target = ca.issue(TARGET)
+        mount.put({"tls.crt": target.pem(), "tls.key": target.key_pem(), "ca.crt": ca.pem()})
+
+    put(cluster.ca)
+    server, _ = locate(server=None, client=None, pair=None, folder=str(mount.folder), ca=None)
+    target = cluster.security(server=server)
+    old = cluster.security()
+    assert all(isinstance(end, Transport) for end in await shake(old, target))
+
+    renewed = authority()
+    put(renewed)
+    new = other(cluster, tmp_path / "new", ca=renewed, source=renewed.issue(SOURCE)).security()
+    assert all(isinstance(end, Transport) for end in await shake(new, target))
+    refusals = await shake(old, target)
+    assert all(isinstance(end, TLSError) for end in refusals)
+    assert target.report()["reloads"] == 1
+
+
+@pytest.mark.parametrize("damage", ["half-written certificate", "other key", "half-written bundle", "missing key"])
+async def test_files_that_cannot_be_used_leave_the_last_good_ones_in_force(cluster: Cluster, damage: str) -> None:
+    source, target = cluster.security(), cluster.security()
+    good = cluster.target
+    if damage == "half-written certificate":
+        (cluster.folder / "server/tls.crt").write_bytes(good.pem()[:200])
+    elif damage == "other key":
+        (cluster.folder / "server/tls.key").write_bytes(cluster.source.key_pem())
+    elif damage == "half-written bundle":
+        (cluster.folder / "ca.crt").write_bytes(cluster.ca.pem()[:200])
+    else:
+        (cluster.folder / "server/tls.key").unlink()
+    for _ in range(2):
+        assert all(isinstance(end, Transport) for end in await shake(source, target))
+    report = target.report()
+    assert report["reload_failures"] == 1
+    assert str(cluster.folder) in report["problems"]["server"]
+
+    cluster.write()
+    assert all(isinstance(end, Transport) for end in await shake(source, target))
+    assert not target.report()["problems"]
+
+
+def test_a_daemon_without_certificates_says_which_file_is_missing_and_what_to_do(cluster: Cluster) -> None:
+    (cluster.folder / "server/tls.key").unlink()
+    with pytest.raises(SecurityError, match=r"server/tls\.key: No such file.*--tls-dir.*--disable-tls"):
+        cluster.security()
+
+
+def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_a_password(cluster: Cluster) -> None:
+    encrypted = cluster.target.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    (cluster.folder / "server/tls.key").write_bytes(encrypted)
+    with pytest.raises(SecurityError, match="not encrypted"):
+        cluster.security()
+
+
+async def test_a_certificate_that_ends_soon_is_announced(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.target = cluster.ca.issue(replace(TARGET, begins=-2 * DAY, ends=DAY / 2))
+    cluster.write()
+    watching = asyncio.create_task(cluster.security(expiry_notice=None).watch())
+    said = ""
+    async with asyncio.timeout(DEADLINE):
+        while "certificate expires soon" not in said:
+            await asyncio.sleep(0.01)
+            said += capsys.readouterr().out
+    watching.cancel()
+    assert str(cluster.folder / "server/tls.crt") in said
+    assert str(cluster.folder / "client/tls.crt") not in said
+
+
+@pytest.mark.parametrize(
+    ("lasts", "notice", "warned_at"),
+    [
+        pytest.param(timedelta(days=1), None, timedelta(hours=8), id="KubeVirt's: a third"),
+        pytest.param(timedelta(days=365), None, timedelta(days=14), id="a year's: two weeks"),
+        pytest.param(timedelta(days=365), timedelta(hours=5), timedelta(hours=5), id="as wanted"),
+    ],
+)
+def test_how_long_before_its_end_a_certificate_is_announced(
+    lasts: timedelta, notice: timedelta | None, warned_at: timedelta
+) -> None:
+    begins = datetime(2026, 1, 1, tzinfo=UTC)
+    validity = Validity("server", "tls.crt", begins, begins + lasts)
+    due = validity.ends - warned_at
+    assert validity.nears_end(due, notice)
+    assert not validity.nears_end(due - timedelta(seconds=1), notice)
+
+
+def test_kubevirts_cipher_names_and_openssls_mean_the_same() -> None:
+    kubevirt = ["TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384", "TLS_AES_128_GCM_SHA256"]
+    assert cipher_string(kubevirt) == ("ECDHE-RSA-AES256-GCM-SHA384", [])
+    assert cipher_string(["ECDHE-RSA-AES256-GCM-SHA384"]) == cipher_string(kubevirt)
+
+
+def test_old_ciphers_are_left_out_and_unknown_ones_are_an_error() -> None:
+    old = ["TLS_RSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA", "ECDHE-RSA-AES128-SHA"]
+    assert cipher_string(old) == ("", old)
+    with pytest.raises(SecurityError, match="--tls-ciphers: NONSENSE is not known"):
+        cipher_string(["NONSENSE"])
+
+
+def test_ciphers_that_leave_nothing_of_tls_1_2_are_an_error_where_1_2_is_allowed(cluster: Cluster) -> None:
+    with pytest.raises(SecurityError, match=r"--tls-min-version 1\.3"):
+        cluster.security(ciphers=("TLS_AES_128_GCM_SHA256",))
+    cluster.security(ciphers=("TLS_AES_128_GCM_SHA256",), min_version="1.3")
+
+
+async def test_the_configured_cipher_is_the_one_spoken(cluster: Cluster) -> None:
+    context = client_context(cluster)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    target = cluster.security(ciphers=("TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256",))
+    with connection() as (near, far):
+        near.settimeout(DEADLINE)
+        handshake = asyncio.create_task(asyncio.to_thread(context.wrap_socket, near))
+        transport = await outcome(target.secure(far, server=True))
+        (await handshake).close()
+    assert isinstance(transport, Transport)
+    assert "TLSv1.2 ECDHE-ECDSA-CHACHA20-POLY1305" in transport.label
+
+
+def test_kernel_tls_that_was_demanded_and_cannot_be_had_is_refused_with_its_reason(cluster: Cluster) -> None:
+    if MutualTLS(cluster.options(ktls="auto")).kernel:
+        pytest.skip("this kernel has TLS: tests/e2e/test_ktls_vm.py covers it")
+    with pytest.raises(SecurityError, match=r"--ktls on: .*modprobe tls.*--ktls auto"):
+        cluster.security(ktls="on")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "goes_on"),
+    [
+        pytest.param(21, b"\x01\x00", False, id="close_notify"),
+        pytest.param(21, b"\x02\x00", False, id="close_notify marked as fatal"),
+        pytest.param(22, b"\x04\x00\x00\x02ab", True, id="session ticket"),
+        pytest.param(22, b"\x04\x00\x00\x02ab" * 2, True, id="two session tickets"),
+        pytest.param(21, b"\x01\x5a", True, id="warning"),
+    ],
+)
+def test_records_that_are_no_data_and_no_error(kind: int, body: bytes, goes_on: bool) -> None:
+    assert check_control(kind, body) is goes_on
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "reason"),
+    [
+        pytest.param(21, b"\x02\x30", Reason.REFUSED_BY_PEER, id="fatal alert"),
+        pytest.param(22, b"\x18\x00\x00\x01\x01", Reason.KEY_UPDATE, id="key update"),
+        pytest.param(22, b"\x04\x00\x00\x02ab\x18\x00\x00\x01\x00", Reason.KEY_UPDATE, id="ticket, key update"),
+        pytest.param(22, b"\x04\x00\x00\xff", Reason.BAD_RECORD, id="torn message"),
+        pytest.param(22, b"\x00\x00\x00\x00", Reason.BAD_RECORD, id="renegotiation"),
+        pytest.param(None, b"", Reason.BAD_RECORD, id="unknown"),
+    ],
+)
+def test_records_that_end_the_connection(kind: int | None, body: bytes, reason: Reason) -> None:
+    with pytest.raises(TLSError) as error:
+        check_control(kind, body)
+    assert error.value.reason == reason
+
+
+def test_the_most_particular_files_win(tmp_path: Path) -> None:
+    (tmp_path / "server").mkdir()
+    server, client = locate(server=None, client=None, pair=None, folder=str(tmp_path), ca=None)
+    assert server.cert == f"{tmp_path}/server/tls.crt"
+    assert client.cert == f"{tmp_path}/tls.crt"  # without a folder of its own, the pair for both
+    server, client = locate(server=None, client="/mine", pair=("/a.crt", "/a.key"), folder=str(tmp_path), ca="/ca")
+    assert (server.cert, server.key, server.ca) == ("/a.crt", "/a.key", "/ca")
+    assert client.cert == "/mine/tls.crt"
+    server, client = locate(server=None, client=None, pair=None, folder=None, ca=None)
+    assert server.key == "/etc/virt-handler/servercertificates/tls.key"
+    assert client.key == "/etc/virt-handler/clientcertificates/tls.key"
+
+
+async def test_development_certificates_are_what_two_nodes_need(tmp_path: Path) -> None:
+    folder = str(tmp_path / "made")
+    devcerts.make(folder, days=2)
+    server, client = locate(server=None, client=None, pair=None, folder=folder, ca=None)
+    options = TLSOptions(server, client, Peers(CLIENT_NAMES), Peers(SERVER_NAMES), ktls="off")
+    assert all(isinstance(end, Transport) for end in await shake(MutualTLS(options), MutualTLS(options)))
+    assert (tmp_path / "made/server/tls.key").stat().st_mode & 0o077 == 0
+    with pytest.raises(FileExistsError):
+        devcerts.make(folder, days=2)

@@ -1,0 +1,291 @@
+"""Relays with mTLS between them: what test_relay.py says of plaintext holds here too, and truncation is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import random
+import socket
+import ssl
+from collections.abc import AsyncIterator
+
+import pytest
+
+from migproxy.relay import Relay
+from migproxy.tls import MutualTLS
+from migproxy.verify import Reason, TLSError
+from tests.certificates import Cluster
+
+DEADLINE = 60.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    return Cluster.make(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(params=["1.2", "1.3"])
+def version(request: pytest.FixtureRequest) -> ssl.TLSVersion:
+    return {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}[request.param]
+
+
+class Legs:
+    """A relay of a target under test, with the launcher's end, and a source of the standard library at the other.
+
+    Attributes:
+        launcher: The launcher's end.
+        far: The source's TLS connection, blocking.
+        relay: What is between them.
+    """
+
+    def __init__(self) -> None:
+        self.launcher, self._unix = socket.socketpair(socket.AF_UNIX)
+        self.launcher.settimeout(DEADLINE)
+
+    async def connect(self, cluster: Cluster, version: ssl.TLSVersion) -> None:
+        context = ssl.create_default_context(cafile=str(cluster.folder / "ca.crt"))
+        context.check_hostname = False
+        context.minimum_version = context.maximum_version = version
+        context.load_cert_chain(cluster.folder / "client/tls.crt", cluster.folder / "client/tls.key")
+        security: MutualTLS = cluster.security()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = socket.create_connection(listener.getsockname())
+            tcp, _ = listener.accept()
+        near.settimeout(DEADLINE)
+        tcp.setblocking(False)
+        handshake = asyncio.create_task(asyncio.to_thread(context.wrap_socket, near, suppress_ragged_eofs=False))
+        transport = await security.secure(tcp, server=True)
+        self.far = await handshake
+        assert str(self.far.version()) in transport.label
+        self.relay = Relay(self._unix, transport)
+        self.run = asyncio.create_task(self.relay.run())
+
+    async def ended(self) -> None:
+        async with asyncio.timeout(DEADLINE):
+            await self.run
+
+
+@pytest.fixture
+async def legs(cluster: Cluster, version: ssl.TLSVersion) -> AsyncIterator[Legs]:
+    made = Legs()
+    await made.connect(cluster, version)
+    yield made
+    made.relay.stop()
+    with contextlib.suppress(OSError, asyncio.CancelledError):
+        await made.ended()
+    made.launcher.close()
+    made.far.close()
+
+
+def read(sock: socket.socket, count: int | None = None) -> bytes:
+    """Reads `count` bytes, or until the end of the stream."""
+    data = bytearray()
+    while count is None or len(data) < count:
+        with contextlib.suppress(ssl.SSLZeroReturnError):  # after a close_notify of its own
+            if chunk := sock.recv(1 << 16):
+                data += chunk
+                continue
+        break
+    return bytes(data)
+
+
+async def test_bytes_cross_both_ways_at_once_unchanged(cluster: Cluster) -> None:
+    """Through two of our relays, so that both ends send and receive at once for as long as it lasts."""
+    source, target = cluster.security(), cluster.security()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    for end in (near, far):
+        end.setblocking(False)
+    transports = await asyncio.gather(source.secure(near, server=False), target.secure(far, server=True))
+    launchers, runs, relays = [], [], []
+    for transport in transports:
+        launcher, unix = socket.socketpair(socket.AF_UNIX)
+        launcher.settimeout(DEADLINE)
+        launchers.append(launcher)
+        relays.append(Relay(unix, transport))
+        runs.append(asyncio.create_task(relays[-1].run()))
+    there, back = random.Random(1).randbytes(40_000_000), random.Random(2).randbytes(37_000_001)
+
+    def send(launcher: socket.socket, data: bytes) -> None:
+        launcher.sendall(data)
+        launcher.shutdown(socket.SHUT_WR)
+
+    sending = asyncio.gather(*(asyncio.to_thread(send, *pair) for pair in zip(launchers, (there, back), strict=True)))
+    got_back, got_there = await asyncio.gather(*(asyncio.to_thread(read, launcher) for launcher in launchers))
+    await sending
+    async with asyncio.timeout(DEADLINE):
+        await asyncio.gather(*runs)
+    for launcher in launchers:
+        launcher.close()
+    assert hashlib.sha256(got_there).digest() == hashlib.sha256(there).digest()
+    assert hashlib.sha256(got_back).digest() == hashlib.sha256(back).digest()
+    assert [(relay.sent, relay.received) for relay in relays] == [(len(there), len(back)), (len(back), len(there))]
+    assert [relay.spliced for relay in relays] == [(0, 0)] * 2
+
+
+async def test_a_few_bytes_do_not_wait_for_more(legs: Legs) -> None:
+    for number in range(100):
+        word = str(number).encode()
+        await asyncio.to_thread(legs.far.sendall, word)
+        assert await asyncio.to_thread(read, legs.launcher, len(word)) == word
+        await asyncio.to_thread(legs.launcher.sendall, word)
+        assert await asyncio.to_thread(read, legs.far, len(word)) == word
+
+
+async def test_what_the_peer_sends_with_its_handshake_is_not_lost(cluster: Cluster) -> None:
+    """A source may send its first bytes in the same packet as the end of its handshake (TLS 1.3)."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.create_default_context(cafile=str(cluster.folder / "ca.crt"))
+    context.check_hostname = False
+    context.load_cert_chain(cluster.folder / "client/tls.crt", cluster.folder / "client/tls.key")
+    client = context.wrap_bio(incoming, outgoing)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        tcp, _ = listener.accept()
+    near.setblocking(False)
+    tcp.setblocking(False)
+    securing = asyncio.create_task(cluster.security().secure(tcp, server=True))
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            client.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            await loop.sock_sendall(near, outgoing.read())
+            incoming.write(await loop.sock_recv(near, 65536))
+    client.write(b"first words")
+    await loop.sock_sendall(near, outgoing.read())
+    launcher, unix = socket.socketpair(socket.AF_UNIX)
+    launcher.settimeout(DEADLINE)
+    relay = Relay(unix, await securing)
+    run = asyncio.create_task(relay.run())
+    launcher.shutdown(socket.SHUT_WR)  # the target's close_notify must not swallow them
+    assert await asyncio.to_thread(read, launcher, 11) == b"first words"
+    relay.stop()
+    await run
+    near.close()
+    launcher.close()
+
+
+@pytest.mark.parametrize("first", ["launcher", "far"])
+async def test_one_direction_ends_and_the_other_goes_on(legs: Legs, first: str) -> None:
+    answer = os.urandom(3_000_000)
+    if first == "launcher":
+        legs.launcher.sendall(b"last words")
+        legs.launcher.shutdown(socket.SHUT_WR)
+        assert await asyncio.to_thread(read, legs.far) == b"last words"  # a clean end: with close_notify
+        sending = asyncio.create_task(asyncio.to_thread(legs.far.sendall, answer))
+        assert await asyncio.to_thread(read, legs.launcher, len(answer)) == answer
+        await sending
+        await asyncio.to_thread(close_notify, legs.far)
+        assert await asyncio.to_thread(read, legs.launcher) == b""
+    else:
+        legs.far.sendall(b"last words")
+        close_notify(legs.far)
+        assert await asyncio.to_thread(read, legs.launcher) == b"last words"
+        sending = asyncio.create_task(asyncio.to_thread(legs.launcher.sendall, answer))
+        assert await asyncio.to_thread(read, legs.far, len(answer)) == answer
+        await sending
+        legs.launcher.shutdown(socket.SHUT_WR)
+        assert await asyncio.to_thread(read, legs.far) == b""
+    await legs.ended()
+
+
+def close_notify(tls: ssl.SSLSocket) -> None:
+    """Ends what that side sends, and nothing else."""
+    tls.setblocking(False)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.unwrap()
+    tls.settimeout(DEADLINE)
+
+
+async def test_an_end_without_close_notify_is_an_error_and_the_launcher_gets_what_had_arrived(legs: Legs) -> None:
+    legs.far.sendall(b"arrived")
+    assert await asyncio.to_thread(read, legs.launcher, 7) == b"arrived"
+    socket.socket.shutdown(legs.far, socket.SHUT_WR)
+    with pytest.raises(TLSError, match="truncated") as truncated:
+        await legs.ended()
+    assert truncated.value.reason == Reason.TRUNCATED
+    assert await asyncio.to_thread(read, legs.launcher) == b""
+
+
+async def test_damaged_bytes_are_an_error_and_reach_nobody(legs: Legs) -> None:
+    socket.socket.send(legs.far, b"\x17\x03\x03\x00\x30" + bytes(48))
+    with pytest.raises(TLSError, match="damaged") as damaged:
+        await legs.ended()
+    assert damaged.value.reason == Reason.BAD_RECORD
+    assert await asyncio.to_thread(read, legs.launcher) == b""
+
+
+async def test_a_peer_that_ends_both_directions_at_once_is_no_error(legs: Legs) -> None:
+    """KubeVirt's proxy does: close_notify, then both directions closed, and a reset for whatever comes later."""
+    legs.far.sendall(b"all there is")
+    close_notify(legs.far)
+    legs.far.close()
+    assert await asyncio.to_thread(read, legs.launcher) == b"all there is"
+    legs.launcher.shutdown(socket.SHUT_WR)
+    await legs.ended()
+
+
+async def test_a_peer_that_is_gone_breaks_a_connection_with_something_to_send(legs: Legs) -> None:
+    close_notify(legs.far)
+    legs.far.close()
+    assert await asyncio.to_thread(read, legs.launcher) == b""
+
+    def flood() -> None:
+        while True:
+            legs.launcher.sendall(bytes(100_000))
+
+    with pytest.raises(OSError, match=r"reset|Broken"):
+        await asyncio.to_thread(flood)
+    with pytest.raises(OSError, match=r"reset|Broken"):
+        await legs.ended()
+
+
+async def test_a_reset_from_the_network_is_an_error(legs: Legs) -> None:
+    legs.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    legs.far.close()
+    with pytest.raises(ConnectionResetError):
+        await legs.ended()
+
+
+async def test_a_launcher_that_goes_away_loses_nothing_it_wrote(legs: Legs) -> None:
+    """It closes with unread data: what it wrote arrives, what it cannot take is an error for the peer."""
+    wrote = os.urandom(2_000_000)
+    legs.far.sendall(b"never read" * 100)
+    reading = asyncio.create_task(asyncio.to_thread(read, legs.far, len(wrote)))
+    await asyncio.to_thread(legs.launcher.sendall, wrote)
+    legs.launcher.close()
+    assert await reading == wrote
+
+    def flood() -> None:
+        while True:
+            legs.far.sendall(bytes(100_000))
+
+    with pytest.raises(OSError, match=r"reset|Broken|EOF"):
+        await asyncio.to_thread(flood)
+    with pytest.raises(BrokenPipeError):
+        await legs.ended()
+
+
+async def test_stopping_ends_a_stalled_transfer_at_once_and_the_peer_sees_no_clean_end(legs: Legs) -> None:
+    blocked = asyncio.create_task(asyncio.to_thread(legs.launcher.sendall, bytes(50_000_000)))
+    while legs.relay.sent == 0:
+        await asyncio.sleep(0)
+    legs.relay.stop()
+    await legs.ended()
+    with pytest.raises(OSError, match=r"reset|Broken"):
+        await blocked
+    with pytest.raises(OSError, match=r"reset|EOF"):
+        await asyncio.to_thread(read, legs.far)
+
+
+async def test_nothing_is_left_open(legs: Legs) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    legs.run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await legs.ended()
+    assert len(os.listdir("/proc/self/fd")) == before - 2  # the two sockets
