@@ -1,17 +1,17 @@
 # make demo: a virtual machine migrates live between two nodes through migproxy
 # make test: everything that CI checks
 # make bench: migproxy beside other relays and the limit, in about six minutes (make bench BENCH_ARGS=--quick: one)
-# make venv, lint, unit, net, e2e, docs, lock: the parts
+# make venv, lint, unit, net, e2e, observe, docs, lock: the parts
 
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test bench venv lint unit net e2e docs lock lab-packages bench-packages clean
+.PHONY: demo test bench venv lint unit net e2e observe docs lock lab-packages bench-packages observability-packages clean
 
 demo: venv lab-packages
 	@scripts/demo
 
-test: venv lab-packages bench-packages lint
+test: venv lab-packages bench-packages observability-packages lint
 	@rm -f .coverage .coverage.*
 	scripts/sandbox $(BIN)/pytest --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/coverage report
@@ -31,6 +31,9 @@ unit: venv
 net e2e: venv lab-packages bench-packages
 	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
 
+observe: venv lab-packages observability-packages
+	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
+
 venv: .venv/ready
 
 .venv/ready: requirements.lock pyproject.toml
@@ -44,6 +47,8 @@ venv: .venv/ready
 lab-packages:
 	@scripts/system-packages lab
 
+observability-packages:
+	@scripts/system-packages observability
 bench-packages:
 	@scripts/system-packages bench
 

@@ -395,7 +395,11 @@ class Lab:
 
     def _node(self, number: int) -> Node:
         address = f"127.0.0.{number}" if self.loopback else f"10.1.1.{number}"
-        where = ("--migration-address", address) if self.loopback else ("--migration-interface", "migration0")
+        where: tuple[str, ...] = (
+            ("--migration-address", address) if self.loopback else ("--migration-interface", "migration0")
+        )
+        if self.loopback:  # nodes that share a network namespace cannot share a port of all its addresses
+            where += ("--http-listen", f"{address}:0")
         name = f"node0{number}"
         security = ("--tls-dir", self._certificates) if self.tls else ("--disable-tls",)
         return Node(name, address, self.directory / name, "--vmi-dir", str(self.vmi_dir), *where, *security)

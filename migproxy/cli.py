@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -65,11 +66,12 @@ def _run(invocation: typer.Context, config: str | None, **flags: Any) -> None:
     from migproxy.daemon import serve
     from migproxy.inventory import InventoryError
     from migproxy.security import SecurityError
+    from migproxy.web import HTTPError
 
     logs.configure(settings.log_format, settings.log_level)
     try:
         uvloop.run(serve(settings))
-    except (SecurityError, ControlError, InventoryError) as error:
+    except (SecurityError, ControlError, HTTPError, InventoryError) as error:
         _fail(str(error))
 
 
@@ -88,25 +90,33 @@ def _daemon_command(settings: type[options.Settings]) -> Any:
             "config", str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="TOML file of options.")
         ),
     ]
-    for name, field in settings.model_fields.items():
-        is_flag = field.annotation is bool
-        has_default = not (is_flag or not field.default or field.default_factory)
-        option = typer.Option(
-            options.option(name),
-            envvar=options.variables(name),
-            help=(field.description or "") + (f" Default: {_text(field.default)}." if has_default else ""),
-            show_default=False,
-            show_envvar=True,
-        )
-        parameters.append(_parameter(name, bool if is_flag else str | None, option))
+    parameters += [_setting(name) for name in settings.model_fields]
 
+    return _with_parameters(_run, parameters)
+
+
+def _with_parameters(function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
     def run(*args: Any, **kwargs: Any) -> None:
-        _run(*args, **kwargs)
+        function(*args, **kwargs)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__doc__ = _run.__doc__
+    run.__doc__ = function.__doc__
     return run
+
+
+def _setting(name: str) -> inspect.Parameter:
+    field = options.Settings.model_fields[name]
+    is_flag = field.annotation is bool
+    has_default = not (is_flag or not field.default or field.default_factory)
+    option = typer.Option(
+        options.option(name),
+        envvar=options.variables(name),
+        help=(field.description or "") + (f" Default: {_text(field.default)}." if has_default else ""),
+        show_default=False,
+        show_envvar=True,
+    )
+    return _parameter(name, bool if is_flag else str | None, option)
 
 
 def _text(value: object) -> str:
@@ -135,6 +145,88 @@ def status(
     except control.ControlError as error:
         _fail(str(error))
     typer.echo(json.dumps(report, indent=2) if as_json else render(report))
+
+
+@app.command()
+def top(
+    control_socket: Annotated[str, _CONTROL_SOCKET] = _DEFAULT_CONTROL_SOCKET,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two pictures.")] = 1.0,
+    sort: Annotated[str, typer.Option("--sort", help="rate, total, age or name.")] = "rate",
+) -> None:
+    """Show the migrations of the running daemon live; not on a terminal, one picture of them."""
+    from migproxy import control
+    from migproxy.top import SORTS, run
+
+    if sort not in SORTS.values():
+        _fail(f"--sort {sort}: there are {', '.join(SORTS.values())}", 2)
+    try:
+        run(lambda: control.ask(control_socket), interval, sort)
+    except control.ControlError as error:
+        _fail(str(error))
+
+
+_EXAMINED = (
+    "migration_interface",
+    "migration_address",
+    "pod_ip",
+    "port_range",
+    "launcher_run_dir",
+    "pods_dir",
+    "congestion_control",
+    "disable_tls",
+    "tls_dir",
+    "tls_cert",
+    "tls_key",
+    "tls_server_dir",
+    "tls_client_dir",
+    "tls_ca",
+    "kubeconfig",
+    "context",
+    "kubevirt_namespace",
+)
+"""The daemon's options that `migproxy doctor` has too."""
+
+
+def _doctor(
+    invocation: typer.Context,
+    config: Annotated[
+        str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="The daemon's TOML file of options.")
+    ] = None,
+    peer: Annotated[
+        str | None, typer.Option("--peer", help="Check the path to this migration address, where --serve runs.")
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Answer another node's --peer, until interrupted.")] = False,
+    peer_port: Annotated[
+        int, typer.Option("--peer-port", min=1, max=65534, help="For both; the next is used too.")
+    ] = 9471,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="To measure the throughput for.")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    **flags: Any,
+) -> None:
+    """Check this node, and the path to another one; say what to do. Exit status 1 where a check failed."""
+    given = {name: value for name, value in flags.items() if value not in (None, False)}
+    origins = {name: _origin(invocation, name) for name in given}
+    try:
+        settings = options.load(given, origins, config)
+    except options.SettingsError as error:
+        _fail(str(error), 2)
+    from migproxy.doctor import command
+
+    request = command.Request(settings, peer, peer_port, seconds)
+    try:
+        raise typer.Exit(command.serve(request) if serve else command.examine(request, as_json=as_json))
+    except command.PeerError as error:
+        _fail(str(error))
+
+
+def _doctor_command() -> Any:
+    signature = inspect.signature(_doctor, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [*own[:1], *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own[1:])]
+    return _with_parameters(_doctor, parameters + [_setting(name) for name in _EXAMINED])
+
+
+app.command("doctor")(_doctor_command())
 
 
 @app.command()

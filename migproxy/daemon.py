@@ -7,23 +7,25 @@ import ipaddress
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from migproxy import control
+from migproxy import control, web
 from migproxy.inventory import Inventory, InventoryError
 from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
+from migproxy.measure import Measures
+from migproxy.metrics import Exporter
 from migproxy.netif import AddressWatcher
 from migproxy.node import Node, NodeOptions
 from migproxy.portmap import IPAddress
 from migproxy.proxy import ProxyError, Surroundings
 from migproxy.security import ClusterSecurity, security
-from migproxy.settings import Settings
+from migproxy.settings import Settings, parse_listen
 from migproxy.sockets import TCPOptions
 from migproxy.target import PortRange
 from migproxy.threads import prefer_this_thread
@@ -52,7 +54,7 @@ async def serve(settings: Settings) -> None:
         settings: The options.
 
     Raises:
-        InventoryError, SecurityError, ControlError: The daemon cannot start; says why.
+        InventoryError, SecurityError, ControlError, HTTPError: The daemon cannot start; says why.
     """
     _raise_file_limit()
     sys.setswitchinterval(_SWITCH_INTERVAL)
@@ -60,12 +62,16 @@ async def serve(settings: Settings) -> None:
         log.info("the event loop has no preference over the pumps", remedy="CAP_SYS_NICE, or LimitNICE=-10 in systemd")
     signals = _Signals()
     async with Watcher() as watcher, _inputs(settings, watcher) as (inventory, protection, cluster):
-        node = _make_node(settings, protection, inventory, watcher)
+        measures = Measures()
+        node = _make_node(settings, protection, inventory, watcher, measures)
 
         def report() -> dict[str, Any]:
             return node.report() | ({"cluster": cluster.report()} if cluster else {})
 
-        async with control.serve(settings.control_socket, report):
+        async with (
+            control.serve(settings.control_socket, report),
+            _http(settings, report, lambda: node.checks, Exporter(node.report, measures)),
+        ):
             log.info(
                 "started",
                 version=version("migproxy"),
@@ -115,7 +121,23 @@ async def _run(node: Node, cluster: Cluster | None) -> None:
         following.cancel()
 
 
-def _make_node(settings: Settings, protection: Security, inventory: Inventory, watcher: Watcher) -> Node:
+@asynccontextmanager
+async def _http(
+    settings: Settings, report: Callable[[], web.Report], checks: Callable[[], web.Checks], exporter: Exporter
+) -> AsyncIterator[None]:
+    where = parse_listen(settings.http_listen)
+    if where is None:
+        yield
+        return
+    options = web.HTTPOptions(*where, settings.http_tls_cert, settings.http_tls_key)
+    async with web.serve(options, report, checks, exporter) as url:
+        log.info("serving HTTP", url=url)
+        yield
+
+
+def _make_node(
+    settings: Settings, protection: Security, inventory: Inventory, watcher: Watcher, measures: Measures
+) -> Node:
     def local_address(ip_version: int) -> IPAddress:
         state = node.address
         addresses: tuple[IPAddress, ...] = state.addresses if state else ()
@@ -131,7 +153,7 @@ def _make_node(settings: Settings, protection: Security, inventory: Inventory, w
     low, high = settings.port_range or (0, 0)
     owner = settings.socket_owner or (_KUBEVIRT_OWNER if settings.vmi_dir is None else None)
     node = Node(
-        NodeOptions(settings.node_name, PortRange(low, high), owner, settings.libvirt_socket),
+        NodeOptions(settings.node_name, PortRange(low, high), owner, settings.libvirt_socket, settings.retention),
         Surroundings(
             launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
             tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout),
@@ -140,6 +162,7 @@ def _make_node(settings: Settings, protection: Security, inventory: Inventory, w
             dial_timeout=settings.dial_timeout,
             max_connections=settings.max_connections,
             max_handshakes=settings.max_handshakes,
+            measures=measures,
         ),
         inventory,
         AddressWatcher(settings.migration_interface, override, pod_ip),

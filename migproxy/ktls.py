@@ -49,6 +49,7 @@ class KernelSend(Splice):
     """Splices what the launcher sends into a socket that the kernel encrypts."""
 
     __slots__ = ()
+    mode = "ktls"
 
     def _finish(self) -> None:
         # See UserSend: a peer that has ended both directions does not miss it.
@@ -63,6 +64,7 @@ class KernelReceive(Splice):
     """Splices what the launcher receives out of a socket that the kernel decrypts."""
 
     __slots__ = ()
+    mode = "ktls"
 
     def _fill(self, source: int, writer: int, capacity: int) -> int:
         while True:

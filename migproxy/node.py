@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import structlog
 
+from migproxy.health import WatchReporter
 from migproxy.inventory import Inventory, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.plan import Held, Migration, Role, SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import IPAddress
 from migproxy.proxy import ProxyError, Surroundings
+from migproxy.relay import Traffic
+from migproxy.retention import Ended, Retention
 from migproxy.source import Source
 from migproxy.target import PortRange, Target
 from migproxy.vmi import VMI
@@ -28,8 +30,6 @@ log = structlog.get_logger(__name__)
 
 _FIRST_RETRY = 0.05  # seconds; doubled up to the last
 _LAST_RETRY = 2.0
-_ENDED_KEPT = 300.0  # seconds that an ended migration is still reported
-_ENDED_MOST = 200
 _NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
 
 FAILED = "MigrationProxyFailed"
@@ -47,12 +47,14 @@ class NodeOptions:
         ports: Where targets listen.
         socket_owner: User and group of the sources' socket files, None for the owner of the launcher's folder.
         libvirt_socket: The target libvirt's socket, below the launcher's /var/run.
+        retention: Seconds that an ended migration is still reported.
     """
 
     name: str
     ports: PortRange
     socket_owner: tuple[int, int] | None
     libvirt_socket: str
+    retention: float = 300.0
 
 
 class Node:
@@ -85,7 +87,7 @@ class Node:
         self._own_addresses: set[IPAddress] = set()
         self._workers: dict[Key, _Worker] = {}
         self.held: dict[Key, Held] = {}
-        self._ended: deque[tuple[float, dict[str, Any]]] = deque(maxlen=_ENDED_MOST)
+        self._ended: Retention[Key] = Retention(options.retention)
         self._next_start: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
 
@@ -194,9 +196,14 @@ class Node:
 
     def make_proxy(self, item: Planned) -> Source | Target:
         """Makes the proxy for a planned item; the caller closes it."""
+        proxy: Source | Target
         if isinstance(item, SourceProxy):
-            return Source(item, self._around, self._watcher, self.options.socket_owner)
-        return Target(item, self._around, self.options.ports, self.options.libvirt_socket)
+            proxy = Source(item, self._around, self._watcher, self.options.socket_owner)
+        else:
+            proxy = Target(item, self._around, self.options.ports, self.options.libvirt_socket)
+        if ended := self._ended.take((item.migration, item.role)):
+            proxy.resume(ended.traffic, ended.began)
+        return proxy
 
     async def publish(self, target: Target) -> None:
         """Publishes where a target listens, unless the status says so already or the migration has started.
@@ -221,6 +228,10 @@ class Node:
         await self._inventory.publish(vmi, address, ports)
         target.log.info("published", address=str(address), ports=ports.published())
 
+    def note_reconcile_error(self) -> None:
+        """Counts an attempt that failed."""
+        self._around.measures.reconcile_errors.inc()
+
     def warn(self, key: Key, problem: str) -> None:
         """Tells whoever looks at the VMI that a migration cannot be served."""
         migration, role = key
@@ -230,8 +241,11 @@ class Node:
 
     def forget(self, key: Key, worker: _Worker) -> None:
         """Keeps what a worker has to say of its migration, and lets go of it."""
-        if worker.proxy is not None:
-            self._ended.append((time.monotonic(), worker.report() | {"state": "ended"}))
+        if proxy := worker.proxy:
+            report = worker.report() | {"state": "ended", "history": []}
+            self._ended.add(key, Ended(report, proxy.traffic, proxy.began))
+            if proxy.opened is not None:
+                self._around.measures.durations.labels(proxy.role).observe(time.monotonic() - proxy.opened)
         if self._workers.get(key) is worker:
             del self._workers[key]
         self._idle.set()
@@ -248,27 +262,54 @@ class Node:
             problems["address"] = self.address.problem
         return problems
 
+    @property
+    def checks(self) -> dict[str, str | None]:
+        """What a ready node needs, by name: None where it is well, else what is wrong and what to do."""
+        problems = self.problems
+        checks = {
+            "synchronised": problems.pop("inventory", None),
+            "address": problems.pop("address", None),
+            "inventory": "; ".join(f"{where}: {what}" for where, what in problems.items()) or None,
+            "serving": "draining: no new migration is taken any more" if self.draining else None,
+        }
+        tls = self._around.security.report()
+        if tls["mode"] != "plaintext":
+            checks["certificates"] = _certificate_problem(tls)
+        return checks
+
+    @property
+    def queue_depth(self) -> int:
+        """Migrations whose proxy is not (yet) as planned."""
+        return sum(not worker.is_settled for worker in self._workers.values())
+
+    def _report_ended_and_running(self) -> list[dict[str, Any]]:
+        reports = {key: ended.report for key, ended in self._ended.items()}
+        for key, worker in self._workers.items():
+            # A proxy that is being made anew goes on with the counters that the one before left.
+            reports[key] = {**reports.pop(key, {}), **worker.report()}
+        return list(reversed(reports.values()))
+
     def report(self) -> dict[str, Any]:
-        """What `migproxy status` shows, as plain values."""
-        while self._ended and time.monotonic() - self._ended[0][0] > _ENDED_KEPT:
-            self._ended.popleft()
+        """What `migproxy status` shows and what is exported, as plain values."""
+        inventory = self._inventory
         held = [
             {**_identity(migration, role), "state": "error" if item.error else "waiting", "error": item.reason}
             for (migration, role), item in self.held.items()
             if (migration, role) not in self._workers
         ]
-        problems = self.problems
+        checks = self.checks
         return {
             "node": self.options.name,
-            "ready": not problems and not self.draining,
+            "ready": not any(checks.values()),
             "draining": self.draining,
-            "problems": problems,
+            "checks": checks,
+            "problems": self.problems,
             "address": str(self.address.addresses[0]) if self.address and self.address.addresses else None,
             "vmis": len(self._vmis),
+            "queue_depth": self.queue_depth,
+            "watch": asdict(inventory.health) if isinstance(inventory, WatchReporter) else None,
             "tls": self._around.security.report(),
-            "migrations": [worker.report() for worker in self._workers.values()]
-            + held
-            + [report for _, report in self._ended],
+            "migrations": held + self._report_ended_and_running(),
         }
 
 
@@ -290,7 +331,13 @@ class _Worker:
         self._node = node
         self._key = key
         self._changed = asyncio.Event()
+        self._is_attempting = False
         self.task = asyncio.create_task(self._run(after))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the proxy is as wanted."""
+        return not (self._is_attempting or self._changed.is_set() or self.problem)
 
     @property
     def is_active(self) -> bool:
@@ -334,6 +381,7 @@ class _Worker:
                 self._node.forget(self._key, self)
 
     async def _attempt(self, item: Planned) -> bool:
+        self._is_attempting = True
         try:
             await self._reconcile(item)
         except (LauncherError, ProxyError, PublishError) as error:
@@ -344,9 +392,12 @@ class _Worker:
             if self.problem:
                 log.info("migration is served again", migration=str(item.migration), role=str(item.role))
             self.problem = self._failing_since = self._noted = None
+        finally:
+            self._is_attempting = False
         return self.problem is None
 
     def _fail(self, problem: str, *, unexpected: bool = False) -> None:
+        self._node.note_reconcile_error()
         if problem != self.problem:
             migration, role = self._key
             log.error(
@@ -389,6 +440,17 @@ class _Worker:
         return report
 
 
+def _certificate_problem(tls: Mapping[str, Any]) -> str | None:
+    now = datetime.now(UTC)
+    expired = [
+        f"{one['file']} has expired: renew it"
+        for one in tls.get("certificates", ())
+        if datetime.fromisoformat(one["not_after"]) <= now
+    ]
+    told = [tls.get("problem"), *tls.get("problems", {}).values(), *expired]
+    return "; ".join(dict.fromkeys(problem for problem in told if problem)) or None
+
+
 def _identity(migration: Migration, role: Role) -> dict[str, Any]:
     return {
         "namespace": migration.namespace,
@@ -404,7 +466,9 @@ def _traffic(proxy: Source | Target) -> dict[str, Any]:
     return {
         "peer": str(proxy.plan.address) if isinstance(proxy, Source) else None,
         "last_error": proxy.last_error,
+        "began": proxy.began,
         "age_seconds": round(time.time() - proxy.began, 3),
+        "history": proxy.history,
         "bytes_sent_per_second": round(sent),
         "bytes_received_per_second": round(received),
         "channels": [
@@ -415,11 +479,27 @@ def _traffic(proxy: Source | Target) -> dict[str, Any]:
                 "connections_open": len(traffic.relays),
                 "connections_total": traffic.connections,
                 "connections_failed": traffic.failed,
+                "failures": dict(traffic.failures),
                 "bytes_sent": traffic.sent,
                 "bytes_received": traffic.received,
+                "modes": dict(traffic.modes),
+                "retransmits": traffic.retransmits,
+                "tcp": _tcp(traffic),
                 "bytes_spliced_sent": traffic.spliced[0],
                 "bytes_spliced_received": traffic.spliced[1],
             }
             for channel, traffic in sorted(proxy.traffic.items())
         ],
+    }
+
+
+def _tcp(traffic: Traffic) -> dict[str, float] | None:
+    """TCP's view of a channel: its slowest connection's round trip, and the sums over all that are open."""
+    infos = traffic.tcp_infos
+    if not infos:
+        return None
+    return {
+        "rtt_seconds": max(info.rtt for info in infos),
+        "delivery_rate": sum(info.delivery_rate for info in infos),
+        "congestion_window": sum(info.congestion_window for info in infos),
     }

@@ -7,23 +7,31 @@ import errno
 import socket
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import structlog
 
 from migproxy.launcher import Launchers
+from migproxy.measure import Measures
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
 from migproxy.relay import Relay, Traffic
 from migproxy.sockets import TCPOptions, reset, widen_unix
 from migproxy.splice import Transport
 from migproxy.tls import Security, Unfinished
-from migproxy.verify import TLSError
+from migproxy.verify import Reason, TLSError
 
 _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
+_HISTORY = 60  # seconds of rates that are kept for people to look at
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+_BROKEN = {errno.ECONNRESET: "reset", errno.ETIMEDOUT: "timeout", errno.EPIPE: "closed"}
+_BROKEN_TLS = {Reason.TRUNCATED: "reset", Reason.BAD_RECORD: "other", Reason.KEY_UPDATE: "other"}
 
 
 class ProxyError(Exception):
@@ -47,6 +55,7 @@ class Surroundings:
         max_connections: Open connections per channel of a migration; more wait in the listener's queue, so that
             no launcher can use up the daemon's descriptors.
         max_handshakes: Unfinished TLS handshakes per channel of a migration.
+        measures: Where latencies and failures of the node are recorded.
     """
 
     launchers: Launchers
@@ -56,6 +65,7 @@ class Surroundings:
     dial_timeout: float
     max_connections: int
     max_handshakes: int
+    measures: Measures = field(default_factory=Measures)
 
 
 class Proxy(ABC):
@@ -67,6 +77,7 @@ class Proxy(ABC):
         traffic: What each channel has carried.
         last_error: The latest connection's failure, for people.
         began: When it was made (`time.time`).
+        opened: When its first connection was relayed (`time.monotonic`), None before that.
     """
 
     role: Role
@@ -76,6 +87,7 @@ class Proxy(ABC):
         self.traffic: dict[Channel, Traffic] = {}
         self.last_error: str | None = None
         self.began = time.time()
+        self.opened: float | None = None
         self.log = structlog.get_logger(__name__).bind(
             namespace=migration.namespace,
             name=migration.name,
@@ -86,7 +98,7 @@ class Proxy(ABC):
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._slots: dict[Channel, asyncio.Semaphore] = {}
         self._unfinished: dict[Channel, Unfinished] = {}
-        self._samples = [(time.monotonic(), 0, 0)] * 2
+        self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
 
     @abstractmethod
     async def _dial(self, channel: Channel) -> socket.socket:
@@ -114,14 +126,33 @@ class Proxy(ABC):
     @property
     def rate(self) -> tuple[float, float]:
         """Bytes per second sent and received, over the last one to two seconds."""
-        then, sent, received = self._samples[0]
+        then, sent, received = self._samples[-2] if len(self._samples) > 1 else self._samples[0]
         seconds = max(time.monotonic() - then, 1e-3)
         now_sent, now_received = self._moved()
         return (now_sent - sent) / seconds, (now_received - received) / seconds
 
     def sample(self) -> None:
-        """Remembers the counters for `rate`; to be called each second."""
-        self._samples = [self._samples[1], (time.monotonic(), *self._moved())]
+        """Remembers the counters for `rate` and `history`; to be called each second."""
+        self._samples.append((time.monotonic(), *self._moved()))
+
+    @property
+    def history(self) -> list[int]:
+        """Bytes per second, both ways together, between the samples of the last minute, the latest last."""
+        return [
+            round((sent + received - sent_before - received_before) / max(at - before, 1e-3))
+            for (before, sent_before, received_before), (at, sent, received) in pairwise(self._samples)
+        ]
+
+    def resume(self, traffic: dict[Channel, Traffic], began: float) -> None:
+        """Goes on counting where an earlier proxy of the same migration and role left off.
+
+        Args:
+            traffic: What it had carried.
+            began: When it was made (`time.time`).
+        """
+        self.traffic, self.began = traffic, began
+        self._samples.clear()
+        self.sample()
 
     def _moved(self) -> tuple[int, int]:
         traffic = self.traffic.values()
@@ -177,12 +208,12 @@ class Proxy(ABC):
                 else:
                     transport = await self._from_network(accepted, remote, channel, legs)
                     await slot.enter_async_context(slots)
-                    unix = await self._dial_until(channel)
+                    unix = await self._reach(channel)
                     legs.append(unix)
                 widen_unix(unix)
                 relay = Relay(unix, transport)
             except (DialError, ProxyError, OSError) as error:
-                log.error("connection failed", **self._fail(channel, error))
+                log.error("connection failed", **self._fail(channel, error, "dial"))
                 for leg in legs:
                     reset(leg)
                 return
@@ -194,8 +225,8 @@ class Proxy(ABC):
 
     async def _to_network(self, channel: Channel, legs: list[socket.socket]) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
-        legs.append(await self._dial_until(channel))
-        transport = await self._around.security.secure(legs[-1], server=False)
+        legs.append(await self._reach(channel))
+        transport = await self._secure(legs[-1], server=False)
         legs[-1] = transport.tcp
         return transport
 
@@ -204,19 +235,35 @@ class Proxy(ABC):
     ) -> Transport:
         """Protects what was accepted: nothing is dialled for a peer that has not shown who it is."""
         async with self._unfinished[channel].place(remote):
-            transport = await self._around.security.secure(accepted, server=True)
+            transport = await self._secure(accepted, server=True)
         legs[0] = transport.tcp
         return transport
 
-    def _fail(self, channel: Channel, error: Exception) -> dict[str, str]:
-        """Counts a failure; returns what a log line says of it."""
+    async def _secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+        began = time.monotonic()
+        transport = await self._around.security.secure(tcp, server=server)
+        if transport.label != Transport.label:
+            self._around.measures.handshakes.labels(self.role).observe(time.monotonic() - began)
+        return transport
+
+    async def _reach(self, channel: Channel) -> socket.socket:
+        """Dials the other leg, and records how long that took."""
+        began = time.monotonic()
+        sock = await self._dial_until(channel)
+        self._around.measures.dials.labels(self.role, channel.label).observe(time.monotonic() - began)
+        return sock
+
+    def _fail(self, channel: Channel, error: Exception, reason: str) -> dict[str, str]:
+        """Counts a failure, for that reason unless it is one of TLS; returns what a log line says of it."""
         why = getattr(error, "strerror", None) or str(error)
-        self.traffic[channel].failed += 1
         self.last_error = f"channel {channel.label}: {why}"
-        if not isinstance(error, TLSError):
-            return {"error": why}
-        self._around.security.errors[error.reason] += 1
-        return {"error": why, "reason": str(error.reason)}
+        told = {"error": why}
+        if isinstance(error, TLSError):
+            self._around.security.errors[error.reason] += 1
+            reason, told["reason"] = _BROKEN_TLS.get(error.reason, "handshake"), str(error.reason)
+        self.traffic[channel].failures[reason] += 1
+        self._around.measures.failures.labels(self.role, reason).inc()
+        return told
 
     async def _dial_until(self, channel: Channel) -> socket.socket:
         """Dials until it works, an error is final, or the time is up."""
@@ -238,12 +285,13 @@ class Proxy(ABC):
     async def _relay(self, relay: Relay, channel: Channel, log: structlog.stdlib.BoundLogger) -> None:
         traffic = self.traffic[channel]
         traffic.begin(relay)
+        self.opened = self.opened or relay.opened
         log.info("connection opened")
         failure: dict[str, str] = {}
         try:
             await relay.run()
         except OSError as error:
-            failure = self._fail(channel, error)
+            failure = self._fail(channel, error, _BROKEN.get(error.errno or 0, "other"))
         finally:
             traffic.end(relay)
             seconds = round(time.monotonic() - relay.opened, 3)

@@ -9,9 +9,11 @@ import socket
 import struct
 import termios
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from migproxy import tcpinfo
 from migproxy.splice import Pump, Transport, shutdown
 from migproxy.threads import Threads
 
@@ -37,6 +39,7 @@ class Relay:
         self._tcp = transport.tcp
         self._stopped = False
         self._first_error: OSError | None = None
+        self._last_tcp_info: tcpinfo.TCPInfo | None = None
         for sock in (unix, self._tcp):
             sock.setblocking(True)
         self._send = transport.sending(unix)
@@ -61,6 +64,19 @@ class Relay:
         """Of the bytes sent and received, those that never left the kernel."""
         send, receive = self._send, self._receive
         return send.moved if send.spliced else 0, receive.moved if receive.spliced else 0
+
+    @property
+    def modes(self) -> Counter[str]:
+        """Bytes both ways, by how they moved."""
+        modes: Counter[str] = Counter()
+        for pump in (self._send, self._receive):
+            modes[pump.mode] += pump.moved
+        return modes
+
+    @property
+    def tcp_info(self) -> tcpinfo.TCPInfo | None:
+        """TCP's own view of the connection; of a closed one, the last there was."""
+        return self._last_tcp_info or tcpinfo.read(self._tcp)
 
     async def run(self) -> None:
         """Pumps until both directions have ended, then closes both sockets.
@@ -121,6 +137,7 @@ class Relay:
             await asyncio.sleep(0.01)
 
     def _close(self, *, abort: bool) -> None:
+        self._last_tcp_info = tcpinfo.read(self._tcp)
         if abort:
             with suppress(OSError):
                 self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -141,16 +158,23 @@ class Traffic:
 
     Attributes:
         connections: Connections relayed so far.
-        failed: Connections that ended with an error, dialling included.
+        failures: Connections that ended with an error, dialling included, by reason (`measure.FAILURES`).
         relays: Those that are open now.
     """
 
     connections: int = 0
-    failed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
     relays: set[Relay] = field(default_factory=set)
     _sent: int = 0
     _received: int = 0
     _spliced: tuple[int, int] = (0, 0)
+    _modes: Counter[str] = field(default_factory=Counter)
+    _retransmits: int = 0
+
+    @property
+    def failed(self) -> int:
+        """Connections that ended with an error."""
+        return self.failures.total()
 
     @property
     def sent(self) -> int:
@@ -168,6 +192,21 @@ class Traffic:
         each = [self._spliced, *(relay.spliced for relay in self.relays)]
         return sum(sent for sent, _ in each), sum(received for _, received in each)
 
+    @property
+    def modes(self) -> Counter[str]:
+        """Bytes both ways, by how they moved, all connections."""
+        return sum((relay.modes for relay in self.relays), self._modes)
+
+    @property
+    def retransmits(self) -> int:
+        """Segments that TCP sent again, all connections."""
+        return self._retransmits + sum(info.retransmits for info in self.tcp_infos)
+
+    @property
+    def tcp_infos(self) -> list[tcpinfo.TCPInfo]:
+        """TCP's view of each open connection."""
+        return [info for relay in self.relays if (info := relay.tcp_info)]
+
     def begin(self, relay: Relay) -> None:
         """Counts a relay as open."""
         self.connections += 1
@@ -179,3 +218,6 @@ class Traffic:
         self.relays.discard(relay)
         self._sent += relay.sent
         self._received += relay.received
+        self._modes += relay.modes
+        if relay.tcp_info:
+            self._retransmits += relay.tcp_info.retransmits

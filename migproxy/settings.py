@@ -10,6 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -54,6 +55,23 @@ def _port_range(value: object) -> object:
     if isinstance(pair, tuple) and not 1 <= pair[0] <= pair[1] <= 65535:
         raise ValueError("ports go from 1 to 65535, the lower one first")
     return pair
+
+
+def parse_listen(text: str) -> tuple[str, int] | None:
+    """Where to serve HTTP: the address ("" for all) and port (0: the kernel's choice), None for nowhere.
+
+    Raises:
+        ValueError: `text` is neither [ADDRESS]:PORT nor "off".
+    """
+    if text == "off":
+        return None
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535 or (":" in bare and host == bare):
+        raise ValueError("[ADDRESS]:PORT (an IPv6 ADDRESS in brackets), :PORT, or off is expected")
+    if bare:
+        ip_address(bare)
+    return bare, int(port)
 
 
 class Settings(BaseModel):
@@ -197,6 +215,21 @@ class Settings(BaseModel):
         max_length=107,
         description="Unix socket on which the daemon answers `migproxy status`.",
     )
+    http_listen: str = Field(
+        ":9470",
+        description="[ADDRESS]:PORT on which metrics, health and the status page are served over HTTP; without an "
+        "ADDRESS on all of them, IPv4 and IPv6. `off` for none.",
+    )
+    http_tls_cert: str | None = Field(
+        None, min_length=1, description="PEM file of the certificate (and its chain) that makes it HTTPS."
+    )
+    http_tls_key: str | None = Field(None, min_length=1, description="PEM file of that certificate's key.")
+    retention: float = Field(
+        300.0,
+        ge=0,
+        le=86400,
+        description="Seconds that an ended migration is still shown and exported, to be scraped.",
+    )
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="`console`, `json`, or `auto`: console on a terminal."
     )
@@ -204,10 +237,18 @@ class Settings(BaseModel):
         "info", description="Least severity that is logged."
     )
 
+    @field_validator("http_listen")
+    @classmethod
+    def _listen_address(cls, value: str) -> str:
+        parse_listen(value)
+        return value
+
     @model_validator(mode="after")
     def _whole_pair(self) -> Settings:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key belong together: give both, or a folder of both")
+        if (self.http_tls_cert is None) != (self.http_tls_key is None):
+            raise ValueError("--http-tls-cert and --http-tls-key are given together, or neither")
         return self
 
     @field_validator("kubeconfig")

@@ -55,12 +55,14 @@ class Pump(ABC):
     and then ends too.
 
     Attributes:
+        mode: How the bytes move, for metrics: "spliced", "ktls" (spliced, and encrypted by the kernel), "user-space".
         spliced: Whether the bytes stay in the kernel.
         moved: Bytes delivered to `target` so far; written by the pump's thread alone, read by anyone.
         error: What ended the stream before its end; None while it runs and after a clean end.
     """
 
     __slots__ = ("error", "moved", "source", "target")
+    mode = "user-space"
     spliced = False
 
     def __init__(self, source: socket.socket, target: socket.socket) -> None:
@@ -100,6 +102,7 @@ class Splice(Pump):
     """
 
     __slots__ = ("pipe",)
+    mode = "spliced"
     spliced = True
 
     def __init__(self, source: socket.socket, target: socket.socket) -> None:

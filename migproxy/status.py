@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_HEADINGS = ("MIGRATION", "ROLE", "STATE", "AGE", "CHANNEL", "OPEN", "TOTAL", "SENT", "RECEIVED", "PEER")
+_HEADINGS = (
+    "MIGRATION",
+    "ROLE",
+    "STATE",
+    "AGE",
+    "CHANNEL",
+    "OPEN",
+    "TOTAL",
+    "FAILED",
+    "SENT",
+    "RECEIVED",
+    "RTT",
+    "RETRANSMITS",
+    "MODE",
+    "PEER",
+)
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -47,21 +62,25 @@ def _rows(migration: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     head = (_name(migration), migration["role"], migration["state"], duration(migration.get("age_seconds")))
     channels = migration.get("channels") or []
     if not channels:
-        yield (*head, "", "", "", "", "", "")
+        yield (*head, *[""] * (len(_HEADINGS) - len(head)))
     for channel in channels:
         yield (
             *head,
             channel["channel"],
             str(channel["connections_open"]),
             str(channel["connections_total"]),
+            str(channel["connections_failed"]),
             size(channel["bytes_sent"]),
             size(channel["bytes_received"]),
+            milliseconds(channel["tcp"] and channel["tcp"]["rtt_seconds"]),
+            str(channel["retransmits"]),
+            ", ".join(mode for mode, count in channel["modes"].items() if count),
             channel["peer"],
         )
         head = ("", "", "", "")
     if migration["state"] == "running":
         sent, received = migration["bytes_sent_per_second"], migration["bytes_received_per_second"]
-        yield (*head, "(now)", "", "", f"{size(sent)}/s", f"{size(received)}/s", "")
+        yield (*head, "(now)", "", "", "", f"{size(sent)}/s", f"{size(received)}/s", "", "", "", "")
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -76,6 +95,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A round-trip time for people: 0.25 ms; empty where there is none."""
+    return "" if seconds is None else f"{seconds * 1e3:.2f} ms"
 
 
 def duration(seconds: float | None) -> str:

@@ -21,6 +21,7 @@ from typing import Final
 
 import structlog
 
+from migproxy.health import WatchHealth
 from migproxy.inventory import InventoryError, PublishError
 from migproxy.inventory.document import EMPTY, Contents, EditError, Flaw, SyntaxFlaw, publish, read
 from migproxy.portmap import IPAddress, PortMap
@@ -87,6 +88,7 @@ class FileInventory:
         self._owners: dict[str, str] = {}
         self._problems: dict[str, str] = {}
         self._faulty: set[str] = set()
+        self._last_event: float | None = None
         try:
             if os.path.isfile(self._path):
                 open(self._path, "rb").close()
@@ -99,6 +101,11 @@ class FileInventory:
         """What is wrong now: path or path:line to what it is."""
         return self._problems
 
+    @property
+    def health(self) -> WatchHealth:
+        """When the folder last changed."""
+        return WatchHealth("files", self._last_event)
+
     async def changes(self) -> AsyncGenerator[Mapping[str, VMI | None], None]:
         """See `Inventory.changes`."""
         feed = _Feed(self._watcher)
@@ -106,6 +113,7 @@ class FileInventory:
         try:
             while True:
                 await self._refresh(feed)
+                self._last_event = time.time()
                 batch = self._untold()
                 if batch or not synchronised:
                     synchronised = True

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import structlog
 
+from migproxy.health import WatchHealth
 from migproxy.inventory import PublishError
 from migproxy.kube.api import JSON_PATCH, ApiError, ApiServer
 from migproxy.kube.events import EventRecorder
@@ -82,6 +83,17 @@ class KubeInventory:
         self._published: dict[str, _Published] = {}
         self._untold: set[str] = set()
         self._news = asyncio.Event()
+
+    @property
+    def health(self) -> WatchHealth:
+        """How the watches do: the one that was silent for longest, and the breaks and lists of all."""
+        heard = [reflector.heard for reflector in self._reflectors if reflector.heard is not None]
+        return WatchHealth(
+            "kubernetes",
+            min(heard) if len(heard) == len(self._reflectors) else None,
+            reconnects=sum(reflector.breaks for reflector in self._reflectors),
+            relists=sum(max(0, reflector.lists - 1) for reflector in self._reflectors),
+        )
 
     @property
     def problems(self) -> Mapping[str, str]:

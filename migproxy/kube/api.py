@@ -72,6 +72,7 @@ class ApiServer:
     """
 
     def __init__(self, kubeconfig: str | None = None, context: str | None = None) -> None:
+        self.date: str | None = None
         self._kubeconfig = kubeconfig
         self._context = context
         self._configuration: Configuration | None = None
@@ -172,6 +173,7 @@ class ApiServer:
             _preload_content=False,
             _request_timeout=timeout,
         )
+        self.date = response.headers.get("Date")
         if response.status >= 400:
             async with response:
                 raise await self._refusal(response)

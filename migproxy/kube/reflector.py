@@ -62,6 +62,9 @@ class Reflector(Generic[T]):
 
     Attributes:
         problem: What keeps it from following them now; None when it does, or only reconnects.
+        heard: When the API server last sent something, a bookmark included (`time.time`).
+        lists: Times that the objects were listed.
+        breaks: Times that an attempt to list or to watch failed, or a watch broke.
 
     Args:
         api: The API server.
@@ -88,6 +91,9 @@ class Reflector(Generic[T]):
         self._version: str | None = None
         self._failures = 0
         self._watching_since: float | None = None
+        self.heard: float | None = None
+        self.lists = 0
+        self.breaks = 0
 
     async def changes(self) -> AsyncGenerator[Listed[T] | Changed[T], None]:
         """Yields the list, then each change, for ever; a new list wherever changes may have been missed."""
@@ -122,6 +128,7 @@ class Reflector(Generic[T]):
             except (KeyError, TypeError, AttributeError) as error:
                 raise ApiError(0, f"the answer is no list of objects: {error!r}") from error
             if not token:
+                self.heard, self.lists = time.time(), self.lists + 1
                 return objects, version
             query["continue"] = token
 
@@ -137,6 +144,7 @@ class Reflector(Generic[T]):
         async with aclosing(self._api.lines(self._path, query, self._pace.silence)) as lines:
             async for line in lines:
                 self._watching_since = self._watching_since or time.monotonic()
+                self.heard = time.time()
                 self._end_problem()
                 if line.strip() and (change := self._change(line)):
                     yield change
@@ -166,6 +174,7 @@ class Reflector(Generic[T]):
         """Waits before the next attempt: not at all after the first failure, a watch that was merely cut."""
         self._failures = 1 if self._was_healthy() else self._failures + 1
         self._watching_since = None
+        self.breaks += 1
         if self._failures == 1 and not error.retry_after:
             return
         if self.problem is None:

@@ -39,7 +39,8 @@ class Daemon:
         self.name, self.address, self.directory = name, address, directory
         self.control, self.log = directory / "control.sock", directory / "log"
         directory.mkdir()
-        self._options = ["--node-name", name, "--control-socket", str(self.control), "--disable-tls", *options]
+        self._options = ["--node-name", name, "--control-socket", str(self.control)]
+        self._options += ["--disable-tls", "--http-listen", "off", *options]
         self._process: asyncio.subprocess.Process | None = None
 
     @property

@@ -6,7 +6,16 @@ import pytest
 
 from migproxy.status import duration, render, size
 
-CHANNEL = {"channel": "direct", "connections_open": 2, "connections_total": 3, "peer": "10.1.1.2:42691"}
+CHANNEL = {
+    "channel": "direct",
+    "connections_open": 2,
+    "connections_total": 3,
+    "connections_failed": 1,
+    "retransmits": 7,
+    "modes": {"spliced": 12, "user-space": 0},
+    "tcp": {"rtt_seconds": 0.00025},
+    "peer": "10.1.1.2:42691",
+}
 MIGRATION = {"namespace": "default", "name": "vm", "migration_uid": "0123456789", "role": "source"}
 
 
@@ -43,7 +52,7 @@ def test_running_migration_shows_its_channels_and_its_rate() -> None:
     }
     rows = [" ".join(line.split()) for line in render(report(migrations=[running])).splitlines()[3:]]
     assert rows == [
-        "default/vm 01234567 source running 1m23s direct 2 3 5.0 MiB 12 B 10.1.1.2:42691",
+        "default/vm 01234567 source running 1m23s direct 2 3 1 5.0 MiB 12 B 0.25 ms 7 spliced 10.1.1.2:42691",
         "(now) 3.0 GiB/s 0 B/s",
     ]
 

@@ -1,0 +1,82 @@
+"""Instruments that the event loop writes and Prometheus reads: latencies, durations, and counts of this process.
+
+What belongs to one migration is counted on its own objects (`relay.Traffic`) and goes with it; what is here belongs to
+the node, and lasts as long as the process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prometheus_client import Counter, Histogram
+
+FAILURES = ("dial", "handshake", "reset", "timeout", "closed", "other")
+"""Why a connection failed: its other leg could not be had; the peer was refused or refused us; the network reset it;
+nothing was acknowledged for the user timeout; one end went away while the other still sent; anything else."""
+
+_LATENCY = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+_DURATION = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+
+
+def _dials() -> Histogram:
+    return Histogram(
+        "migproxy_dial_duration_seconds",
+        "Time from accepting a connection until its other leg stood: the target node's port, or QEMU's socket, "
+        "retries included.",
+        ["role", "channel"],
+        buckets=_LATENCY,
+        registry=None,
+    )
+
+
+def _handshakes() -> Histogram:
+    return Histogram(
+        "migproxy_tls_handshake_duration_seconds",
+        "Time that a completed TLS handshake between the two nodes took.",
+        ["role"],
+        buckets=_LATENCY,
+        registry=None,
+    )
+
+
+def _durations() -> Histogram:
+    return Histogram(
+        "migproxy_migration_duration_seconds",
+        "Time from a migration's first connection until its proxy on this node ended.",
+        ["role"],
+        buckets=_DURATION,
+        registry=None,
+    )
+
+
+def _failures() -> Counter:
+    counter = Counter(
+        "migproxy_connections_failed_total",
+        "Connections of all migrations that failed on this node, by reason. Unlike a migration's own count, it "
+        "exists from the start, so that increase() sees the first failure.",
+        ["role", "reason"],
+        registry=None,
+    )
+    for role in ("source", "target"):
+        for reason in FAILURES:
+            counter.labels(role, reason)
+    return counter
+
+
+def _reconcile_errors() -> Counter:
+    return Counter(
+        "migproxy_reconcile_errors_total",
+        "Attempts to make a migration's proxy as planned that failed and are retried.",
+        registry=None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """The instruments of one daemon."""
+
+    dials: Histogram = field(default_factory=_dials)
+    handshakes: Histogram = field(default_factory=_handshakes)
+    durations: Histogram = field(default_factory=_durations)
+    failures: Counter = field(default_factory=_failures)
+    reconcile_errors: Counter = field(default_factory=_reconcile_errors)
