@@ -186,9 +186,9 @@ class ApiServer:
         return {one["key"]: one["value"] for one in settings.values() if one["in"] == "header" and one["value"]}
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> ApiError:
+        raw = await response.content.read(_ERROR_BYTES)
         if response.status == 401:
             await self._forget()
-        raw = await response.content.read(_ERROR_BYTES)
         try:
             told = json.loads(raw)["message"]
         except (ValueError, KeyError, TypeError):
