@@ -101,12 +101,12 @@ async def test_server_that_the_ca_did_not_sign_is_refused_until_the_ca_is_replac
         assert (await api.request("GET", PATH))["items"] == []
 
 
-async def test_token_that_is_gone_is_said(account: ServiceAccount) -> None:
+async def test_token_that_is_gone_is_said(double: ApiDouble, account: ServiceAccount) -> None:
     async with ApiServer() as api:
         account.token.unlink()
         await api.request("GET", PATH)  # the one that was read is good for a minute
-        account.ca.write_text("no certificate")
-        account.token.write_text("revoked")
-        await api._forget()
-        with pytest.raises(ApiError, match="service account"):
+        double.users = {}
+        with pytest.raises(ApiError, match="401"):
+            await api.request("GET", PATH)
+        with pytest.raises(ApiError, match="Service token file does not exist"):
             await api.request("GET", PATH)
