@@ -15,26 +15,16 @@ from migproxy.kube.cluster import Cluster as KubeVirt
 from migproxy.kube.cluster import ClusterSettings, Overrides, merge, parse_kubevirt
 from migproxy.settings import Settings
 from migproxy.status import render
-from tests.kube.cluster import MERGE_PATCH, NAMESPACE, Cluster
+from tests.kube.cluster import KUBEVIRTS, MERGE_PATCH, NAMESPACE, Cluster, kubevirt
 from tests.kube.gate import Gate
 from tests.kube.world import PACE, eventually
 
-KUBEVIRTS = f"/apis/kubevirt.io/v1/namespaces/{NAMESPACE}/kubevirts"
 CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 FULL = {
     "migrations": {"disableTLS": True, "network": "migration", "parallelMigrationsPerCluster": 5},
     "tlsConfiguration": {"minTLSVersion": "VersionTLS13", "ciphers": ["TLS_AES_128_GCM_SHA256"]},
 }
-
-
-def kubevirt(configuration: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "apiVersion": "kubevirt.io/v1",
-        "kind": "KubeVirt",
-        "metadata": {"name": "kubevirt", "namespace": NAMESPACE},
-        "spec": {"configuration": configuration},
-    }
 
 
 def config_map(bundle: str, name: str = "kubevirt-ca") -> dict[str, Any]:
