@@ -1,6 +1,6 @@
 # make demo: a virtual machine migrates live between two nodes through migproxy
 # make test: everything that CI checks
-# make bench: migproxy beside other relays and the limit, in about six minutes (make bench BENCH_ARGS=--quick: one)
+# make bench: migproxy beside other relays and the limit, in about five minutes (BENCH_ARGS=--quick: in one)
 # make venv, lint, unit, net, kube, e2e, observe, docs, lock: the parts
 
 SHELL := /bin/sh
