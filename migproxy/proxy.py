@@ -7,8 +7,8 @@ import errno
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import structlog
@@ -23,6 +23,7 @@ from migproxy.tls import Security, Unfinished
 from migproxy.verify import TLSError
 
 _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
+_TURN_SECONDS = 2.0  # a handshake takes milliseconds
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -58,6 +59,39 @@ class Surroundings:
     max_handshakes: int
 
 
+class _Turns:
+    """Lets a node's connections reach the launcher in the order in which they came.
+
+    QEMU before 8.0 takes the first of a migration's parallel connections for the main one (multifd), whatever it
+    says, and handshakes that run side by side do not end in the order in which they began.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, asyncio.Event] = {}
+
+    @contextmanager
+    def take(self, remote: str) -> Iterator[Callable[[], Awaitable[None]]]:
+        """Takes the next turn of a node's address, which is over with the context.
+
+        Returns:
+            What waits for the turn before, within bounds: a connection that hangs must not keep others out.
+        """
+        before, mine = self._last.get(remote), asyncio.Event()
+        self._last[remote] = mine
+
+        async def wait() -> None:
+            if before is not None:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(before.wait(), _TURN_SECONDS)
+
+        try:
+            yield wait
+        finally:
+            mine.set()
+            if self._last.get(remote) is mine:
+                del self._last[remote]
+
+
 class Proxy(ABC):
     """One side of one migration: owns its accepting tasks and its relays.
 
@@ -86,6 +120,7 @@ class Proxy(ABC):
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._slots: dict[Channel, asyncio.Semaphore] = {}
         self._unfinished: dict[Channel, Unfinished] = {}
+        self._turns: dict[Channel, _Turns] = {}
         self._samples = [(time.monotonic(), 0, 0)] * 2
 
     @abstractmethod
@@ -136,6 +171,7 @@ class Proxy(ABC):
         """
         slots = self._slots.setdefault(channel, asyncio.Semaphore(self._around.max_connections))
         self._unfinished.setdefault(channel, Unfinished(self._around.max_handshakes))
+        self._turns.setdefault(channel, _Turns())
         self.traffic.setdefault(channel, Traffic())
         while True:
             if slots.locked():
@@ -175,9 +211,11 @@ class Proxy(ABC):
                     await slot.enter_async_context(slots)
                     unix, transport = accepted, await self._to_network(channel, legs)
                 else:
-                    transport = await self._from_network(accepted, remote, channel, legs)
-                    await slot.enter_async_context(slots)
-                    unix = await self._dial_until(channel)
+                    with self._turns[channel].take(remote) as turn:
+                        transport = await self._from_network(accepted, remote, channel, legs)
+                        await turn()
+                        await slot.enter_async_context(slots)
+                        unix = await self._dial_until(channel)
                     legs.append(unix)
                 widen_unix(unix)
                 relay = Relay(unix, transport)
