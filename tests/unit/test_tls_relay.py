@@ -18,7 +18,7 @@ import pytest
 from migproxy.relay import Relay
 from migproxy.tls import MutualTLS
 from migproxy.verify import Reason, TLSError
-from tests.certificates import DAY, SOURCE, Cluster
+from tests.certificates import DAY, SOURCE, Cluster, client_context
 
 DEADLINE = 60.0
 
@@ -47,10 +47,8 @@ class Legs:
         self.launcher.settimeout(DEADLINE)
 
     async def connect(self, cluster: Cluster, version: ssl.TLSVersion) -> None:
-        context = ssl.create_default_context(cafile=str(cluster.folder / "ca.crt"))
-        context.check_hostname = False
+        context = client_context(cluster.folder / "ca.crt", cluster.folder / "client")
         context.minimum_version = context.maximum_version = version
-        context.load_cert_chain(cluster.folder / "client/tls.crt", cluster.folder / "client/tls.key")
         security: MutualTLS = cluster.security()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             near = socket.create_connection(listener.getsockname())
@@ -140,9 +138,7 @@ async def test_a_few_bytes_do_not_wait_for_more(legs: Legs) -> None:
 async def test_what_the_peer_sends_with_its_handshake_is_not_lost(cluster: Cluster) -> None:
     """A source may send its first bytes in the same packet as the end of its handshake (TLS 1.3)."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    context = ssl.create_default_context(cafile=str(cluster.folder / "ca.crt"))
-    context.check_hostname = False
-    context.load_cert_chain(cluster.folder / "client/tls.crt", cluster.folder / "client/tls.key")
+    context = client_context(cluster.folder / "ca.crt", cluster.folder / "client")
     client = context.wrap_bio(incoming, outgoing)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near = socket.create_connection(listener.getsockname())
