@@ -294,3 +294,21 @@ async def test_vmi_that_cannot_be_read_keeps_its_last_good_state(kubernetes: Clu
         await kubernetes.request("PATCH", f"{VMIS}/one", {"status": {"phase": "Running"}}, MERGE_PATCH)
         await eventually(lambda: not listener.inventory.problems, "the end of the problem")
         assert len(listener.batches) == 1
+
+
+async def test_health_tells_of_breaks_of_lists_and_of_the_last_word(
+    kubernetes: Cluster, door: Gate, tmp_path: Path
+) -> None:
+    await kubernetes.request("POST", VMIS, vmi("one"))
+    began = time.time()
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        await eventually(lambda: door.watches == 2, "the watches")
+        first = listener.inventory.health
+        assert (first.source, first.reconnects, first.relists) == ("kubernetes", 0, 0)
+        assert began <= (first.last_event or 0) <= time.time()
+        door.cut()
+        await rename_pod(kubernetes, "one", "other")
+        await eventually(lambda: "other" in pods(listener), "the change during the gap")
+        await eventually(lambda: listener.inventory.health.reconnects == 2, "both breaks")
+        assert listener.inventory.health.relists == 0
+        assert (listener.inventory.health.last_event or 0) >= (first.last_event or 0)
