@@ -21,7 +21,7 @@ from tests.kube.gate import Gate, gate
 from tests.kube.world import LocalNode, eventually
 
 SEEDS = [int(seed) for seed in os.environ.get("MIGPROXY_CHAOS_SEEDS", "1,2").split(",")]
-CHANGES = 2000
+CHANGES = 1500
 MOST_VMIS = 40
 ADDRESSES = {"node01": "127.77.0.1", "node02": "127.77.0.2"}
 
