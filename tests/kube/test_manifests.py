@@ -131,7 +131,14 @@ def test_container_has_no_more_rights_than_it_needs() -> None:
     assert context["allowPrivilegeEscalation"] is False
     assert context["readOnlyRootFilesystem"] is True
     assert context["capabilities"]["drop"] == ["ALL"]
-    assert set(context["capabilities"]["add"]) == {"SYS_PTRACE", "DAC_OVERRIDE", "CHOWN", "FOWNER", "SYS_RESOURCE"}
+    assert set(context["capabilities"]["add"]) == {
+        "SYS_PTRACE",
+        "DAC_OVERRIDE",
+        "CHOWN",
+        "FOWNER",
+        "SYS_RESOURCE",
+        "SYS_NICE",
+    }
     assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not POD.get("hostNetwork")
 
