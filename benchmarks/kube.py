@@ -79,7 +79,7 @@ class Daemon:
         self._command = [sys.executable, "-m", "migproxy", "run", "--node-name", "node01", "--log-format", "json"]
         self._command += ["--kubeconfig", str(kubeconfig), "--migration-address", "127.78.0.1", "--disable-tls"]
         self._command += ["--launcher-run-dir", f"{self.launchers}/{{uid}}", "--control-socket", f"{folder}/control"]
-        self._command += ["--socket-owner", f"{os.getuid()}:{os.getgid()}"]
+        self._command += ["--http-listen", "127.0.0.1:0", "--socket-owner", f"{os.getuid()}:{os.getgid()}"]
 
     async def start(self) -> float:
         """Starts it, and returns the seconds from there to its synchronisation, imports and all."""

@@ -145,14 +145,11 @@ def test_container_has_no_more_rights_than_it_needs() -> None:
 
 def test_probes_ask_what_the_daemon_answers() -> None:
     probes = {kind: CONTAINER[f"{kind}Probe"] for kind in ("startup", "liveness", "readiness")}
-    if "http_listen" in Settings.model_fields:
-        (port,) = CONTAINER["ports"]
-        assert effective("http_listen").endswith(f":{port['containerPort']}")
-        asked = {kind: probe["httpGet"] for kind, probe in probes.items()}
-        alive, ready = {"path": "/healthz", "port": port["name"]}, {"path": "/readyz", "port": port["name"]}
-        assert asked == {"startup": alive, "liveness": alive, "readiness": ready}
-    else:
-        assert {str(probe["exec"]["command"]) for probe in probes.values()} == {str(["migproxy", "status"])}
+    (port,) = CONTAINER["ports"]
+    assert effective("http_listen") == f":{port['containerPort']}"
+    asked = {kind: probe["httpGet"] for kind, probe in probes.items()}
+    alive, ready = {"path": "/healthz", "port": port["name"]}, {"path": "/readyz", "port": port["name"]}
+    assert asked == {"startup": alive, "liveness": alive, "readiness": ready}
     # A restart ends the migrations that run: a daemon must be silent for minutes to deserve it.
     liveness = probes["liveness"]
     assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60
