@@ -1,12 +1,12 @@
 # make demo: a virtual machine migrates live between two nodes through migproxy
 # make test: everything that CI checks
-# make bench: migproxy beside other relays and the limit, in about six minutes (make bench BENCH_ARGS=--quick: one)
-# make venv, lint, unit, net, e2e, observe, docs, lock: the parts
+# make bench: migproxy beside other relays and the limit, in about five minutes (BENCH_ARGS=--quick: in one)
+# make venv, lint, unit, net, kube, e2e, observe, docs, lock: the parts
 
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test bench venv lint unit net e2e observe docs lock lab-packages bench-packages observability-packages clean
+.PHONY: demo test bench venv lint unit net kube e2e observe docs lock lab-packages bench-packages observability-packages clean
 
 demo: venv lab-packages
 	@scripts/demo
@@ -28,7 +28,7 @@ lint: venv
 unit: venv
 	$(BIN)/pytest tests/unit $(PYTEST_ARGS)
 
-net e2e: venv lab-packages bench-packages
+net e2e kube: venv lab-packages bench-packages
 	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
 
 observe: venv lab-packages observability-packages
@@ -56,10 +56,14 @@ bench-packages:
 docs: venv
 	$(BIN)/python scripts/options-table --write
 
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	  --no-emit-index-url --no-emit-find-links
+
+# requirements-runtime.lock is what the container image has: the same versions without the development tools.
 # Needs uv, which is not among the locked packages: it is only used to make the lock.
 lock:
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-	  --no-emit-index-url --no-emit-find-links --extra dev pyproject.toml -o requirements.lock
+	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
+	$(COMPILE) pyproject.toml -c requirements.lock -o requirements-runtime.lock
 
 clean:
 	rm -rf .venv .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

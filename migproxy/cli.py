@@ -300,8 +300,10 @@ def uri(
 
 @app.command()
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="A short run: less certain, a minute instead of six.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="How often the contestants take turns. Default: 5.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A short run: less certain, a minute instead of five.")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often the contestants take turns. Default: 7.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.05, help="How long each stream lasts. Default: 0.4.")] = None,
     connections: Annotated[str | None, typer.Option(help="Streams at once. Default: 1,2,8,32.")] = None,
     size: Annotated[str | None, typer.Option(help="Bytes of each write. Default: 131072,32768,1048576.")] = None,

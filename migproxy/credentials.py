@@ -124,16 +124,16 @@ class Credentials:
                 return
             if identity == self._attempted and self.problem:
                 return
-            self._attempted = identity
+            self._attempted, before = identity, self._identity
             self._loaded, self._identity = self._load()
         except (OSError, CredentialsError) as error:
             self._note(_explain(error))
             return
+        self._worn = False
         self._note(None)
-        if not self._worn:
+        if self._identity != before:
             self.reloads += 1
             log.info("certificates loaded", role=self.role, file=self._files.cert, ends=self._ends())
-        self._worn = False
 
     def _note(self, problem: str | None) -> None:
         if problem and problem != self.problem:

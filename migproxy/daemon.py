@@ -20,7 +20,7 @@ from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
 from migproxy.measure import Measures
 from migproxy.metrics import Exporter
-from migproxy.netif import AddressWatcher
+from migproxy.netif import AddressWatcher, read_interface
 from migproxy.node import Node, NodeOptions
 from migproxy.portmap import IPAddress
 from migproxy.proxy import ProxyError, Surroundings
@@ -28,11 +28,12 @@ from migproxy.security import ClusterSecurity, security
 from migproxy.settings import Settings, parse_listen
 from migproxy.sockets import TCPOptions
 from migproxy.target import PortRange
+from migproxy.threads import prefer_this_thread
 from migproxy.tls import Security
 from migproxy.watch import Watcher
 
 if TYPE_CHECKING:
-    from migproxy.kube.cluster import Cluster
+    from migproxy.kube.cluster import Cluster, ClusterSettings
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +58,8 @@ async def serve(settings: Settings) -> None:
     """
     _raise_file_limit()
     sys.setswitchinterval(_SWITCH_INTERVAL)
+    if not prefer_this_thread():
+        log.info("the event loop has no preference over the pumps", remedy="CAP_SYS_NICE, or LimitNICE=-10 in systemd")
     signals = _Signals()
     async with Watcher() as watcher, _inputs(settings, watcher) as (inventory, protection, cluster):
         measures = Measures()
@@ -104,8 +107,30 @@ async def _inputs(settings: Settings, watcher: Watcher) -> AsyncIterator[tuple[I
         except ConfigurationError as error:
             raise InventoryError(str(error)) from error
         protection = ClusterSecurity(settings)
-        cluster = Cluster(api, settings.kubevirt_namespace, protection.apply)
+
+        def apply(settings_of_kubevirt: ClusterSettings) -> None:
+            protection.apply(settings_of_kubevirt)
+            warn_without_network(settings, settings_of_kubevirt)
+
+        cluster = Cluster(api, settings.kubevirt_namespace, apply)
         yield KubeInventory(api, settings.node_name), protection, cluster
+
+
+def warn_without_network(settings: Settings, cluster: ClusterSettings) -> None:
+    """Says it where KubeVirt has a migration network that this daemon's pod is not on: it uses the pods' network then.
+
+    Args:
+        settings: The options.
+        cluster: KubeVirt's settings.
+    """
+    name = settings.migration_interface
+    if cluster.network and settings.migration_address is None and read_interface(name) is None:
+        log.warning(
+            "KubeVirt has a migration network, and this node is not on it",
+            network=cluster.network,
+            interface=name,
+            remedy=f"have Multus make the interface: k8s.v1.cni.cncf.io/networks: NAMESPACE/{cluster.network}@{name}",
+        )
 
 
 async def _run(node: Node, cluster: Cluster | None) -> None:

@@ -28,10 +28,13 @@ def make(directory: str, days: int) -> None:
     """
     os.makedirs(directory, mode=0o755, exist_ok=True)
     authority_key = ec.generate_private_key(ec.SECP256R1())
-    authority = _certificate("migproxy development CA", authority_key.public_key(), days).add_extension(
-        x509.BasicConstraints(ca=True, path_length=0), critical=True
+    signed = (
+        _certificate("migproxy development CA", authority_key.public_key(), days)
+        .issuer_name(_name("migproxy development CA"))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(authority=True), critical=True)
+        .sign(authority_key, hashes.SHA256())
     )
-    signed = authority.issuer_name(_name("migproxy development CA")).sign(authority_key, hashes.SHA256())
     _write(directory, "ca", signed, authority_key)
     pairs = (
         ("server", SERVER_NAMES[0], ExtendedKeyUsageOID.SERVER_AUTH),
@@ -44,6 +47,10 @@ def make(directory: str, days: int) -> None:
             .issuer_name(signed.subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(_usage(authority=False), critical=True)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
+            )
             .sign(authority_key, hashes.SHA256())
         )
         folder = os.path.join(directory, role)
@@ -64,6 +71,21 @@ def _certificate(name: str, key: ec.EllipticCurvePublicKey, days: int) -> x509.C
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _EARLY)
         .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        encipher_only=False,
+        decipher_only=False,
     )
 
 

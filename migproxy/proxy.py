@@ -8,8 +8,8 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -27,6 +27,7 @@ from migproxy.verify import Reason, TLSError
 
 _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
 _HISTORY = 60  # seconds of rates that are kept for people to look at
+_TURN_SECONDS = 2.0  # a handshake takes milliseconds
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -68,6 +69,39 @@ class Surroundings:
     measures: Measures = field(default_factory=Measures)
 
 
+class _Turns:
+    """Lets a node's connections reach the launcher in the order in which they came.
+
+    QEMU before 8.0 takes the first of a migration's parallel connections for the main one (multifd), whatever it
+    says, and handshakes that run side by side do not end in the order in which they began.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, asyncio.Event] = {}
+
+    @contextmanager
+    def take(self, remote: str) -> Iterator[Callable[[], Awaitable[None]]]:
+        """Takes the next turn of a node's address, which is over with the context.
+
+        Returns:
+            What waits for the turn before, within bounds: a connection that hangs must not keep others out.
+        """
+        before, mine = self._last.get(remote), asyncio.Event()
+        self._last[remote] = mine
+
+        async def wait() -> None:
+            if before is not None:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(before.wait(), _TURN_SECONDS)
+
+        try:
+            yield wait
+        finally:
+            mine.set()
+            if self._last.get(remote) is mine:
+                del self._last[remote]
+
+
 class Proxy(ABC):
     """One side of one migration: owns its accepting tasks and its relays.
 
@@ -98,6 +132,7 @@ class Proxy(ABC):
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._slots: dict[Channel, asyncio.Semaphore] = {}
         self._unfinished: dict[Channel, Unfinished] = {}
+        self._turns: dict[Channel, _Turns] = {}
         self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
 
     @abstractmethod
@@ -167,6 +202,7 @@ class Proxy(ABC):
         """
         slots = self._slots.setdefault(channel, asyncio.Semaphore(self._around.max_connections))
         self._unfinished.setdefault(channel, Unfinished(self._around.max_handshakes))
+        self._turns.setdefault(channel, _Turns())
         self.traffic.setdefault(channel, Traffic())
         while True:
             if slots.locked():
@@ -206,9 +242,11 @@ class Proxy(ABC):
                     await slot.enter_async_context(slots)
                     unix, transport = accepted, await self._to_network(channel, legs)
                 else:
-                    transport = await self._from_network(accepted, remote, channel, legs)
-                    await slot.enter_async_context(slots)
-                    unix = await self._reach(channel)
+                    with self._turns[channel].take(remote) as turn:
+                        transport = await self._from_network(accepted, remote, channel, legs)
+                        await turn()
+                        await slot.enter_async_context(slots)
+                        unix = await self._reach(channel)
                     legs.append(unix)
                 widen_unix(unix)
                 relay = Relay(unix, transport)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from migproxy import tcpinfo
 from migproxy.splice import Pump, Transport, shutdown
 from migproxy.threads import Threads
+from migproxy.verify import Reason, TLSError
 
 _FLUSH_SECONDS = 5.0
 
@@ -108,7 +109,12 @@ class Relay:
         if cancelled:
             raise cancelled
         if self._first_error and not self._stopped:
-            raise self._first_error
+            raise self._cause(self._first_error)
+
+    def _cause(self, first: OSError) -> OSError:
+        """The error to report: a peer's own word says more than the reset that follows it and may be noticed first."""
+        heard = self._receive.error
+        return heard if isinstance(heard, TLSError) and heard.reason is Reason.REFUSED_BY_PEER else first
 
     def _start(self, pump: Pump) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()

@@ -34,6 +34,7 @@ def render(report: Mapping[str, Any]) -> str:
     lines += [f"  {name}: {problem}" for name, problem in report["problems"].items()]
     if cluster := report.get("cluster"):
         lines += _cluster(cluster)
+    lines += _security(report["tls"])
     if not report["migrations"]:
         return "\n".join([*lines, "no migrations"])
     rows = [_HEADINGS, *(row for migration in report["migrations"] for row in _rows(migration))]
@@ -51,6 +52,14 @@ def _cluster(cluster: Mapping[str, Any]) -> Iterator[str]:
     yield f"KubeVirt in {cluster['namespace']}: TLS {tls}; migration network {network}; {ca} CA certificates"
     if cluster["problem"]:
         yield f"  {cluster['problem']}"
+
+
+def _security(tls: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the certificates, and who was refused."""
+    for role, problem in tls.get("problems", {}).items():
+        yield f"  certificates ({role}): {problem}; the last good ones are in use"
+    if tls["errors"]:
+        yield "  TLS: " + ", ".join(f"{reason} {count}" for reason, count in sorted(tls["errors"].items()))
 
 
 def _name(migration: Mapping[str, Any]) -> str:

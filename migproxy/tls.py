@@ -24,7 +24,7 @@ from migproxy import credentials, ktls
 from migproxy.credentials import Credentials, CredentialsError, Loaded
 from migproxy.ktls import KernelTransport
 from migproxy.pki import Files
-from migproxy.sockets import reset
+from migproxy.sockets import ready, reset
 from migproxy.splice import Pump, Transport
 from migproxy.userspace import HANDSHAKE_READ, MemorySession, SocketReader, UserReceive, UserTransport, alert
 from migproxy.verify import Peers, Reason, TLSError
@@ -335,7 +335,7 @@ class MutualTLS:
             raise refusal(error) from error
         try:
             while (state := await self._step(lambda: _handshake(tls))) != "done":
-                await _ready(tls.fileno(), writing=state == "write")
+                await ready(tls.fileno(), writing=state == "write")
             who = await self._step(lambda: check(tls))
             return self._offload(tls, who)
         except BaseException as error:
@@ -436,18 +436,6 @@ def _handshake(tls: ssl.SSLObject | ssl.SSLSocket) -> Literal["done", "read", "w
     except ssl.SSLWantWriteError:
         return "write"
     return "done"
-
-
-async def _ready(fd: int, *, writing: bool) -> None:
-    """Waits until a descriptor can be read from or written to."""
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    add, remove = (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
-    add(fd, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        remove(fd)
 
 
 def _try_offload(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> tuple[bool, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -99,6 +100,16 @@ def self_signed(leaf: Leaf) -> Issued:
 
 def authority(common_name: str = "kubevirt.io") -> Issued:
     return self_signed(Leaf(names=(common_name,), usages=None, ca=True))
+
+
+def client_context(ca: Path, pair: Path | None) -> ssl.SSLContext:
+    """A client of the standard library that trusts that CA, with a folder's certificate or without any."""
+    context = ssl.create_default_context(cafile=str(ca))
+    context.check_hostname = False
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # 3.13's default, for key identifiers that these do not have
+    if pair:
+        context.load_cert_chain(pair / "tls.crt", pair / "tls.key")
+    return context
 
 
 @dataclass

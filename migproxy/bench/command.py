@@ -61,7 +61,7 @@ class Plan:
         json, chart: Files to write.
     """
 
-    rounds: int = 5
+    rounds: int = 7
     seconds: float = 0.4
     connections: tuple[int, ...] = (1, 2, 8, 32)
     sizes: tuple[int, ...] = (PAGES, 32 << 10, 1 << 20)

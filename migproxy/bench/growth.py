@@ -59,13 +59,13 @@ def _by(flow: Flow, size: int) -> list[int]:
 
 
 def _idle(stage: Stage, daemons: Migproxy) -> Iterator[Row]:
+    fresh = usage(daemons.pids)
+    time.sleep(2)  # in which the threads of the connections before it go
     before = usage(daemons.pids)
-    time.sleep(1)
-    spent = usage(daemons.pids).cpu - before.cpu
     held = idle(stage, daemons, _OPEN)
-    until(lambda: usage(daemons.pids).files <= before.files, f"{_OPEN} connections to be closed")
+    until(lambda: usage(daemons.pids).threads <= before.threads, f"the threads of {_OPEN} connections to go")
     yield "RSS of an idle daemon", before.rss / 2 / MIB, "MiB"
-    yield "CPU of an idle daemon", spent / 2 * 1e3, "ms each second"
+    yield "CPU of an idle daemon", (before.cpu - fresh.cpu) / 4 * 1e3, "ms each second"
     yield f"RSS of a daemon with {_OPEN} connections", held.rss / 2 / MIB, "MiB"
     yield from _each("open connection", before, held, _OPEN)
 

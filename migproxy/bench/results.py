@@ -86,9 +86,11 @@ class Results:
         return statistics.median(rounds) if rounds else None
 
     def ratio(self, cell: Cell, contestant: str, other: str, metric: str) -> float | None:
-        """One median over the other."""
-        mine, theirs = self.median(cell, contestant, metric), self.median(cell, other, metric)
-        return mine / theirs if mine is not None and theirs else None
+        """The median of the rounds' ratios: what slowed a round down slowed both, who were measured seconds apart."""
+        contestants = self.values.get(cell, {})
+        mine, theirs = (contestants.get(name, {}).get(metric, []) for name in (contestant, other))
+        ratios = [one / another for one, another in zip(mine, theirs, strict=False) if another]
+        return statistics.median(ratios) if ratios else None
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain values."""

@@ -38,6 +38,10 @@ _CONFIGURATION_ERRORS = (
 )
 
 
+# RuntimeError: the session was closed by another request that found its token refused.
+_REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ValueError, RuntimeError)
+
+
 class ConfigurationError(Exception):
     """There is no usable configuration for the API server; says where it was looked for."""
 
@@ -77,6 +81,8 @@ class ApiServer:
         self._context = context
         self._configuration: Configuration | None = None
         self._rest: RESTClientObject | None = None
+        self._refused = False
+        self._loading = asyncio.Lock()
 
     async def __aenter__(self) -> ApiServer:
         """Reads the configuration; the server itself may be away.
@@ -88,7 +94,7 @@ class ApiServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._forget()
+        await self._close()
 
     @property
     def host(self) -> str:
@@ -120,8 +126,8 @@ class ApiServer:
             response = await self._send(method, path, query, body, content_type, timeout)
             async with response:
                 return await response.json(content_type=None)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise self._no_answer(error) from error
+        except _REQUEST_ERRORS as error:
+            raise await self._no_answer(error) from error
 
     async def lines(self, path: str, query: Mapping[str, str], silence: float) -> AsyncGenerator[bytes, None]:
         """Yields the lines of a streamed answer, an empty one first when the server has accepted the request.
@@ -142,8 +148,8 @@ class ApiServer:
                 yield b""
                 async for line in response.content:
                     yield line
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise self._no_answer(error) from error
+        except _REQUEST_ERRORS as error:
+            raise await self._no_answer(error) from error
 
     async def _send(
         self,
@@ -154,16 +160,9 @@ class ApiServer:
         content_type: str,
         timeout: aiohttp.ClientTimeout,
     ) -> aiohttp.ClientResponse:
-        if self._rest is None:
-            try:
-                await self._load()
-            except ConfigurationError as error:
-                raise ApiError(0, str(error)) from error
+        rest, configuration = await self._client()
         headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": "migproxy"}
-        headers |= await self._authorization()
-        rest, configuration = self._rest, self._configuration
-        assert rest is not None
-        assert configuration is not None
+        headers |= await _authorization(configuration)
         response: aiohttp.ClientResponse = await rest.request(
             method,
             f"{configuration.host}{path}",
@@ -179,18 +178,21 @@ class ApiServer:
                 raise await self._refusal(response)
         return response
 
-    async def _authorization(self) -> dict[str, str]:
-        assert self._configuration is not None
-        try:
-            settings = await self._configuration.auth_settings()
-        except _CONFIGURATION_ERRORS as error:
-            raise ApiError(0, f"the token cannot be read: {error}") from error
-        return {one["key"]: one["value"] for one in settings.values() if one["in"] == "header" and one["value"]}
+    async def _client(self) -> tuple[RESTClientObject, Configuration]:
+        async with self._loading:
+            if self._rest is None or self._refused:
+                try:
+                    await self._load()
+                except ConfigurationError as error:
+                    raise ApiError(0, str(error)) from error
+            assert self._rest is not None
+            assert self._configuration is not None
+            return self._rest, self._configuration
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> ApiError:
-        if response.status == 401:
-            await self._forget()
         raw = await response.content.read(_ERROR_BYTES)
+        if response.status == 401:
+            self._refused = True
         try:
             told = json.loads(raw)["message"]
         except (ValueError, KeyError, TypeError):
@@ -202,11 +204,9 @@ class ApiServer:
         kind = Expired if response.status == 410 else ApiError
         return kind(response.status, message, retry_after)
 
-    def _no_answer(self, error: Exception) -> ApiError:
-        if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)) and self._rest is not None:
-            stale, self._rest = self._rest, None
-            closing = asyncio.ensure_future(stale.close())
-            closing.add_done_callback(lambda _: None)
+    async def _no_answer(self, error: Exception) -> ApiError:
+        if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
+            await self._close()  # the CA or the client certificate may have been replaced
         if isinstance(error, TimeoutError):
             return ApiError(0, "no answer in time")
         return ApiError(0, str(error) or type(error).__name__)
@@ -220,7 +220,9 @@ class ApiServer:
                 await load_kube_config(
                     self._kubeconfig, self._context, client_configuration=configuration, persist_config=False
                 )
-            self._rest = RESTClientObject(configuration)
+            if self._rest is None or configuration.cert_file:
+                await self._close()
+                self._rest = RESTClientObject(configuration)
         except _CONFIGURATION_ERRORS as error:
             if self._kubeconfig is None:
                 raise ConfigurationError(
@@ -228,12 +230,20 @@ class ApiServer:
                     "do without one"
                 ) from error
             raise ConfigurationError(f"--kubeconfig {self._kubeconfig}: {error or type(error).__name__}") from error
-        self._configuration = configuration
+        self._configuration, self._refused = configuration, False
 
-    async def _forget(self) -> None:
+    async def _close(self) -> None:
         stale, self._rest = self._rest, None
         if stale is not None:
             await stale.close()
+
+
+async def _authorization(configuration: Configuration) -> dict[str, str]:
+    try:
+        settings = await configuration.auth_settings()
+    except _CONFIGURATION_ERRORS as error:
+        raise ApiError(0, f"the token cannot be read: {error}") from error
+    return {one["key"]: one["value"] for one in settings.values() if one["in"] == "header" and one["value"]}
 
 
 def _notice_dead_peer(response: aiohttp.ClientResponse) -> None:

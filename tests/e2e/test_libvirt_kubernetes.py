@@ -23,7 +23,7 @@ from tests.e2e.test_libvirt_migration import (
     open_descriptors,
 )
 from tests.kube.apiserver import ADMIN_TOKEN
-from tests.kube.cluster import VMIS, Cluster, cluster
+from tests.kube.cluster import KUBEVIRTS, VMIS, Cluster, cluster, kubevirt
 from tests.kube.gate import Gate, gate
 
 SERVER = "10.1.1.254"
@@ -61,7 +61,7 @@ class ApiVMI(VMIFile):
 
 
 class KubeLab(Lab):
-    """A laboratory whose daemons take the VMI from an API server.
+    """A laboratory whose daemons take the VMI from an API server; without TLS, that is KubeVirt's setting there.
 
     Attributes:
         kubernetes: The cluster.
@@ -74,18 +74,22 @@ class KubeLab(Lab):
     def _node(self, number: int) -> Node:
         name = f"node0{number}"
         options = ["--kubeconfig", str(self.directory / f"{name}.kubeconfig"), "--socket-owner", "0:0"]
+        if self.tls:
+            options += ["--tls-dir", self._certificates]
         return Node(name, f"10.1.1.{number}", self.directory / name, *options)
 
     @classmethod
     @asynccontextmanager
-    async def run(cls) -> AsyncIterator["KubeLab"]:
+    async def run(cls, *, tls: bool = True) -> AsyncIterator["KubeLab"]:
         """Yields it with both daemons running."""
-        lab = cls()
+        lab = cls(tls=tls)
         async with lab, AsyncExitStack() as stack:
             await run("ip", "address", "add", f"{SERVER}/24", "dev", "migration")
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kube-", dir="/run")))
             lab.kubernetes = await stack.enter_async_context(cluster(folder, separate=True))
             lab.door = await stack.enter_async_context(gate(lab.kubernetes.url, lab.kubernetes.tls, SERVER))
+            configuration = {"migrations": {} if tls else {"disableTLS": True}}
+            await lab.kubernetes.request("POST", KUBEVIRTS, kubevirt(configuration))
             lab.vmi = ApiVMI(lab.vmi.path, lab.kubernetes)
             for node in lab.nodes:
                 lab.kubernetes.kubeconfig(lab.directory, node.name, lab.door.url)
@@ -121,7 +125,7 @@ async def test_guest_migrates_there_and_back_by_the_api() -> None:
 
 
 async def test_guest_migrates_while_the_api_server_is_gone() -> None:
-    async with KubeLab.run() as lab:
+    async with KubeLab.run(tls=False) as lab:
         here, there = lab.nodes
         async with Guest.boot(lab, here) as guest:
             # Gone when the migration is asked for, and back a while later.

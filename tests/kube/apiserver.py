@@ -13,6 +13,7 @@ import json
 import re
 import secrets
 import signal
+import ssl
 import uuid
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping
@@ -527,16 +528,18 @@ def _now() -> str:
 
 
 @asynccontextmanager
-async def serve(double: ApiDouble, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
-    """Answers HTTP while the context lasts, and yields the URL."""
+async def serve(
+    double: ApiDouble, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """Answers HTTP, or HTTPS with a context, while the context lasts, and yields the URL."""
     runner = web.AppRunner(double.application(), access_log=None, shutdown_timeout=0, handler_cancellation=True)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
+        site = web.TCPSite(runner, host, port, ssl_context=tls)
         await site.start()
         assert site._server
         number = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
-        yield f"http://{host}:{number}"
+        yield f"{'https' if tls else 'http'}://{host}:{number}"
     finally:
         await runner.cleanup()
 

@@ -28,6 +28,7 @@ MANIFESTS = Path(__file__).parents[2] / "daemonset.yaml"
 NODES = ("node01", "node02")
 NAMESPACE = "kubevirt"
 VMIS = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstances"
+KUBEVIRTS = f"/apis/kubevirt.io/v1/namespaces/{NAMESPACE}/kubevirts"
 JSON_PATCH = "application/json-patch+json"
 MERGE_PATCH = "application/merge-patch+json"
 
@@ -337,6 +338,16 @@ def vmi(name: str, *, node: str = NODES[0], padding: int = 0) -> dict[str, Any]:
             "migrationTransport": "Unix",
             "activePods": {f"{name}-pod-1": NODES[0], f"{name}-pod-2": NODES[1]},
         },
+    }
+
+
+def kubevirt(configuration: dict[str, Any]) -> dict[str, Any]:
+    """A KubeVirt resource with that spec.configuration."""
+    return {
+        "apiVersion": "kubevirt.io/v1",
+        "kind": "KubeVirt",
+        "metadata": {"name": "kubevirt", "namespace": NAMESPACE},
+        "spec": {"configuration": configuration},
     }
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+RETRY_AFTER = "1"
+"""Seconds that the gate asks for with a 429."""
+
 _HOP_BY_HOP = {"transfer-encoding", "content-length", "content-encoding", "connection", "host"}
 
 
@@ -97,14 +100,15 @@ class Gate:
         if (status := self.refuse(request)) is not None:
             reason = {410: "Expired", 429: "TooManyRequests"}.get(status, "InternalError")
             told = {"kind": "Status", "code": status, "reason": reason, "message": "the gate refuses"}
-            return web.json_response(told, status=status)
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
+            headers = {"Retry-After": RETRY_AFTER} if status == 429 else {}
+            return web.json_response(told, status=status, headers=headers)
+        passed = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
         body = await request.read()
         url = self._upstream + request.path_qs
         timeout = aiohttp.ClientTimeout(total=None)
         try:
             async with self._session.request(
-                request.method, url, data=body or None, headers=headers, timeout=timeout
+                request.method, url, data=body or None, headers=passed, timeout=timeout
             ) as answer:
                 watch = "watch" in request.query
                 if watch and answer.status == 200:

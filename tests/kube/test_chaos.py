@@ -21,7 +21,7 @@ from tests.kube.gate import Gate, gate
 from tests.kube.world import LocalNode, eventually
 
 SEEDS = [int(seed) for seed in os.environ.get("MIGPROXY_CHAOS_SEEDS", "1,2").split(",")]
-CHANGES = 2000
+CHANGES = 1500
 MOST_VMIS = 40
 ADDRESSES = {"node01": "127.77.0.1", "node02": "127.77.0.2"}
 
@@ -108,7 +108,7 @@ class Trouble:
         self._kubernetes = kubernetes
         self._doors = doors
         self._chance = chance
-        kinds = ["cut", "stall", "expire", "410", "429", "500", "503", "away", "conflict", "compact"]
+        kinds = ["cut", "stall", "expire", "401", "410", "429", "500", "503", "away", "conflict", "compact"]
         chance.shuffle(kinds)
         self._kinds = itertools.cycle(kinds)
 
@@ -170,7 +170,7 @@ async def test_final_state_is_what_the_plan_says(
                 await trouble.make()
             await asyncio.sleep(chance.uniform(0, 0.002))
         await trouble.end()
-        assert len(trouble.seen) == 10, trouble.seen
+        assert len(trouble.seen) == 11, trouble.seen
         for node in nodes:
             await assert_runs_as_planned(kubernetes, node)
         assert_nothing_was_published_twice(doors)

@@ -7,31 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
+from migproxy.daemon import warn_without_network
 from migproxy.kube.api import ApiServer
 from migproxy.kube.cluster import Cluster as KubeVirt
 from migproxy.kube.cluster import ClusterSettings, Overrides, merge, parse_kubevirt
+from migproxy.settings import Settings
 from migproxy.status import render
-from tests.kube.cluster import MERGE_PATCH, NAMESPACE, Cluster
+from tests.kube.cluster import KUBEVIRTS, MERGE_PATCH, NAMESPACE, Cluster, kubevirt
 from tests.kube.gate import Gate
 from tests.kube.world import PACE, eventually
 
-KUBEVIRTS = f"/apis/kubevirt.io/v1/namespaces/{NAMESPACE}/kubevirts"
 CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 FULL = {
     "migrations": {"disableTLS": True, "network": "migration", "parallelMigrationsPerCluster": 5},
     "tlsConfiguration": {"minTLSVersion": "VersionTLS13", "ciphers": ["TLS_AES_128_GCM_SHA256"]},
 }
-
-
-def kubevirt(configuration: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "apiVersion": "kubevirt.io/v1",
-        "kind": "KubeVirt",
-        "metadata": {"name": "kubevirt", "namespace": NAMESPACE},
-        "spec": {"configuration": configuration},
-    }
 
 
 def config_map(bundle: str, name: str = "kubevirt-ca") -> dict[str, Any]:
@@ -150,6 +143,23 @@ def test_options_override_the_cluster_one_by_one() -> None:
     given = Overrides(False, "other", "VersionTLS13", ("B",), "pem")
     assert merge(cluster, given) == ClusterSettings(False, "other", "VersionTLS13", ("B",), "pem")
     assert merge(cluster, Overrides(disable_tls=False)).network == "migration"
+
+
+@pytest.mark.parametrize(
+    ("options", "network", "told"),
+    [
+        ({}, "x", ["KubeVirt has a migration network, and this node is not on it"]),
+        ({}, None, []),
+        ({"migration_address": "127.0.0.1"}, "x", []),
+        ({"migration_interface": "lo"}, "x", []),
+    ],
+)
+def test_node_that_is_not_on_the_migration_network_is_told(
+    options: dict[str, Any], network: str | None, told: list[str]
+) -> None:
+    with capture_logs() as logs:
+        warn_without_network(Settings(**options), ClusterSettings(network=network))
+    assert [entry["event"] for entry in logs] == told
 
 
 async def test_status_shows_the_settings(kubernetes: Cluster, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import yaml
 
 from migproxy import settings as options
 from migproxy.inventory import kube
+from migproxy.pki import CLIENT_DIR, SERVER_DIR
 from migproxy.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([ROOT / "daemonset.yaml", ROOT / "kustomization.yaml", *(ROOT / "deploy").rglob("*.yaml")])
 DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "daemonset.yaml").read_text()))
 VERSIONS = ("1.32", "1.34", "1.37")
-TLS_FOLDERS = ("/etc/virt-handler/servercertificates", "/etc/virt-handler/clientcertificates")
+TLS_FOLDERS = (SERVER_DIR, CLIENT_DIR)
 
 
 def document(kind: str) -> dict[str, Any]:
@@ -93,6 +94,9 @@ def test_every_path_is_mounted() -> None:
         "kubeconfig",  # the service account is
         "launcher_run_dir",  # in /proc: hostPID
         "libvirt_socket",  # below launcher_run_dir
+        "tls_dir",  # the two folders below, and the CA from the API server
+        "tls_server_dir",  # its default
+        "tls_client_dir",  # its default
     }
     assert found == {"pods_dir", "control_socket", *unused}
     pods = mounts()[effective("pods_dir")]
@@ -127,9 +131,31 @@ def test_container_has_no_more_rights_than_it_needs() -> None:
     assert context["allowPrivilegeEscalation"] is False
     assert context["readOnlyRootFilesystem"] is True
     assert context["capabilities"]["drop"] == ["ALL"]
-    assert set(context["capabilities"]["add"]) == {"SYS_PTRACE", "DAC_OVERRIDE", "CHOWN", "FOWNER", "SYS_RESOURCE"}
+    assert set(context["capabilities"]["add"]) == {
+        "SYS_PTRACE",
+        "DAC_OVERRIDE",
+        "CHOWN",
+        "FOWNER",
+        "SYS_RESOURCE",
+        "SYS_NICE",
+    }
     assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not POD.get("hostNetwork")
+
+
+def test_probes_ask_what_the_daemon_answers() -> None:
+    probes = {kind: CONTAINER[f"{kind}Probe"] for kind in ("startup", "liveness", "readiness")}
+    if "http_listen" in Settings.model_fields:
+        (port,) = CONTAINER["ports"]
+        assert effective("http_listen").endswith(f":{port['containerPort']}")
+        asked = {kind: probe["httpGet"] for kind, probe in probes.items()}
+        alive, ready = {"path": "/healthz", "port": port["name"]}, {"path": "/readyz", "port": port["name"]}
+        assert asked == {"startup": alive, "liveness": alive, "readiness": ready}
+    else:
+        assert {str(probe["exec"]["command"]) for probe in probes.values()} == {str(["migproxy", "status"])}
+    # A restart ends the migrations that run: a daemon must be silent for minutes to deserve it.
+    liveness = probes["liveness"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60
 
 
 def test_multus_makes_the_interface_that_is_looked_for() -> None:

@@ -16,7 +16,7 @@ import pytest
 from demo.lab import until
 from migproxy.portmap import Channel
 from tests.certificates import SOURCE, TARGET, Cluster, SecretMount, authority
-from tests.net.nodes import MIB, Migration, Nodes, assert_carries, assert_logged, receive, send
+from tests.net.nodes import MIB, Migration, Nodes, assert_carries, assert_logged, connect, receive, send
 
 MALFORMED = 100_000
 ROTATION_SECONDS = 60
@@ -107,6 +107,24 @@ async def test_a_source_of_another_cluster_is_told_apart_on_both_sides(
         launcher.connect(str(migration.source_path(Channel.DIRECT)))
         await assert_logged(nodes.source, "connection failed", reason="wrong_ca")
         await assert_logged(nodes.target, "connection failed", reason="refused_by_peer")
+
+
+async def test_connections_reach_the_launcher_in_the_order_in_which_they_were_made(
+    nodes: Nodes, cluster: Cluster
+) -> None:
+    """QEMU before 8.0 takes the first of its parallel connections for the main one."""
+    migration = await start(nodes, "--tls-dir", str(cluster.folder), "--ktls", "off")
+    listener = migration.listener(Channel.DIRECT)
+    for _ in range(10):
+        with ExitStack() as stack:
+            for number in range(16):
+                near = stack.enter_context(connect(migration.source_path(Channel.DIRECT)))
+                await send(near, bytes([number]))
+            arrived = []
+            for _ in range(16):
+                far, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(listener), 60)
+                arrived.append((await receive(stack.enter_context(far), 1))[0])
+            assert arrived == list(range(16))
 
 
 async def test_silent_peers_keep_no_real_one_out(nodes: Nodes, cluster: Cluster) -> None:

@@ -37,6 +37,9 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("control_socket", "/" + "x" * 107, "at most 107"),
         ("log_format", "xml", "'auto', 'console' or 'json'"),
         ("node_name", "", "at least 1 character"),
+        ("tls_min_version", "1.1", "'1.2' or '1.3'"),
+        ("ktls", "yes", "'auto', 'on' or 'off'"),
+        ("handshake_timeout", "0", "greater than 0"),
     ],
 )
 def test_wrong_value_is_named_with_its_origin_and_the_reason(field: str, value: str, why: str) -> None:
@@ -44,6 +47,17 @@ def test_wrong_value_is_named_with_its_origin_and_the_reason(field: str, value: 
         load(GIVEN | {field: value}, {field: "MIGPROXY_SOMETHING"}, None)
     assert str(raised.value).startswith(f"MIGPROXY_SOMETHING: {value!r}: ")
     assert why in str(raised.value)
+
+
+def test_a_certificate_without_its_key_is_told() -> None:
+    with pytest.raises(SettingsError, match="--tls-cert and --tls-key belong together"):
+        load(GIVEN | {"tls_cert": "/tls.crt"}, {}, None)
+
+
+def test_kubevirts_names_of_tls_versions_and_lists_of_names_are_understood() -> None:
+    settings = load(GIVEN | {"tls_min_version": "VersionTLS13", "tls_client_names": "one, two"}, {}, None)
+    assert settings.tls_min_version == "1.3"
+    assert settings.tls_client_names == ("one", "two")
 
 
 def test_every_wrong_option_is_told() -> None:

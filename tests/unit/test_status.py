@@ -20,7 +20,15 @@ MIGRATION = {"namespace": "default", "name": "vm", "migration_uid": "0123456789"
 
 
 def report(**fields: Any) -> dict[str, Any]:
-    base = {"node": "node01", "address": "10.1.1.1", "ready": True, "draining": False, "problems": {}, "migrations": []}
+    base = {
+        "node": "node01",
+        "address": "10.1.1.1",
+        "ready": True,
+        "draining": False,
+        "problems": {},
+        "tls": {"errors": {}},
+        "migrations": [],
+    }
     return base | fields
 
 
@@ -73,3 +81,10 @@ def test_sizes(count: int, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(None, ""), (0.4, "0s"), (61, "1m01s"), (3725, "1h02m")])
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_it_says_who_was_refused_and_what_is_wrong_with_the_certificates() -> None:
+    problem = "/tls/tls.crt holds no certificates in PEM, or damaged ones"
+    shown = render(report(tls={"errors": {"wrong_name": 2, "expired": 1}, "problems": {"server": problem}}))
+    assert "TLS: expired 1, wrong_name 2" in shown
+    assert f"certificates (server): {problem}; the last good ones are in use" in shown

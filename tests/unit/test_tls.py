@@ -32,6 +32,7 @@ from tests.certificates import (
     Leaf,
     SecretMount,
     authority,
+    client_context,
     self_signed,
 )
 
@@ -240,24 +241,20 @@ async def shake_with(peer: ssl.SSLContext, security: MutualTLS, *, peer_is_clien
     return refused
 
 
-def client_context(cluster: Cluster, *, certificate: bool = True) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(cluster.folder / "ca.crt"))
-    context.check_hostname = False
-    if certificate:
-        context.load_cert_chain(cluster.folder / "client/tls.crt", cluster.folder / "client/tls.key")
-    return context
+def context_of(cluster: Cluster, *, certificate: bool = True) -> ssl.SSLContext:
+    return client_context(cluster.folder / "ca.crt", cluster.folder / "client" if certificate else None)
 
 
 @pytest.mark.parametrize("version", ["1.2", "1.3"])
 async def test_a_source_without_a_certificate_is_refused(cluster: Cluster, version: str) -> None:
     refused = await shake_with(
-        client_context(cluster, certificate=False), cluster.security(min_version=version), peer_is_client=True
+        context_of(cluster, certificate=False), cluster.security(min_version=version), peer_is_client=True
     )
     assert refused.reason == Reason.NO_CERTIFICATE
 
 
 async def test_an_old_version_is_refused_and_so_is_an_old_cipher(cluster: Cluster) -> None:
-    old = client_context(cluster)
+    old = context_of(cluster)
     old.maximum_version = ssl.TLSVersion.TLSv1_2
     refused = await shake_with(old, cluster.security(min_version="1.3"), peer_is_client=True)
     assert refused.reason == Reason.VERSION
@@ -267,7 +264,7 @@ async def test_an_old_version_is_refused_and_so_is_an_old_cipher(cluster: Cluste
 
 
 async def test_tls_1_1_is_refused(cluster: Cluster) -> None:
-    oldest = client_context(cluster)
+    oldest = context_of(cluster)
     oldest.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.warns(DeprecationWarning, match="TLSv1"):
         oldest.minimum_version, oldest.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
@@ -278,7 +275,7 @@ async def test_tls_1_1_is_refused(cluster: Cluster) -> None:
 async def test_sessions_are_not_resumed(cluster: Cluster) -> None:
     """A client of TLS 1.2 that offers the last session gets a whole handshake."""
     target = cluster.security()
-    context = client_context(cluster)
+    context = context_of(cluster)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     session: ssl.SSLSession | None = None
     reused = []
@@ -434,7 +431,7 @@ def test_ciphers_that_leave_nothing_of_tls_1_2_are_an_error_where_1_2_is_allowed
 
 
 async def test_the_configured_cipher_is_the_one_spoken(cluster: Cluster) -> None:
-    context = client_context(cluster)
+    context = context_of(cluster)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     target = cluster.security(ciphers=("TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256",))
     with connection() as (near, far):
@@ -503,6 +500,15 @@ async def test_development_certificates_are_what_two_nodes_need(tmp_path: Path) 
     server, client = locate(server=None, client=None, pair=None, folder=folder, ca=None)
     options = TLSOptions(server, client, Peers(CLIENT_NAMES), Peers(SERVER_NAMES), ktls="off")
     assert all(isinstance(end, Transport) for end in await shake(MutualTLS(options), MutualTLS(options)))
+    strict = ssl.create_default_context(cafile=f"{folder}/ca.crt")
+    strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python's clients from 3.13 on
+    strict.check_hostname = False
+    strict.load_cert_chain(f"{folder}/client/tls.crt", f"{folder}/client/tls.key")
+    with connection() as (near, far):
+        near.settimeout(DEADLINE)
+        handshake = asyncio.create_task(asyncio.to_thread(strict.wrap_socket, near))
+        assert isinstance(await outcome(MutualTLS(options).secure(far, server=True)), Transport)
+        (await handshake).close()
     assert (tmp_path / "made/server/tls.key").stat().st_mode & 0o077 == 0
     with pytest.raises(FileExistsError):
         devcerts.make(folder, days=2)

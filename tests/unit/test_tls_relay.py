@@ -10,13 +10,15 @@ import random
 import socket
 import ssl
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from migproxy.relay import Relay
 from migproxy.tls import MutualTLS
 from migproxy.verify import Reason, TLSError
-from tests.certificates import Cluster
+from tests.certificates import DAY, SOURCE, Cluster, client_context
 
 DEADLINE = 60.0
 
@@ -45,10 +47,8 @@ class Legs:
         self.launcher.settimeout(DEADLINE)
 
     async def connect(self, cluster: Cluster, version: ssl.TLSVersion) -> None:
-        context = ssl.create_default_context(cafile=str(cluster.folder / "ca.crt"))
-        context.check_hostname = False
+        context = client_context(cluster.folder / "ca.crt", cluster.folder / "client")
         context.minimum_version = context.maximum_version = version
-        context.load_cert_chain(cluster.folder / "client/tls.crt", cluster.folder / "client/tls.key")
         security: MutualTLS = cluster.security()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             near = socket.create_connection(listener.getsockname())
@@ -138,9 +138,7 @@ async def test_a_few_bytes_do_not_wait_for_more(legs: Legs) -> None:
 async def test_what_the_peer_sends_with_its_handshake_is_not_lost(cluster: Cluster) -> None:
     """A source may send its first bytes in the same packet as the end of its handshake (TLS 1.3)."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    context = ssl.create_default_context(cafile=str(cluster.folder / "ca.crt"))
-    context.check_hostname = False
-    context.load_cert_chain(cluster.folder / "client/tls.crt", cluster.folder / "client/tls.key")
+    context = client_context(cluster.folder / "ca.crt", cluster.folder / "client")
     client = context.wrap_bio(incoming, outgoing)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near = socket.create_connection(listener.getsockname())
@@ -269,6 +267,29 @@ async def test_a_launcher_that_goes_away_loses_nothing_it_wrote(legs: Legs) -> N
         await asyncio.to_thread(flood)
     with pytest.raises(BrokenPipeError):
         await legs.ended()
+
+
+async def test_a_source_learns_after_its_handshake_that_the_target_refused_it(cluster: Cluster, tmp_path: Path) -> None:
+    """In TLS 1.3 a client is done before the server has seen its certificate."""
+    expired = replace(cluster, folder=tmp_path, source=cluster.ca.issue(replace(SOURCE, begins=-2 * DAY, ends=-DAY)))
+    expired.write()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    for end in (near, far):
+        end.setblocking(False)
+    refusing = asyncio.create_task(cluster.security().secure(far, server=True))
+    transport = await expired.security().secure(near, server=False)
+    launcher, unix = socket.socketpair(socket.AF_UNIX)
+    run = asyncio.create_task(Relay(unix, transport).run())
+    with pytest.raises(TLSError) as refused:
+        await refusing
+    far.close()
+    assert refused.value.reason == Reason.EXPIRED
+    with pytest.raises(TLSError, match="certificate expired") as told:
+        await run
+    assert told.value.reason == Reason.REFUSED_BY_PEER
+    launcher.close()
 
 
 async def test_stopping_ends_a_stalled_transfer_at_once_and_the_peer_sees_no_clean_end(legs: Legs) -> None:

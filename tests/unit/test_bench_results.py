@@ -133,6 +133,14 @@ def test_the_median_of_the_rounds_counts_and_the_spread_is_shown() -> None:
     assert (entry["rounds"]["rate"], entry["median"]["rate"], entry["connections"]) == ([1e9, 5e9, 2e9], 2e9, 1)
 
 
+def test_a_ratio_is_that_of_the_same_round_which_noise_hits_alike() -> None:
+    results = Results({})
+    for speed in (1.0, 0.2, 0.5):
+        add(results, ONE, "limit", 100 * speed)
+        add(results, ONE, "migproxy", 99 * speed)
+    assert results.ratio(ONE, "migproxy", "limit", "rate") == pytest.approx(0.99)
+
+
 def test_who_is_left_out_and_who_failed_is_said() -> None:
     results = measured(limit=1e9)
     results.left_out["nginx"] = "not installed"

@@ -1,0 +1,178 @@
+"""Launchers are found by their pods' command sockets, and one VMI's trouble is nobody else's."""
+
+import asyncio
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, vmi
+from tests.kube.world import LocalNode, eventually
+
+COMMAND_SOCKET = "volumes/kubernetes.io~empty-dir/sockets/launcher-sock"
+PUBLISHED = {"targetNodeAddress": "127.77.0.2", "targetDirectMigrationNodePorts": {"1": 0, "2": 49152}}
+
+# Its /var/run is a folder with its PID for a name; it listens on its pod's command socket, as virt-launcher does.
+LAUNCHER = """
+import os, socket, sys
+folder, sock = sys.argv[1:]
+os.makedirs(f"{folder}/{os.getpid()}/kubevirt/migrationproxy")
+os.makedirs(os.path.dirname(sock))
+directory = os.open(os.path.dirname(sock), os.O_PATH)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(f"/proc/self/fd/{directory}/launcher-sock")
+listener.listen()
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+class Pods:
+    """The launcher pods of a node.
+
+    Attributes:
+        pattern: The daemon's --launcher-run-dir for them.
+        folder: The kubelet's pods folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "pods"
+        self.folder.mkdir()
+        self._runs = folder / "runs"
+        self.pattern = f"{self._runs}/{{pid}}"
+
+    @asynccontextmanager
+    async def pod(self, uid: str) -> AsyncIterator["Pod"]:
+        """A pod that runs while the context lasts; its folder goes with it, as the kubelet's do."""
+        command = [sys.executable, "-c", LAUNCHER, str(self._runs), str(self.folder / uid / COMMAND_SOCKET)]
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+        assert process.stdout
+        await process.stdout.readline()
+        made = Pod(self._runs / str(process.pid), self.folder / uid, process)
+        try:
+            yield made
+        finally:
+            await made.end()
+
+
+class Pod:
+    """A running launcher pod."""
+
+    def __init__(self, run: Path, folder: Path, process: asyncio.subprocess.Process) -> None:
+        self._run, self._folder, self._process = run, folder, process
+
+    def sockets(self) -> int:
+        """How many sockets the source proxy has put there."""
+        return len(list(self._run.glob("kubevirt/migrationproxy/*.sock")))
+
+    async def end(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@pytest.fixture
+async def pods(tmp_path: Path) -> Pods:
+    return Pods(tmp_path)
+
+
+@pytest.fixture
+async def node(kubernetes: Cluster, tmp_path: Path, pods: Pods) -> AsyncIterator[LocalNode]:
+    """The source's node."""
+    made = LocalNode("node01", "127.77.0.1", tmp_path)
+    async with made.run(kubernetes.kubeconfig(tmp_path, "node01"), pods.pattern, str(pods.folder)):
+        yield made
+
+
+async def migrating(kubernetes: Cluster, name: str, *active: str) -> None:
+    """A VMI with these pods on node01, that migrates from there and whose target has published."""
+    document = vmi(name)
+    document["status"]["activePods"] = dict.fromkeys(active, "node01")
+    await kubernetes.request("POST", VMIS, document)
+    patch = begin(f"migration-of-{name}")
+    patch["status"]["migrationState"] |= PUBLISHED
+    await kubernetes.request("PATCH", f"{VMIS}/{name}", patch, MERGE_PATCH)
+
+
+async def set_pods(kubernetes: Cluster, name: str, **pods: Any) -> None:
+    await kubernetes.request("PATCH", f"{VMIS}/{name}", {"status": {"activePods": pods}}, MERGE_PATCH)
+
+
+def complaint(node: LocalNode, name: str) -> str:
+    return node.migration(name).get("error") or ""
+
+
+async def test_launcher_is_found_by_its_pod(kubernetes: Cluster, node: LocalNode, pods: Pods) -> None:
+    async with pods.pod("pod-a") as pod, pods.pod("somebody-elses") as other:
+        await migrating(kubernetes, "one", "pod-a")
+        await eventually(lambda: pod.sockets() == 2, "the sockets")
+        assert other.sockets() == 0
+
+
+async def test_replaced_pod_gets_the_sockets(kubernetes: Cluster, node: LocalNode, pods: Pods) -> None:
+    async with pods.pod("a") as first:
+        await migrating(kubernetes, "one", "a")
+        await eventually(lambda: first.sockets() == 2, "the first pod's sockets")
+        await first.end()
+        async with pods.pod("b") as second:
+            await set_pods(kubernetes, "one", a=None, b="node01")
+            await eventually(lambda: second.sockets() == 2, "the second pod's sockets")
+            await eventually(lambda: first.sockets() == 0, "the end of the first's")
+
+
+async def test_two_candidates_are_waited_for_to_be_one(kubernetes: Cluster, node: LocalNode, pods: Pods) -> None:
+    async with pods.pod("a") as first, pods.pod("b") as second:
+        await migrating(kubernetes, "one", "a", "b")
+        await eventually(lambda: "several pods have a launcher-sock: a, b" in complaint(node, "one"), "the complaint")
+        assert first.sockets() + second.sockets() == 0
+        await first.end()
+        await eventually(lambda: second.sockets() == 2, "the sockets")
+        assert complaint(node, "one") == ""
+
+
+async def test_pod_that_goes_away_midway_is_told_and_ends_cleanly(
+    kubernetes: Cluster, node: LocalNode, pods: Pods
+) -> None:
+    async with pods.pod("a") as pod:
+        await migrating(kubernetes, "one", "a")
+        await eventually(lambda: pod.sockets() == 2, "the sockets")
+        await pod.end()
+        await set_pods(kubernetes, "one", c="node02")  # anything that has it looked at again
+        await kubernetes.request("PATCH", f"{VMIS}/one", {"status": {"migrationMethod": "BlockMigration"}}, MERGE_PATCH)
+        await eventually(lambda: "no launcher-sock" in complaint(node, "one"), "the complaint")
+        await kubernetes.request("DELETE", f"{VMIS}/one")
+        await eventually(lambda: not node.migrations(), "the end")
+
+
+async def test_launcher_that_is_late_keeps_nobody_waiting_and_is_told(
+    kubernetes: Cluster, node: LocalNode, pods: Pods
+) -> None:
+    for number in range(10):
+        await migrating(kubernetes, f"late-{number}", f"late-pod-{number}")
+    await eventually(lambda: len(node.migrations()) == 10, "the late ones' workers")
+    async with pods.pod("a") as pod:
+        await migrating(kubernetes, "one", "a")
+        await eventually(lambda: pod.sockets() == 2, "the sockets of the one that is there")
+        assert all("no launcher-sock" in complaint(node, f"late-{number}") for number in range(10))
+
+        async with asyncio.timeout(60):  # a few seconds: it might just be coming up
+            while not (found := await events(kubernetes, "late-0")):
+                await asyncio.sleep(0.1)
+        (event,) = found
+        assert (event["reason"], event["type"]) == ("MigrationProxyFailed", "Warning")
+        assert "migration source proxy on node01: no launcher-sock" in event["message"]
+        assert not await events(kubernetes, "one")
+
+    async with pods.pod("late-pod-0") as late:
+        await eventually(lambda: late.sockets() == 2, "the late one's sockets")
+
+
+async def events(kubernetes: Cluster, name: str) -> list[dict[str, Any]]:
+    found = await kubernetes.request("GET", "/api/v1/namespaces/default/events")
+    return [item for item in found["items"] if item["involvedObject"]["name"] == name]
