@@ -19,7 +19,7 @@ _HEADINGS = (
     "RTT",
     "RETRANSMITS",
     "MODE",
-    "PEER",
+    "FROM -> TO",
 )
 
 
@@ -84,12 +84,17 @@ def _rows(migration: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             milliseconds(channel["tcp"] and channel["tcp"]["rtt_seconds"]),
             str(channel["retransmits"]),
             ", ".join(mode for mode, count in channel["modes"].items() if count),
-            channel["peer"],
+            _ways(channel),
         )
         head = ("", "", "", "")
     if migration["state"] == "running":
         sent, received = migration["bytes_sent_per_second"], migration["bytes_received_per_second"]
         yield (*head, "(now)", "", "", "", f"{size(sent)}/s", f"{size(received)}/s", "", "", "", "")
+
+
+def _ways(channel: Mapping[str, Any]) -> str:
+    """Where the channel listens, while it does, and where its connections lead; sockets by their names alone."""
+    return " -> ".join(end.rpartition("/")[2] for end in (channel.get("listening"), channel["peer"]) if end)
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
