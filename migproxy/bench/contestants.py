@@ -280,7 +280,7 @@ class Migproxy(Contestant):
         ):
             daemon = ["-m", "migproxy", "run", "--node-name", node, "--vmi-dir", str(self.vmis)]
             daemon += ["--launcher-run-dir", f"{self._folder}/{node[0]}/{{uid}}", "--migration-address", address]
-            daemon += ["--libvirt-socket", "libvirtd", "--control-socket", control]
+            daemon += ["--libvirt-socket", "libvirtd", "--control-socket", control, "--http-listen", "off"]
             self._run([*prefix, sys.executable, *daemon, *self._options], self._folder / f"{node}.log")
         until(lambda: self._ended() or all(Path(path).is_socket() for path in self.sources), "migproxy's sockets", 60)
         self.check()

@@ -18,7 +18,7 @@ from typing import Any
 
 import uvloop
 
-from demo.lab import Node, VMIFile, until
+from demo.lab import LabError, Node, VMIFile, until
 from demo.stream import CONNECTIONS, Streams
 from migproxy import control, daemon, devcerts, logs
 from migproxy.settings import Settings
@@ -54,6 +54,7 @@ def start(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> in
             "launcher_run_dir": str(node.run_dir),
             "libvirt_socket": "libvirt/libvirt-sock",
             "control_socket": str(node.proxy.control),
+            "http_listen": "off",
             "tls_dir": certificates,
             **mode,
         }
@@ -67,6 +68,11 @@ def start(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> in
         finally:
             os._exit(0)
     return pid
+
+
+def ended(pids: list[int]) -> bool:
+    """Whether one of these children is over."""
+    return any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids)
 
 
 def measure(certificates: str, mode: dict[str, str], size: int) -> dict[str, Any]:
@@ -94,7 +100,9 @@ async def exchange(vmi: VMIFile, nodes: list[Node], pids: list[int], size: int) 
     source, target = nodes
     before = kernel_counters()
     vmi.begin(source, target, block=True)
-    await until(lambda: len(source.sockets()) == len(CONNECTIONS), "the source's sockets", DEADLINE)
+    await until(lambda: ended(pids) or len(source.sockets()) == len(CONNECTIONS), "the source's sockets", DEADLINE)
+    if ended(pids):
+        raise LabError("a daemon did not start")
     vmi.start()
     most = dict(before)
     moved, spent = [], []
