@@ -61,7 +61,10 @@ def test_running_migration_shows_its_channels_and_its_rate() -> None:
     }
     rows = [" ".join(line.split()) for line in render(report(migrations=[running])).splitlines()[3:]]
     assert rows == [
-        "default/vm 01234567 source running 1m23s direct 2 3 1 5.0 MiB 12 B 0.25 ms 7 spliced KEY-49152-source.sock -> 10.1.1.2:42691",
+        (
+            "default/vm 01234567 source running 1m23s direct 2 3 1 5.0 MiB 12 B 0.25 ms 7 spliced "
+            "KEY-49152-source.sock -> 10.1.1.2:42691"
+        ),
         "(now) 3.0 GiB/s 0 B/s",
     ]
 
