@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from migproxy.pki import locate
 from migproxy.settings import Settings
 from migproxy.splice import Transport
 from migproxy.tls import MutualTLS, Plaintext, Security, SecurityError, TLSOptions
@@ -37,14 +36,7 @@ def security(settings: Settings) -> Security:
     """
     if settings.disable_tls:
         return Plaintext()
-    pair = (settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
-    server, client = locate(
-        server=settings.tls_server_dir,
-        client=settings.tls_client_dir,
-        pair=pair,
-        folder=settings.tls_dir,
-        ca=settings.tls_ca,
-    )
+    server, client = settings.certificate_files()
     notice = settings.tls_expiry_warning
     return MutualTLS(
         TLSOptions(
@@ -138,7 +130,7 @@ class ClusterSecurity:
 
     def _keep(self, bundle: str) -> str:
         """Puts KubeVirt's CA bundle into a file, where it is found again while the API server is away."""
-        path = os.path.join(os.path.dirname(self._settings.control_socket) or ".", "kubevirt-ca.crt")
+        path = self._settings.cluster_ca
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
         temporary = f"{path}.new"
         with open(temporary, "w", encoding="utf-8") as file:

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from migproxy.launcher import Launchers
-from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, SERVER_DIR, SERVER_NAMES
+from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, SERVER_DIR, SERVER_NAMES, Files, locate
 
 
 class SettingsError(Exception):
@@ -270,6 +270,25 @@ class Settings(BaseModel):
     def _known_placeholders(cls, value: str) -> str:
         Launchers(pattern=value, pods="/")
         return value
+
+    @property
+    def cluster_ca(self) -> str:
+        """Where the CA bundle is kept that the API server has: beside the control socket."""
+        return os.path.join(os.path.dirname(self.control_socket) or ".", "kubevirt-ca.crt")
+
+    def certificate_files(self, ca: str | None = None) -> tuple[Files, Files]:
+        """The files of the target's role and of the source's.
+
+        Args:
+            ca: The CA bundle, instead of `tls_ca`.
+        """
+        return locate(
+            server=self.tls_server_dir,
+            client=self.tls_client_dir,
+            pair=(self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else None,
+            folder=self.tls_dir,
+            ca=ca or self.tls_ca,
+        )
 
 
 def option(field: str) -> str:

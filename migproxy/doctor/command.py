@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-import os
 import signal
 import sys
 import threading
@@ -16,7 +15,6 @@ from migproxy.doctor import api, host, peer
 from migproxy.doctor.finding import Finding, Level, render
 from migproxy.doctor.peer import PeerError
 from migproxy.netif import MigrationAddress
-from migproxy.pki import locate
 from migproxy.portmap import IPAddress
 from migproxy.settings import Settings, option
 
@@ -62,20 +60,13 @@ class Request:
         settings = self.settings
         if settings.tls_ca or settings.tls_dir or not api.is_configured(settings.kubeconfig):
             return settings.tls_ca
-        return os.path.join(os.path.dirname(settings.control_socket), "kubevirt-ca.crt")
+        return settings.cluster_ca
 
     @property
     def certificates(self) -> dict[str, host.Certificates]:
         """What each role shows, and checks the other by."""
         settings = self.settings
-        pair = (settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
-        server, client = locate(
-            server=settings.tls_server_dir,
-            client=settings.tls_client_dir,
-            pair=pair,
-            folder=settings.tls_dir,
-            ca=self.ca,
-        )
+        server, client = settings.certificate_files(self.ca)
         names = {"server": settings.tls_server_names, "client": settings.tls_client_names}
         return {
             role: host.Certificates(files.bundle(), files.cert, files.key, names[role])
