@@ -159,6 +159,7 @@ class Proxy:
     async def start(self, *options: str) -> None:
         """Starts the daemon, with more options if need be, and waits until it is ready."""
         command = [*self._node.prefix("net"), *MIGPROXY, *self.arguments, *options]
+        self.control.unlink(missing_ok=True)  # a killed daemon leaves its own
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log

@@ -173,6 +173,7 @@ async def test_status_shows_the_settings(kubernetes: Cluster, tmp_path: Path) ->
             "draining": False,
             "problems": {},
             "migrations": [],
+            "tls": {"errors": {}},
             "cluster": followed.kubevirt.report(),
         }
     shown = render(report)
