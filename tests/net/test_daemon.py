@@ -227,7 +227,7 @@ async def test_status_shows_each_migrations_channels_peers_and_bytes(nodes: Node
     assert "node node01, migration address 127.0.0.1, ready" in shown.stdout
     assert re.search(rf"default/vm {vm.migration_uid[:8]} +source +running", shown.stdout)
     port = vm.published()[Channel.DIRECT]
-    assert re.search(rf"direct +1 +2 +128 B +128 B +127\.0\.0\.2:{port}", shown.stdout)
+    assert re.search(rf"direct +1 +2 +0 +128 B +128 B .*-> 127\.0\.0\.2:{port}", shown.stdout)
     assert f'"migration_uid": "{vm.migration_uid}"' in json.stdout
 
 
