@@ -93,7 +93,7 @@ def _busy(stage: Stage, daemons: Migproxy) -> Iterator[Row]:
     """Streams at full speed must not keep a new migration waiting."""
     with ThreadPoolExecutor(1) as aside:
         streaming = aside.submit(stream, stage, daemons, connections=_STREAMS, seconds=_SECONDS, chunk=_CHUNK)
-        until(lambda: usage(daemons.pids).threads > 4 * _STREAMS, f"{_STREAMS} connections")
+        until(lambda: _open(daemons) == _STREAMS, f"{_STREAMS} connections")
         taken = [listening(daemons, f"busy{number}")[1] for number in range(3)]
         streaming.result()
     name = f"VMI event to both listening, beside {_STREAMS} streams at full speed"
@@ -114,6 +114,12 @@ def _cluster(daemons: Migproxy) -> Iterator[Row]:
     yield "VMI event to both listening, beside a thousand", listening(daemons, "beside")[1] * 1e3, "ms"
     path.unlink()
     until(lambda: all(known <= 1 for known in _known(daemons)), "1000 VMIs to be forgotten", 60, 0.02)
+
+
+def _open(daemons: Migproxy) -> int:
+    """Connections that the source has open now."""
+    migrations = ask(daemons.controls[1])["migrations"]
+    return sum(channel["connections_open"] for one in migrations for channel in one.get("channels", ()))
 
 
 def _known(daemons: Migproxy) -> list[int]:
