@@ -99,7 +99,7 @@ class Peers:
             raise TLSError(Reason.WRONG_USAGE, f"the peer's certificate ({who}) is not for {use}")
         if self.externally_managed:
             return who
-        if not any(_issued(certificate, authority) for authority in authorities):
+        if not any(issued(certificate, authority) for authority in authorities):
             raise TLSError(
                 Reason.INTERMEDIATE,
                 f"the peer's certificate ({who}) is issued by an intermediate CA; if this cluster's own PKI manages "
@@ -131,7 +131,8 @@ def _serves(extensions: x509.Extensions, *, client: bool) -> bool:
     return wanted in usages or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages
 
 
-def _issued(leaf: x509.Certificate, authority: x509.Certificate) -> bool:
+def issued(leaf: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether that authority's key signed the certificate, and its name stands there as the issuer's."""
     try:
         leaf.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):

@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
@@ -26,6 +25,7 @@ from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.portmap import IPAddress
 from migproxy.sockets import PortTaken, TCPOptions, listen_tcp
 from migproxy.splice import PIPE_SIZES, Pipe
+from migproxy.verify import issued
 
 MAX_SKEW = 5.0  # seconds; timestamps in a VMI's status are compared with the node's clock
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # linux/proc_ns.h, PROC_PID_INIT_INO
@@ -322,9 +322,9 @@ def _check_chain(
 ) -> Finding:
     at = leaf
     for _ in range(len(intermediates) + 1):
-        if any(_is_issued_by(at, root) for root in roots):
+        if any(issued(at, root) for root in roots):
             return Finding("chain", Level.OK, "the certificate leads to a CA of the bundle")
-        above = next((one for one in intermediates if _is_issued_by(at, one)), None)
+        above = next((one for one in intermediates if issued(at, one)), None)
         if above is None:
             break
         at = above
@@ -335,14 +335,6 @@ def _check_chain(
         "give the CA bundle that signs the nodes' certificates (ConfigMap kubevirt-ca, key ca-bundle), and put "
         "intermediates behind the certificate in its file",
     )
-
-
-def _is_issued_by(one: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        one.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
 
 
 def _check_name(leaf: x509.Certificate, accepted: Sequence[str]) -> Finding:
