@@ -36,11 +36,12 @@ observe: venv lab-packages observability-packages
 
 venv: .venv/ready
 
+# --no-deps: the lock is complete, and some versions of pip look past it for a requirement with an extra.
 .venv/ready: requirements.lock pyproject.toml
 	@scripts/system-packages venv
 	@python=$$(scripts/find-python) || { echo "migproxy: no Python 3.11 or newer with venv on this machine" >&2; exit 1; }; \
 	[ -x $(BIN)/python ] || "$$python" -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
