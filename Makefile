@@ -1,17 +1,19 @@
 # make demo: a virtual machine migrates live between two nodes through migproxy
 # make test: everything that CI checks
 # make bench: migproxy beside other relays and the limit, in about five minutes (BENCH_ARGS=--quick: in one)
+# make install: as a service of systemd (DESTDIR=, PREFIX=/usr/local, PYTHON=); make uninstall: takes it away again
 # make venv, lint, unit, net, kube, e2e, observe, docs, lock: the parts
 
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test bench venv lint unit net kube e2e observe docs lock lab-packages bench-packages observability-packages clean
+.PHONY: demo test bench venv lint unit net kube e2e observe docs lock lab-packages bench-packages observability-packages \
+	install installed uninstall clean
 
 demo: venv lab-packages
 	@scripts/demo
 
-test: venv lab-packages bench-packages observability-packages lint
+test: venv lab-packages bench-packages observability-packages installed lint
 	@rm -f .coverage .coverage.*
 	scripts/sandbox $(BIN)/pytest --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/coverage report
@@ -28,7 +30,7 @@ lint: venv
 unit: venv
 	$(BIN)/pytest tests/unit $(PYTEST_ARGS)
 
-net e2e kube: venv lab-packages bench-packages
+net e2e kube: venv lab-packages bench-packages installed
 	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
 
 observe: venv lab-packages observability-packages
@@ -65,6 +67,23 @@ COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-h
 lock:
 	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
 	$(COMPILE) pyproject.toml -c requirements.lock -o requirements-runtime.lock
+
+export DESTDIR PREFIX PYTHON
+
+install: venv
+	@scripts/install files
+	@scripts/install program
+
+# For the tests that boot a systemd: without a network, they cannot download.
+installed: .venv/installed/ready
+
+.venv/installed/ready: .venv/ready requirements-runtime.lock scripts/install $(shell find migproxy systemd -type f ! -name "*.pyc")
+	@scripts/system-packages lab
+	@for part in files program; do DESTDIR=$(CURDIR)/.venv/installed scripts/install $$part; done
+	@touch $@
+
+uninstall:
+	@scripts/install uninstall
 
 clean:
 	rm -rf .venv .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -199,6 +199,7 @@ class Guest:
         *options: str,
         parallel: int = 0,
         watch: Callable[[dict[str, int]], None] = lambda job: None,
+        during: AbstractAsyncContextManager[object] | None = None,
     ) -> Move:
         """Migrates the virtual machine live, its disk too where it has one.
 
@@ -208,6 +209,7 @@ class Guest:
             options: more options of `virsh migrate`.
             parallel: the number of connections for the memory; 0 for one without multifd.
             watch: called a few times a second with libvirt's statistics of the job so far.
+            during: a context that lasts as long as virsh runs.
         """
         if self.disk:  # libvirt copies into a file that is there; it makes none outside of its storage pools
             with (target.images / "disk").open("wb") as disk:
@@ -217,7 +219,7 @@ class Guest:
             command = [*await migrate_command(self._lab.vmi.path, parallel), *options]
             self._lab.say(f"{source.name}# {shlex.join(command)}")
             began = time.monotonic()
-            async with background(_watch(source, job, watch)):
+            async with background(_watch(source, job, watch)), during or nullcontext():
                 await source.exec(*command)
             seconds = time.monotonic() - began
         # The disk's figures are reported only while the job runs; the others are final only after it.

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from migproxy import control
 from migproxy.portmap import Channel
 
 MIGPROXY = (sys.executable, "-m", "migproxy")
@@ -133,12 +134,70 @@ class Traffic:
     sent: int
     received: int
 
+    @property
+    def reversed(self) -> "Traffic":
+        """What the daemon on the other side counts of the same."""
+        return Traffic(self.connections, self.received, self.sent)
+
+
+class Holder:
+    """`migproxy holder`: has the descriptors of a node's migrations while the node's daemon is dead.
+
+    Args:
+        directory: where its socket and its log are.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.socket, self.log = directory / "holder.sock", directory / "holder.log"
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its process ID."""
+        assert self._process, "the holder runs"
+        return self._process.pid
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What tells a daemon of it."""
+        return {"NOTIFY_SOCKET": str(self.socket)}
+
+    def descriptors(self) -> int:
+        """How many descriptors it has open, those that it holds among them."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    async def start(self, *options: str) -> None:
+        """Starts it, and waits until it listens."""
+        self.socket.unlink(missing_ok=True)  # a killed one leaves its own
+        with self.log.open("ab") as log:
+            process = self._process = await asyncio.create_subprocess_exec(
+                *(*MIGPROXY, "holder", str(self.socket), *options),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        await until(lambda: self.socket.exists() or process.returncode is not None, f"{self.socket}")
+        if process.returncode is not None:
+            raise LabError(f"the holder ended at once:\n{self.log.read_text()}")
+
+    async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """Ends it, and returns its exit status; 0 where it does not run."""
+        process, self._process = self._process, None
+        return await end(process, how) if process else 0
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        os.kill(self.pid, number)
+
 
 class Proxy:
     """A node's migproxy daemon.
 
+    Attributes:
+        namespaces: of the node's, those that it runs in.
+
     Args:
-        node: the node, whose network namespace it runs in.
+        node: the node, whose network namespace it runs in, and whose holder it has.
         options: what it is started with besides the node's name, its launcher's and its own sockets.
     """
 
@@ -148,6 +207,7 @@ class Proxy:
         self.arguments = ["run", "--node-name", node.name, "--launcher-run-dir", str(node.run_dir)]
         self.arguments += ["--libvirt-socket", "libvirt/libvirt-sock", "--control-socket", str(self.control)]
         self.arguments += options
+        self.namespaces: tuple[str, ...] = ("net",)
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -156,19 +216,46 @@ class Proxy:
         assert self._process, "the daemon runs"
         return self._process.pid
 
+    @property
+    def runs(self) -> bool:
+        """Whether the daemon was started, and not stopped since."""
+        return self._process is not None
+
     async def start(self, *options: str) -> None:
         """Starts the daemon, with more options if need be, and waits until it is ready."""
-        command = [*self._node.prefix("net"), *MIGPROXY, *self.arguments, *options]
+        await self.spawn(*options)
+        await self.ready()
+
+    async def spawn(self, *options: str) -> None:
+        """Starts the daemon, and waits for nothing."""
+        command = [*self._node.prefix(*self.namespaces), *MIGPROXY, *self.arguments, *options]
+        holder = self._node.holder
         self.control.unlink(missing_ok=True)  # a killed daemon leaves its own
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(holder.environment if holder else {})},
             )
-        process = self._process
-        await until(lambda: self.control.exists() or process.returncode is not None, f"{self.control}")
-        if process.returncode is not None:
-            raise LabError(f"{shlex.join(command)} ended at once:\n{self.log.read_text()}")
+
+    @property
+    def listens(self) -> bool:
+        """Whether its control socket is there. Raises LabError where the daemon has ended."""
+        assert self._process, "the daemon was started"
+        if self._process.returncode is not None:
+            raise LabError(f"{self._node.name}'s migproxy ended by itself:\n{self.log.read_text()[-5000:]}")
+        return self.control.exists()
+
+    async def ready(self) -> None:
+        """Waits until the daemon is ready."""
+        await until(lambda: self.listens, f"{self.control}")
         await self._until(lambda status: bool(status["ready"]), "be ready")
+
+    def descriptors(self) -> int:
+        """How many descriptors it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Ends the daemon, and returns its exit status; 0 where it does not run."""
@@ -190,7 +277,13 @@ class Proxy:
 
     async def _until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> None:
         deadline = time.monotonic() + 30
-        while not condition(status := await self.status()):
+        while True:
+            try:
+                status: object = (answer := await asyncio.to_thread(control.ask, str(self.control)))
+                if condition(answer):
+                    return
+            except control.ControlError as error:  # it is being started
+                status = error
             if time.monotonic() > deadline:
                 raise LabError(f"waited in vain for {self._node.name}'s migproxy to {what}: {status}; see {self.log}")
             await asyncio.sleep(0.05)
@@ -213,9 +306,10 @@ class Node:
         address: its address in the migration network.
         directory: its folder; what it sees as /run, /etc/libvirt and so on is below.
         proxy_options: see Proxy.
+        holder: run a holder, which lets migrations survive the daemon's death.
     """
 
-    def __init__(self, name: str, address: str, directory: Path, *proxy_options: str) -> None:
+    def __init__(self, name: str, address: str, directory: Path, *proxy_options: str, holder: bool = False) -> None:
         self.name, self.address, self.directory = name, address, directory
         self.run_dir = directory / "run"
         self.migrationproxy = self.run_dir / "kubevirt/migrationproxy"
@@ -224,6 +318,7 @@ class Node:
         self.migrationproxy.mkdir(parents=True)
         self.pid: int | None = None
         self._init: asyncio.subprocess.Process | None = None
+        self.holder = Holder(directory) if holder else None
         self.proxy = Proxy(self, *proxy_options)
 
     def prefix(self, *namespaces: str) -> list[str]:
@@ -268,6 +363,8 @@ class Node:
     async def halt(self) -> None:
         """Ends the node's migproxy and, with the first process of its PID namespace, everything else on it."""
         await self.proxy.stop()
+        if self.holder:
+            await self.holder.stop(signal.SIGKILL)
         if self._init:
             # Else the kernel takes it away when it gets round to it, and its name is taken until then.
             with suppress(LabError):
@@ -321,7 +418,7 @@ class VMIFile:
         vmi = self.read()
         state = vmi["status"]["migrationState"]
         state |= {"endTimestamp": _now(), "completed": True, "failed": failed}
-        del vmi["metadata"]["labels"]["kubevirt.io/migrationTargetNodeName"]
+        vmi["metadata"]["labels"].pop("kubevirt.io/migrationTargetNodeName", None)
         if not failed:
             vmi["status"]["nodeName"] = vmi["metadata"]["labels"]["kubevirt.io/nodeName"] = state["targetNode"]
         self._write(vmi)
@@ -341,6 +438,7 @@ class Lab:
         libvirt: run a libvirtd on each node.
         loopback: do without namespaces: the nodes are 127.0.0.1 and 127.0.0.2.
         tls: protect the connections between the nodes, with certificates made for it.
+        holders: run a holder for each daemon.
         say: told what happens, and the commands that a user would type.
     """
 
@@ -350,9 +448,11 @@ class Lab:
         libvirt: bool = True,
         loopback: bool = False,
         tls: bool = True,
+        holders: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.libvirt, self.loopback, self.tls, self.say = libvirt, loopback, tls, say
+        self._holders = holders
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Lab":
@@ -377,6 +477,8 @@ class Lab:
                 stack.push_async_callback(node.halt)
                 if not self.loopback:
                     await node.boot(libvirt=self.libvirt)
+                if node.holder:
+                    await node.holder.start()
             self._stack = stack.pop_all()
         return self
 
@@ -403,7 +505,16 @@ class Lab:
             where += ("--http-listen", f"{address}:0")
         name = f"node0{number}"
         security = ("--tls-dir", self._certificates) if self.tls else ("--disable-tls",)
-        return Node(name, address, self.directory / name, "--vmi-dir", str(self.vmi_dir), *where, *security)
+        return Node(
+            name,
+            address,
+            self.directory / name,
+            "--vmi-dir",
+            str(self.vmi_dir),
+            *where,
+            *security,
+            holder=self._holders,
+        )
 
     @asynccontextmanager
     async def migration(self, source: Node, target: Node, *, block: bool = False) -> AsyncIterator[str]:

@@ -5,11 +5,12 @@ import hashlib
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from demo.lab import LabError, Node
 from migproxy.portmap import Channel, source_socket_name, target_socket_path
@@ -30,9 +31,10 @@ class Flow:
     moved: int = 0
     hash: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
-    def send(self, sock: socket.socket, size: int, start: int) -> None:
-        """Sends so many bytes, and the end of the stream."""
+    def send(self, sock: socket.socket, size: int, start: int, gate: Callable[[], object] = lambda: None) -> None:
+        """Sends so many bytes, and the end of the stream; waits at the gate before each chunk."""
         while self.moved < size:
+            gate()
             at = (start + self.moved // _CHUNK * 4099) % _CHUNK
             chunk = _RANDOM[at : at + min(_CHUNK, size - self.moved)]
             sock.sendall(chunk)
@@ -40,12 +42,55 @@ class Flow:
             self.moved += len(chunk)
         sock.shutdown(socket.SHUT_WR)
 
-    def receive(self, sock: socket.socket) -> None:
-        """Receives until the end of the stream."""
+    def receive(self, sock: socket.socket, gate: Callable[[], object] = lambda: None) -> None:
+        """Receives until the end of the stream; waits at the gate before each chunk."""
         buffer = memoryview(bytearray(_CHUNK))
         while count := sock.recv_into(buffer):
             self.hash.update(buffer[:count])
             self.moved += count
+            gate()
+
+
+class Wires:
+    """The launchers of a migration as one of its channels sees them: a context that owns the ends of connections.
+
+    Args:
+        source: the node on whose proxy's socket connections are made.
+        target: the node on whose launcher's socket they arrive.
+        key: the VMI's UID, which the sockets are named by.
+        channel: which.
+    """
+
+    def __init__(self, source: Node, target: Node, key: str, channel: Channel) -> None:
+        self._arrival = target.run_dir / target_socket_path(key, channel, "libvirt/libvirt-sock")
+        self._departure = source.migrationproxy / source_socket_name(key, channel)
+        self._stack = ExitStack()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._connecting = asyncio.Lock()  # one after the other, or the ends would not be each other's
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(waking(self._listener))
+        with short_path(self._arrival) as path:
+            self._arrival.unlink(missing_ok=True)
+            self._listener.bind(path)
+        self._stack.callback(self._arrival.unlink)
+        self._listener.listen()
+        self._listener.setblocking(False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    async def connect(self, seconds: float = 30) -> tuple[socket.socket, socket.socket]:
+        """Makes a connection; returns the source launcher's end and the target launcher's, which block."""
+        async with self._connecting:
+            client = self._stack.enter_context(waking(socket.socket(socket.AF_UNIX)))
+            with short_path(self._departure) as path:
+                client.connect(path)
+            accepting = asyncio.get_running_loop().sock_accept(self._listener)
+            server, _ = await asyncio.wait_for(accepting, seconds)
+        server.setblocking(True)
+        return client, self._stack.enter_context(waking(server))
 
 
 class Streams:
@@ -92,25 +137,9 @@ class Streams:
         return large // 100 if channel is Channel.LIBVIRT else large
 
     async def _connect(self, stack: ExitStack, channel: Channel) -> list[tuple[Channel, socket.socket]]:
-        loop = asyncio.get_running_loop()
-        arrival = self._target.run_dir / target_socket_path(self._key, channel, "libvirt/libvirt-sock")
-        departure = self._source.migrationproxy / source_socket_name(self._key, channel)
-        listener = stack.enter_context(_waking(socket.socket(socket.AF_UNIX)))
-        with _short(arrival) as path:
-            arrival.unlink(missing_ok=True)
-            listener.bind(path)
-        stack.callback(arrival.unlink)
-        listener.listen()
-        listener.setblocking(False)
-        ends = []
-        for _ in range(CONNECTIONS[channel]):
-            client = stack.enter_context(_waking(socket.socket(socket.AF_UNIX)))
-            with _short(departure) as path:
-                client.connect(path)
-            server, _address = await asyncio.wait_for(loop.sock_accept(listener), 30)
-            server.setblocking(True)
-            ends += [client, stack.enter_context(_waking(server))]
-        return [(channel, end) for end in ends]
+        wires = stack.enter_context(Wires(self._source, self._target, self._key, channel))
+        pairs = [await wires.connect() for _ in range(CONNECTIONS[channel])]
+        return [(channel, end) for pair in pairs for end in pair]
 
     def _start(
         self, threads: ThreadPoolExecutor, channel: Channel, end: socket.socket
@@ -125,7 +154,7 @@ class Streams:
 
 
 @contextmanager
-def _waking(sock: socket.socket) -> Iterator[socket.socket]:
+def waking(sock: socket.socket) -> Iterator[socket.socket]:
     """Closes a socket at the end, and wakes the threads that wait on it."""
     with sock:
         try:
@@ -136,7 +165,7 @@ def _waking(sock: socket.socket) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _short(path: Path) -> Iterator[str]:
+def short_path(path: Path) -> Iterator[str]:
     """A path to a socket that fits a socket address's 107 bytes, however long the path of its folder is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_PATH)

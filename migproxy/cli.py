@@ -54,10 +54,17 @@ def _fail(message: str, status: int = 1) -> NoReturn:
 def _run(invocation: typer.Context, config: str | None, **flags: Any) -> None:
     """Run the daemon of one node."""
     given = {name: value for name, value in flags.items() if value not in (None, False)}
+    origins = {name: _origin(invocation, name) for name in given}
+
+    def read() -> options.Settings:
+        return options.load(given, origins, config)
+
     try:
-        settings = options.load(given, {name: _origin(invocation, name) for name in given}, config)
+        settings = read()
     except options.SettingsError as error:
         _fail(str(error), 2)
+
+    import faulthandler
 
     import uvloop
 
@@ -68,9 +75,10 @@ def _run(invocation: typer.Context, config: str | None, **flags: Any) -> None:
     from migproxy.security import SecurityError
     from migproxy.web import HTTPError
 
+    faulthandler.enable()  # a watchdog ends a process that hangs by SIGABRT: every thread then says where it is
     logs.configure(settings.log_format, settings.log_level)
     try:
-        uvloop.run(serve(settings))
+        uvloop.run(serve(settings, read))
     except (SecurityError, ControlError, HTTPError, InventoryError) as error:
         _fail(str(error))
 
@@ -129,6 +137,22 @@ def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
 
 
 app.command("run")(_daemon_command(options.Settings))
+
+
+@app.command()
+def holder(
+    path: Annotated[str, typer.Argument(metavar="SOCKET", help="Where the daemon's NOTIFY_SOCKET points.")],
+    limit: Annotated[int, typer.Option(min=1, help="Descriptors kept at most.")] = 16384,
+) -> None:
+    """Keep a daemon's connections alive while it is dead, where no systemd does it."""
+    from migproxy import logs
+    from migproxy.holder import Holder, HolderError
+
+    logs.configure("auto", "info")
+    try:
+        Holder(path, limit).serve()
+    except HolderError as error:
+        _fail(str(error))
 
 
 @app.command()

@@ -6,10 +6,11 @@ import http.client
 import json
 import os
 import socket
-import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+
+from migproxy.sockets import make_way
 
 STATUS = "/status"
 
@@ -40,7 +41,7 @@ async def serve(path: str, report: Callable[[], dict[str, Any]]) -> AsyncIterato
     await runner.setup()
     try:
         try:
-            _clear(path)
+            make_way(path, socket.SOCK_STREAM, "migproxy")
             await web.UnixSite(runner, path).start()
         except OSError as error:
             raise ControlError(f"--control-socket {path}: {error.strerror}") from error
@@ -52,23 +53,6 @@ async def serve(path: str, report: Callable[[], dict[str, Any]]) -> AsyncIterato
                 os.unlink(path)
     finally:
         await runner.cleanup()
-
-
-def _clear(path: str) -> None:
-    os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):  # which refuses in the same way
-                raise ControlError(f"--control-socket {path}: something else stands there: remove it") from None
-            os.unlink(path)
-            return
-    raise ControlError(
-        f"--control-socket {path}: another migproxy answers there; stop it, or give this one a socket of its own"
-    )
 
 
 class _UnixConnection(http.client.HTTPConnection):

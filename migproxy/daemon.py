@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import resource
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from migproxy import control, web
+from migproxy.fdstore import Store
 from migproxy.inventory import Inventory, InventoryError
 from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
+from migproxy.liveness import Liveness
 from migproxy.measure import Measures
 from migproxy.metrics import Exporter
 from migproxy.netif import AddressWatcher, read_interface
+from migproxy.netns import NamespaceError, NetworkNamespace, network_namespace
 from migproxy.node import Node, NodeOptions
+from migproxy.notify import Notifier
 from migproxy.portmap import IPAddress
 from migproxy.proxy import ProxyError, Surroundings
-from migproxy.security import ClusterSecurity, security
+from migproxy.reload import Reloader, limits, port_range
+from migproxy.security import ClusterSecurity, OptionsSecurity
+from migproxy.service import Service
 from migproxy.settings import Settings, parse_listen
-from migproxy.sockets import TCPOptions
-from migproxy.target import PortRange
+from migproxy.sockets import raise_file_limit
+from migproxy.takeover import StateKeeper, take_over
 from migproxy.threads import prefer_this_thread
-from migproxy.tls import Security
 from migproxy.watch import Watcher
 
 if TYPE_CHECKING:
+    from migproxy.inventory.announcements import Announcements
     from migproxy.kube.cluster import Cluster, ClusterSettings
 
 log = structlog.get_logger(__name__)
@@ -41,36 +48,49 @@ _SWITCH_INTERVAL = 0.02
 """Seconds that a thread waits for Python's lock before it asks for it. Each of hundreds of pumps that wait wakes up
 as often: with 800 connections at full speed, the default of 5 ms costs a third of the throughput, and fairness."""
 
+_UNRESUMABLE_PAUSE = 0.1  # seconds; their ends are many events, and nobody waits for the last one but this
+_SETTLE_SECONDS = 5.0  # that the holder may take to have everything
+
 _KUBEVIRT_OWNER = (107, 107)  # the qemu user and group of KubeVirt's launcher images
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
     """Runs the daemon until a signal ends it.
 
     SIGTERM or SIGINT drains: no new migration is taken, running ones go on to their end or for
-    `drain_timeout` seconds. A second one ends it at once.
+    `drain_timeout` seconds. A second one ends it at once. SIGUSR1 leaves running migrations to the daemon that is
+    started next, through systemd's descriptor store or `migproxy holder`. SIGHUP reads the
+    configuration again.
 
     Args:
         settings: The options.
+        read_again: Returns them as they are now; raises SettingsError where they are wrong.
 
     Raises:
         InventoryError, SecurityError, ControlError, HTTPError: The daemon cannot start; says why.
     """
-    _raise_file_limit()
+    raise_file_limit()  # a connection takes six descriptors
     sys.setswitchinterval(_SWITCH_INTERVAL)
     if not prefer_this_thread():
         log.info("the event loop has no preference over the pumps", remedy="CAP_SYS_NICE, or LimitNICE=-10 in systemd")
-    signals = _Signals()
-    async with Watcher() as watcher, _inputs(settings, watcher) as (inventory, protection, cluster):
-        measures = Measures()
-        node = _make_node(settings, protection, inventory, watcher, measures)
+    signals, liveness, namespace = _Signals(), Liveness(), network_namespace(settings.netns)
+    async with (
+        Watcher() as watcher,
+        _inputs(settings, watcher, liveness, namespace) as inputs,
+    ):
+        protection, cluster, measures = inputs.security, inputs.cluster, Measures()
+        notifier = Notifier.take()
+        store = Store(Notifier(notifier.path) if notifier else None)
+        around, node = _make_node(settings, inputs, watcher, measures, store, namespace)
+        service = Service(notifier, liveness, node.pumps, lambda: node.activity)
+        reloader = Reloader(settings, read_again, node, around, protection)
 
         def report() -> dict[str, Any]:
             return node.report() | ({"cluster": cluster.report()} if cluster else {})
 
         async with (
             control.serve(settings.control_socket, report),
-            _http(settings, report, lambda: node.checks, Exporter(node.report, measures)),
+            _http(settings, report, lambda: node.checks, Exporter(node.report, measures), liveness),
         ):
             log.info(
                 "started",
@@ -79,24 +99,105 @@ async def serve(settings: Settings) -> None:
                 vmi_dir=settings.vmi_dir,
                 kubeconfig=settings.kubeconfig,
             )
-            running, watching = asyncio.create_task(_run(node, cluster)), asyncio.create_task(protection.watch())
-            try:
-                await _first(running, signals.first())
-                await _drain(node, running, signals, settings.drain_timeout)
-            finally:
-                for task in (watching, running):
-                    task.cancel()
-                await asyncio.wait([running, watching])
+            async with _survival(settings.state_file, store, node, around, liveness) as hand_over:
+                running = asyncio.create_task(_run(node, cluster))
+                beside = [
+                    asyncio.create_task(task)
+                    for task in (protection.watch(), service.run(), _reload(reloader, service, signals))
+                ]
+                service.ready()
+                try:
+                    await _first(running, signals.first())
+                    service.stopping()
+                    if signals.hands_over:
+                        await _first(running, hand_over(reloader.settings.drain_timeout), signals.second())
+                    await _drain(node, running, signals, reloader.settings.drain_timeout)
+                finally:
+                    for task in (*beside, running):
+                        task.cancel()
+                    await asyncio.wait([running, *beside])
     log.info("stopped")
 
 
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """Where the VMIs come from, what protects their migrations, and the cluster whose KubeVirt is followed, if any.
+
+    Args:
+        announcements: where targets are announced, beside virt-handler only.
+    """
+
+    inventory: Inventory
+    security: OptionsSecurity
+    cluster: Cluster | None = None
+    announcements: Announcements | None = None
+
+
+HandOver = Callable[[float], Coroutine[Any, Any, None]]
+
+
 @asynccontextmanager
-async def _inputs(settings: Settings, watcher: Watcher) -> AsyncIterator[tuple[Inventory, Security, Cluster | None]]:
-    """Where the VMIs come from, what protects their migrations, and the cluster whose KubeVirt is followed, if any."""
+async def _survival(
+    path: str, store: Store, node: Node, around: Surroundings, liveness: Liveness
+) -> AsyncIterator[HandOver]:
+    """Takes over from the daemon before, and leaves to the one after what it needs, while the context lasts.
+
+    Returns:
+        What ends this process and leaves everything to the next one; it returns only where that cannot be done.
+    """
+    if not store:
+        log.info("a crash would end running migrations", why=store.problem, remedy="systemd, or `migproxy holder`")
+    else:
+        node.take_over(await take_over(store, path, around))
+    keeper = StateKeeper(path, store, node.state, liveness)
+
+    def keep() -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(store.watch()), asyncio.create_task(keeper.run())] if store else []
+
+    keeping = keep()
+
+    async def hand_over(timeout: float) -> None:
+        if node.unresumable:
+            log.info("waiting for connections that cannot be handed over", open=node.unresumable, timeout=timeout)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    while node.unresumable:
+                        await asyncio.sleep(_UNRESUMABLE_PAUSE)
+        await _cancel(keeping)
+        if store:
+            await keeper.write()
+        if await store.settle(_SETTLE_SECONDS):
+            log.info("handed over", **store.report())
+            os._exit(0)
+        log.error("cannot hand over, draining instead", error=store.problem or "the holder does not answer")
+        keeping[:] = keep()
+
+    try:
+        yield hand_over
+    finally:
+        await _cancel(keeping)
+        if store:
+            store.remove_released(store.released)  # everything has ended in order: there is nothing to take over
+            with suppress(OSError):
+                os.unlink(path)
+            store.close()
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _inputs(
+    settings: Settings, watcher: Watcher, liveness: Liveness, namespace: NetworkNamespace
+) -> AsyncIterator[_Inputs]:
     if settings.vmi_dir is not None:
-        yield FileInventory(settings.vmi_dir, watcher), security(settings), None
+        yield _Inputs(FileInventory(settings.vmi_dir, watcher, liveness), OptionsSecurity(settings))
         return
     # Slow to import, and only needed here.
+    from migproxy.inventory.announcements import Announcements
     from migproxy.inventory.kube import KubeInventory
     from migproxy.kube.api import ApiServer, ConfigurationError
     from migproxy.kube.cluster import Cluster
@@ -110,21 +211,29 @@ async def _inputs(settings: Settings, watcher: Watcher) -> AsyncIterator[tuple[I
 
         def apply(settings_of_kubevirt: ClusterSettings) -> None:
             protection.apply(settings_of_kubevirt)
-            warn_without_network(settings, settings_of_kubevirt)
+            warn_without_network(settings, settings_of_kubevirt, namespace)
 
         cluster = Cluster(api, settings.kubevirt_namespace, apply)
-        yield KubeInventory(api, settings.node_name), protection, cluster
+        announcements = Announcements(api) if settings.beside_virt_handler else None
+        yield _Inputs(KubeInventory(api, settings.node_name), protection, cluster, announcements)
 
 
-def warn_without_network(settings: Settings, cluster: ClusterSettings) -> None:
+def warn_without_network(settings: Settings, cluster: ClusterSettings, namespace: NetworkNamespace) -> None:
     """Says it where KubeVirt has a migration network that this daemon's pod is not on: it uses the pods' network then.
 
     Args:
         settings: The options.
         cluster: KubeVirt's settings.
+        namespace: Where the migration address is.
     """
     name = settings.migration_interface
-    if cluster.network and settings.migration_address is None and read_interface(name) is None:
+    if not cluster.network or settings.migration_address is not None:
+        return
+    try:
+        is_missing = read_interface(name, namespace) is None
+    except NamespaceError:  # not found yet, which the node tells
+        return
+    if is_missing:
         log.warning(
             "KubeVirt has a migration network, and this node is not on it",
             network=cluster.network,
@@ -143,23 +252,43 @@ async def _run(node: Node, cluster: Cluster | None) -> None:
         following.cancel()
 
 
+async def _reload(reloader: Reloader, service: Service, signals: _Signals) -> None:
+    while True:
+        await signals.reload()
+        service.reloading()
+        try:
+            reloader.reload()
+        except Exception:  # a defect of ours must not be the last reload
+            log.error("configuration cannot be read again", exc_info=True)
+        service.ready()
+
+
 @asynccontextmanager
 async def _http(
-    settings: Settings, report: Callable[[], web.Report], checks: Callable[[], web.Checks], exporter: Exporter
+    settings: Settings,
+    report: Callable[[], web.Report],
+    checks: Callable[[], web.Checks],
+    exporter: Exporter,
+    liveness: Liveness,
 ) -> AsyncIterator[None]:
     where = parse_listen(settings.http_listen)
     if where is None:
         yield
         return
     options = web.HTTPOptions(*where, settings.http_tls_cert, settings.http_tls_key)
-    async with web.serve(options, report, checks, exporter) as url:
+    async with web.serve(options, report, checks, exporter, lambda: liveness.problems) as url:
         log.info("serving HTTP", url=url)
         yield
 
 
 def _make_node(
-    settings: Settings, protection: Security, inventory: Inventory, watcher: Watcher, measures: Measures
-) -> Node:
+    settings: Settings,
+    inputs: _Inputs,
+    watcher: Watcher,
+    measures: Measures,
+    store: Store,
+    namespace: NetworkNamespace,
+) -> tuple[Surroundings, Node]:
     def local_address(ip_version: int) -> IPAddress:
         state = node.address
         addresses: tuple[IPAddress, ...] = state.addresses if state else ()
@@ -172,25 +301,24 @@ def _make_node(
     override, pod_ip = (
         address and ipaddress.ip_address(str(address)) for address in (settings.migration_address, settings.pod_ip)
     )
-    low, high = settings.port_range or (0, 0)
     owner = settings.socket_owner or (_KUBEVIRT_OWNER if settings.vmi_dir is None else None)
-    node = Node(
-        NodeOptions(settings.node_name, PortRange(low, high), owner, settings.libvirt_socket, settings.retention),
-        Surroundings(
-            launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
-            tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout),
-            security=protection,
-            local_address=local_address,
-            dial_timeout=settings.dial_timeout,
-            max_connections=settings.max_connections,
-            max_handshakes=settings.max_handshakes,
-            measures=measures,
-        ),
-        inventory,
-        AddressWatcher(settings.migration_interface, override, pod_ip),
-        watcher,
+    around = Surroundings(
+        launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
+        security=inputs.security,
+        local_address=local_address,
+        measures=measures,
+        store=store,
+        **limits(settings, namespace),
     )
-    return node
+    node = Node(
+        NodeOptions(settings.node_name, port_range(settings), owner, settings.libvirt_socket, settings.retention),
+        around,
+        inputs.inventory,
+        AddressWatcher(settings.migration_interface, override, pod_ip, namespace),
+        watcher,
+        inputs.announcements,
+    )
+    return around, node
 
 
 async def _drain(node: Node, running: asyncio.Task[None], signals: _Signals, timeout: float) -> None:
@@ -203,12 +331,24 @@ async def _drain(node: Node, running: asyncio.Task[None], signals: _Signals, tim
 
 
 class _Signals:
-    """Counts the signals that ask the daemon to stop."""
+    """Counts the signals that ask the daemon to stop, and hears the one that asks it to read its configuration.
+
+    Attributes:
+        hands_over: Whether the first one was SIGUSR1: everything is left to the next daemon.
+    """
 
     def __init__(self) -> None:
+        self.hands_over = False
         self._arrived = (asyncio.Event(), asyncio.Event())
+        self._hup = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hup.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._count)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._hand_over)
+
+    def _hand_over(self) -> None:
+        self.hands_over = self.hands_over or not self._arrived[0].is_set()
+        self._arrived[0].set()
 
     def _count(self) -> None:
         first, second = self._arrived
@@ -217,6 +357,11 @@ class _Signals:
     async def first(self) -> None:
         """Returns when one has arrived."""
         await self._arrived[0].wait()
+
+    async def reload(self) -> None:
+        """Returns when SIGHUP has arrived since the last time."""
+        await self._hup.wait()
+        self._hup.clear()
 
     async def second(self) -> None:
         """Returns when another one has arrived."""
@@ -235,9 +380,3 @@ async def _first(running: asyncio.Task[None], *others: Coroutine[Any, Any, None]
         for task in tasks[1:]:
             task.cancel()
         await asyncio.wait(tasks[1:])
-
-
-def _raise_file_limit() -> None:
-    """A connection takes six descriptors; the soft limit is meant for programs that use select(2)."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

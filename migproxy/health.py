@@ -1,4 +1,4 @@
-"""What parts of the daemon can tell of their own health; each is optional, and exported only where it is told."""
+"""What parts of the daemon can tell of themselves; a watch's health is optional, and exported only where it is told."""
 
 from __future__ import annotations
 
@@ -30,3 +30,22 @@ class WatchReporter(Protocol):
 
     @property
     def health(self) -> WatchHealth: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a node does now.
+
+    Attributes:
+        running: Migrations that have begun.
+        prepared: Those that have not.
+        rate: Bytes per second of all of them, both ways.
+        draining: Whether no new one is taken any more.
+        problem: What keeps the node from being ready, None when it is.
+    """
+
+    running: int
+    prepared: int
+    rate: float
+    draining: bool = False
+    problem: str | None = None

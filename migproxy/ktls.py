@@ -13,7 +13,7 @@ import socket
 import struct
 from contextlib import suppress
 
-from migproxy.splice import Pump, Splice, Transport, shutdown
+from migproxy.splice import Pipe, Pump, Splice, Transport, shutdown
 from migproxy.verify import Reason, TLSError
 
 OP_ENABLE_KTLS = 1 << 3
@@ -85,10 +85,20 @@ class KernelReceive(Splice):
                 return count
 
     def _read_control(self) -> bool:
-        """Reads the record that splice refused; returns whether more may follow."""
-        body, ancillary, _, _ = socket.socket.recvmsg(self.source, _RECORD, socket.CMSG_SPACE(1))
+        """Looks at the record that splice refused; returns whether more may follow.
+
+        A close_notify is left where it is: should this process be killed now, the next one finds the same end.
+        """
+        kind, body = self._receive_record(socket.MSG_PEEK)
+        goes_on = check_control(kind, body)
+        if goes_on:
+            self._receive_record()
+        return goes_on
+
+    def _receive_record(self, flags: int = 0) -> tuple[int | None, bytes]:
+        body, ancillary, _, _ = socket.socket.recvmsg(self.source, _RECORD, socket.CMSG_SPACE(1), flags)
         kinds = [data[0] for level, kind, data in ancillary if (level, kind) == (_SOL_TLS, _TLS_GET_RECORD_TYPE)]
-        return check_control(kinds[0] if kinds else None, body)
+        return kinds[0] if kinds else None, body
 
 
 def check_control(kind: int | None, body: bytes) -> bool:
@@ -139,8 +149,8 @@ class KernelTransport(Transport):
         super().__init__(tcp)
         self.label = label
 
-    def sending(self, unix: socket.socket) -> Pump:
-        return KernelSend(unix, self.tcp)
+    def sending(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
+        return KernelSend(unix, self.tcp, pipe)
 
-    def receiving(self, unix: socket.socket) -> Pump:
-        return KernelReceive(self.tcp, unix)
+    def receiving(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
+        return KernelReceive(self.tcp, unix, pipe)

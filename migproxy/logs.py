@@ -1,34 +1,228 @@
-"""Structured logs: for people on a terminal, JSON for everything else."""
+"""Structured logs: for people on a terminal, fields for the journal, JSON for everything else."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import fcntl
+import functools
 import logging
+import os
+import re
+import socket
+import struct
 import sys
-from typing import Literal
+import traceback
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, Generic, Literal, TypeVar
 
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
+
+Style = Literal["auto", "console", "json", "journald"]
+Event = MutableMapping[str, Any]
+K = TypeVar("K")
+
+JOURNAL = "/run/systemd/journal/socket"
+
+_PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
+_OWN_NAMES = {"name": "VMI"}  # NAME alone would be anybody's
+_SECONDS = 0.2
+_LIMIT_FIRST = 5
+_LIMIT_SECONDS = 10.0
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-def configure(style: Literal["auto", "console", "json"], level: str) -> None:
-    """Sets how this process logs, to standard error.
+def configure(style: Style, level: str) -> None:
+    """Sets how this process logs, to standard error or to the journal; again at any time, for every logger there is.
 
     Args:
-        style: "console", "json" (one object a line), or "auto" for console on a terminal.
+        style: "console", "json" (one object a line), "journald" (fields, see `journal_entry`), or "auto": the journal
+            where standard error leads there, else console on a terminal.
         level: The least severity that is logged.
     """
-    console = style == "console" or (style == "auto" and sys.stderr.isatty())
-    renderer = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
-    )
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if console else [structlog.processors.dict_tracebacks]),
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
+    _output.least = logging.getLevelNamesMapping()[level.upper()]
+    _output.renderers, _output.write = _choose(style)
+    if not structlog.is_configured():
+        structlog.configure(
+            processors=[
+                _output.filter,
+                structlog.contextvars.merge_contextvars,
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                _output.render,
+            ],
+            logger_factory=lambda *_: _output,
+            cache_logger_on_first_use=True,
+        )
+
+
+class _Output:
+    """Where lines go now: loggers keep what they were made with, and this they all ask."""
+
+    def __init__(self) -> None:
+        self.least = logging.INFO
+        self.renderers: list[structlog.typing.Processor] = []
+        self.write: Any = None
+
+    def filter(self, _: object, method: str, event: Event) -> Event:
+        if logging.getLevelNamesMapping().get(method.upper(), logging.ERROR) < self.least:
+            raise structlog.DropEvent
+        return event
+
+    def render(self, logger: object, method: str, event: Event) -> Any:
+        rendered: Any = event
+        for renderer in self.renderers:
+            rendered = renderer(logger, method, rendered)
+        return rendered
+
+    def msg(self, line: Any) -> None:
+        self.write(line)
+
+    debug = info = warning = error = critical = exception = msg
+
+
+_output = _Output()
+
+
+def _choose(style: Style) -> tuple[list[structlog.typing.Processor], Any]:
+    if style == "journald" or (style == "auto" and leads_to_journal(os.environ, sys.stderr.fileno())):
+        return [_as_entry], _journal().write
+    lines = structlog.PrintLogger(sys.stderr).msg
+    if style == "console" or (style == "auto" and sys.stderr.isatty()):
+        return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())], lines
+    # Without local variables: a key might be among them.
+    tracebacks = ExceptionDictTransformer(show_locals=False)
+    return [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()], lines
+
+
+def leads_to_journal(environment: Mapping[str, str], descriptor: int) -> bool:
+    """Whether the service manager has connected a descriptor to the journal (systemd.exec(5), JOURNAL_STREAM).
+
+    Args:
+        environment: JOURNAL_STREAM in it is DEVICE:INODE.
+        descriptor: Such as that of standard error.
+    """
+    status = os.fstat(descriptor)
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def journal_entry(event: Mapping[str, Any]) -> dict[str, str]:
+    """A line's fields by the journal's names: namespace -> NAMESPACE, the VMI's name -> VMI.
+
+    Args:
+        event: As structlog has it. MESSAGE says all of it, since that is what journalctl shows.
+    """
+    fields = {key: str(value) for key, value in event.items() if key not in ("event", "level", "timestamp", "exc_info")}
+    error = event.get("exc_info")
+    if isinstance(error, BaseException):
+        fields["exception"] = "".join(traceback.format_exception(error)).rstrip()
+    told = "".join(f" {key}={value!r}" if " " in value else f" {key}={value}" for key, value in fields.items())
+    return {_field_name(key): value for key, value in fields.items()} | {
+        "MESSAGE": f"{event.get('event', '')}{told}",
+        "PRIORITY": str(_PRIORITIES.get(str(event.get("level")), 5)),
+        "SYSLOG_IDENTIFIER": "migproxy",
+        "EVENT": str(event.get("event", "")),
+    }
+
+
+def _field_name(key: str) -> str:
+    return _OWN_NAMES.get(key) or re.sub(r"[^A-Z0-9_]", "_", key.upper()).lstrip("_0123456789")[:64] or "FIELD"
+
+
+def encode(entry: Mapping[str, str]) -> bytes:
+    """An entry as the journal's native protocol has it: a value with a line break comes after its length.
+
+    Args:
+        entry: By the journal's names.
+    """
+    parts = []
+    for name, text in entry.items():
+        value = text.encode(errors="replace")
+        framed = b"\n" + struct.pack("<Q", len(value)) if b"\n" in value else b"="
+        parts.append(name.encode() + framed + value + b"\n")
+    return b"".join(parts)
+
+
+def _as_entry(_: object, method: str, event: Event) -> bytes:
+    error = event.get("exc_info")
+    if error is True or (method == "exception" and error is None):
+        event["exc_info"] = sys.exc_info()[1]
+    return encode(journal_entry(event))
+
+
+class _Journal:
+    """The journal's socket. A journal that does not keep up costs lines, which it is told of, not the event loop."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(_SECONDS)
+        self._lost = 0
+
+    def write(self, entry: bytes) -> None:
+        if self._lost:
+            entry += encode({"LINES_LOST": str(self._lost)})
+        try:
+            self._send(entry)
+        except OSError:
+            self._lost += 1
+        else:
+            self._lost = 0
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.sendto(data, JOURNAL)
+        except OSError as error:
+            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
+                raise
+            self._send_aside(data)
+
+    def _send_aside(self, data: bytes) -> None:
+        """Sends what no datagram holds, as a sealed file in memory."""
+        memory = os.memfd_create("journal-entry", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            with open(memory, "wb", closefd=False) as file:
+                file.write(data)
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", memory))]
+            self._socket.sendmsg([], rights, 0, JOURNAL)
+        finally:
+            os.close(memory)
+
+
+@functools.cache
+def _journal() -> _Journal:
+    return _Journal()
+
+
+class Limit(Generic[K]):
+    """Keeps a kind of line that others can provoke from flooding the log: the first few are written, the rest counted.
+
+    Args:
+        summarize: Writes how many of a kind were left out, at the end of each ten seconds in which any were.
+    """
+
+    def __init__(self, summarize: Callable[[K, int], None]) -> None:
+        self._summarize = summarize
+        self._counts: dict[K, int] = {}
+
+    def admits(self, kind: K) -> bool:
+        """Counts one more of a kind; returns whether it is to be written. To be called where an event loop runs."""
+        if kind not in self._counts:
+            self._counts[kind] = 0
+            asyncio.get_running_loop().call_later(_LIMIT_SECONDS, self._end, kind)
+        self._counts[kind] += 1
+        return self._counts[kind] <= _LIMIT_FIRST
+
+    def close(self) -> None:
+        """Writes now what is still to be told."""
+        for kind in list(self._counts):
+            self._end(kind)
+
+    def _end(self, kind: K) -> None:
+        surplus = self._counts.pop(kind, 0) - _LIMIT_FIRST
+        if surplus > 0:
+            self._summarize(kind, surplus)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Counter, Histogram
 
-FAILURES = ("dial", "handshake", "reset", "timeout", "closed", "other")
+FAILURES = ("dial", "handshake", "reset", "timeout", "closed", "lost", "other")
 """Why a connection failed: its other leg could not be had; the peer was refused or refused us; the network reset it;
-nothing was acknowledged for the user timeout; one end went away while the other still sent; anything else."""
+nothing was acknowledged for the user timeout; one end went away while the other still sent; it could not
+outlive the daemon that relayed it; anything else."""
 
 _LATENCY = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 _DURATION = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
@@ -63,6 +64,18 @@ def _failures() -> Counter:
     return counter
 
 
+def _resumed() -> Counter:
+    counter = Counter(
+        "migproxy_connections_resumed_total",
+        "Connections that went on after the daemon that relayed them had died or was replaced.",
+        ["role"],
+        registry=None,
+    )
+    for role in ("source", "target"):
+        counter.labels(role)
+    return counter
+
+
 def _reconcile_errors() -> Counter:
     return Counter(
         "migproxy_reconcile_errors_total",
@@ -79,4 +92,5 @@ class Measures:
     handshakes: Histogram = field(default_factory=_handshakes)
     durations: Histogram = field(default_factory=_durations)
     failures: Counter = field(default_factory=_failures)
+    resumed: Counter = field(default_factory=_resumed)
     reconcile_errors: Counter = field(default_factory=_reconcile_errors)

@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 
 from migproxy.measure import Measures
 
-STATES = ("waiting", "preparing", "prepared", "running", "error", "ended")
+STATES = ("waiting", "preparing", "prepared", "running", "bypassed", "error", "ended")
 
 _MIGRATION = ["namespace", "name", "migration_uid", "role"]
 _CHANNEL = [*_MIGRATION, "channel"]
@@ -53,6 +53,7 @@ class Exporter:
         measures = self._measures
         instruments = (
             measures.failures,
+            measures.resumed,
             measures.reconcile_errors,
             measures.dials,
             measures.handshakes,
@@ -120,7 +121,7 @@ def _node(report: Report) -> Iterator[Metric]:
     migrations = GaugeMetricFamily(
         "migproxy_migrations",
         "Migrations of this node by role and state: waiting for the other side, preparing, prepared (listening), "
-        "running, error, ended (still shown).",
+        "running, bypassed (virt-handler's own proxy serves it), error, ended (still shown).",
         labels=["role", "state"],
     )
     listeners = GaugeMetricFamily(
@@ -161,6 +162,16 @@ def _health(report: Report) -> Iterator[Metric]:
         "Things that are wrong with what the inventory reads, such as VMI files that do not parse.",
         len(report["problems"].keys() - {"inventory", "address"}),
     )
+    store = report["store"]
+    yield GaugeMetricFamily(
+        "migproxy_crash_protected",
+        "1 while somebody holds this daemon's descriptors, so that its crash or restart ends no plain or kernel-TLS "
+        "connection.",
+        store["problem"] is None,
+    )
+    yield GaugeMetricFamily(
+        "migproxy_held_descriptors", "Descriptors that were handed to the holder.", store["descriptors"]
+    )
     expiry = GaugeMetricFamily(
         "migproxy_certificate_expiry_timestamp_seconds",
         "End of validity of the certificates in use, by role and file; of several in a file, the earliest.",
@@ -192,11 +203,19 @@ def _migrations(migrations: list[Report]) -> Iterator[Metric]:
         "1 while a migration runs: it is marked as started, or has connections open.",
         labels=_MIGRATION,
     )
+    path = GaugeMetricFamily(
+        "migproxy_migration_path",
+        "Beside virt-handler: whose proxy a migration goes by, migproxy or virt-handler, and why not by migproxy.",
+        labels=[*_MIGRATION, "path", "reason"],
+    )
     for migration in migrations:
+        if migration.get("path"):
+            path.add_metric([*_labels(migration), migration["path"], migration["path_reason"]], 1)
         info.add_metric([*_labels(migration), migration["vmi_uid"], migration.get("peer") or ""], 1)
         running.add_metric(_labels(migration), migration["state"] == "running")
     yield info
     yield running
+    yield path
 
 
 def _channels(migrations: list[Report]) -> Iterator[Metric]:
@@ -218,7 +237,7 @@ def _channels(migrations: list[Report]) -> Iterator[Metric]:
     failed = CounterMetricFamily(
         "migproxy_migration_connections_failed_total",
         "Connections of a channel that failed: dial (no other leg), handshake, reset, timeout, closed (one end left "
-        "while the other still sent), other.",
+        "while the other still sent), lost (with the daemon that relayed it), other.",
         labels=[*_CHANNEL, "reason"],
     )
     retransmits = CounterMetricFamily(

@@ -35,6 +35,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import (
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
+from migproxy.netns import NamespaceError, NetworkNamespace
 from migproxy.portmap import IPAddress
 
 RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -55,11 +56,13 @@ class MigrationAddress:
         addresses: all that could serve; the first is the one to use. Empty: there is none.
         source: where they are from, for messages: "interface migration0", "--migration-address", "--pod-ip".
         problem: what is wrong and what to do about it; addresses that were good before may still be there.
+        namespace: the network namespace that they are in: in another one, the same address is another place.
     """
 
     addresses: tuple[IPAddress, ...]
     source: str
     problem: str | None
+    namespace: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +176,23 @@ def _of_interface(name: str, interface: Interface) -> MigrationAddress:
 
 
 class AddressWatcher:
-    """Follows the migration address of this network namespace.
+    """Follows the migration address of a network namespace, and the namespace itself.
 
     Args:
         interface: name of the migration interface.
         override: --migration-address.
-        pod_ip: --pod-ip.
+        pod_ip: --pod-ip, unless the namespace knows better.
+        namespace: whose.
     """
 
-    def __init__(self, interface: str, override: IPAddress | None = None, pod_ip: IPAddress | None = None) -> None:
+    def __init__(
+        self,
+        interface: str,
+        override: IPAddress | None = None,
+        pod_ip: IPAddress | None = None,
+        namespace: NetworkNamespace | None = None,
+    ) -> None:
+        self._namespace = namespace or NetworkNamespace()
         self._interface = interface
         self._override = override
         self._pod_ip = pod_ip
@@ -202,6 +213,9 @@ class AddressWatcher:
                         if state != last:
                             last = state
                             yield state
+            except NamespaceError as error:
+                failures = 0  # it comes and goes with a process: looked for at a steady pace
+                problem = str(error)
             except OSError as error:
                 problem = f"cannot read the addresses of this node from the kernel, trying again: {error}"
             failed = replace(last or MigrationAddress((), source, None), problem=problem)
@@ -212,23 +226,39 @@ class AddressWatcher:
             failures += 1
 
     async def _follow(self) -> AsyncGenerator[MigrationAddress, None]:
-        with _netlink_socket() as bell:
-            bell.setblocking(False)
-            bell.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
-            while True:
-                # In a thread: the kernel answers under a lock that others may hold for long.
-                yield await asyncio.to_thread(self._look)
-                await _rung(bell)
+        while True:
+            await asyncio.to_thread(self._namespace.enter)
+            with _netlink_socket(self._namespace) as bell:
+                bell.setblocking(False)
+                bell.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+                moved = False
+                while not moved:
+                    # In a thread: the kernel answers under a lock that others may hold for long.
+                    yield await asyncio.to_thread(self._look)
+                    moved = await self._await_change(bell)
+
+    async def _await_change(self, bell: socket.socket) -> bool:
+        """Returns when something may have changed: whether that is the namespace itself."""
+        while True:
+            try:
+                await asyncio.wait_for(_rung(bell), self._namespace.look_seconds)
+            except TimeoutError:
+                if await asyncio.to_thread(self._namespace.has_moved):
+                    return True
+            else:
+                return False
 
     def _look(self) -> MigrationAddress:
-        given = {address for address in (self._override, self._pod_ip) if address}
-        return choose(
+        pod_ip = self._namespace.pod_ip or self._pod_ip
+        given = {address for address in (self._override, pod_ip) if address}
+        state = choose(
             self._interface,
-            None if self._override else read_interface(self._interface),
+            None if self._override else read_interface(self._interface, self._namespace),
             override=self._override,
-            pod_ip=self._pod_ip,
-            foreign={address for address in given if not _is_own(address)},
+            pod_ip=pod_ip,
+            foreign={address for address in given if not _is_own(address, self._namespace)},
         )
+        return replace(state, namespace=self._namespace.identity)
 
 
 async def _rung(bell: socket.socket) -> None:
@@ -244,11 +274,11 @@ async def _rung(bell: socket.socket) -> None:
             raise
 
 
-def _is_own(address: IPAddress) -> bool:
+def _is_own(address: IPAddress, namespace: NetworkNamespace) -> bool:
     """Whether this node could listen on an address: asked of the kernel, which knows all of 127.0.0.0/8."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
+        with namespace.make_socket(family, socket.SOCK_STREAM) as probe:
             probe.bind((str(address), 0))
     except OSError as error:
         if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL):
@@ -257,8 +287,8 @@ def _is_own(address: IPAddress) -> bool:
     return True
 
 
-def read_interface(name: str) -> Interface | None:
-    """Ask the kernel for an interface of this network namespace; None where it does not exist.
+def read_interface(name: str, namespace: NetworkNamespace) -> Interface | None:
+    """Ask the kernel for an interface of a network namespace; None where it does not exist.
 
     Raises:
         OSError: rtnetlink failed.
@@ -266,9 +296,9 @@ def read_interface(name: str) -> Interface | None:
     link, query = ifinfmsg(), ifaddrmsg()
     link["attrs"] = [("IFLA_IFNAME", name)]
     try:
-        (found,) = _request(link, RTM_GETLINK, 0)
+        (found,) = _request(namespace, link, RTM_GETLINK, 0)
         query["index"] = found["index"]
-        addresses = _request(query, RTM_GETADDR, NLM_F_DUMP)
+        addresses = _request(namespace, query, RTM_GETADDR, NLM_F_DUMP)
     except OSError as error:
         if error.errno != errno.ENODEV:
             raise
@@ -284,11 +314,11 @@ def read_interface(name: str) -> Interface | None:
     )
 
 
-def _request(message: Any, kind: int, flags: int) -> list[Any]:
+def _request(namespace: NetworkNamespace, message: Any, kind: int, flags: int) -> list[Any]:
     message["header"] = {"type": kind, "flags": NLM_F_REQUEST | flags, "sequence_number": 1, "pid": 0}
     message.encode()
     for _ in range(DUMP_ATTEMPTS):
-        with _netlink_socket() as netlink:
+        with _netlink_socket(namespace) as netlink:
             netlink.settimeout(REPLY_SECONDS)
             # The kernel then filters a dump of addresses by the query's interface.
             netlink.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
@@ -310,5 +340,5 @@ def _replies(netlink: socket.socket, *, is_dump: bool) -> list[Any]:
     return replies
 
 
-def _netlink_socket() -> socket.socket:
-    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+def _netlink_socket(namespace: NetworkNamespace) -> socket.socket:
+    return namespace.make_socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from migproxy.health import WatchReporter
+from migproxy import rows, survival
+from migproxy.announcement import Announcement
+from migproxy.health import Activity, WatchReporter
 from migproxy.inventory import Inventory, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.netif import AddressWatcher, MigrationAddress
-from migproxy.plan import Held, Migration, Role, SourceProxy, TargetProxy, make_plan
+from migproxy.plan import Beside, Bypassed, Held, Migration, Reason, Role, SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import IPAddress
-from migproxy.proxy import ProxyError, Surroundings
-from migproxy.relay import Traffic
+from migproxy.proxy import Proxy, ProxyError, Surroundings
+from migproxy.relay import Progress
 from migproxy.retention import Ended, Retention
-from migproxy.source import Source
+from migproxy.shared import SharedFolder
+from migproxy.source import SocketFolder, Source
+from migproxy.splice import Pump
+from migproxy.state import ProxyState
+from migproxy.survival import fingerprint
+from migproxy.takeover import Survivor
 from migproxy.target import PortRange, Target
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
+
+if TYPE_CHECKING:
+    from migproxy.inventory.announcements import Announcements
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +43,7 @@ _LAST_RETRY = 2.0
 _NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
 
 FAILED = "MigrationProxyFailed"
+BYPASSED = "MigrationProxyBypassed"
 
 Key = tuple[Migration, Role]
 Planned = SourceProxy | TargetProxy
@@ -65,6 +76,7 @@ class Node:
         synchronised: Whether the inventory has told its whole state.
         draining: Whether no new migration is taken any more.
         held: The migrations of this node that the plan has no proxy for now; what runs for them goes on.
+        bypassed: Those that virt-handler's own proxy serves, and the first reason for that.
     """
 
     def __init__(
@@ -74,6 +86,7 @@ class Node:
         inventory: Inventory,
         addresses: AddressWatcher,
         watcher: Watcher,
+        announcements: Announcements | None = None,
     ) -> None:
         self.options = options
         self.address: MigrationAddress | None = None
@@ -87,7 +100,13 @@ class Node:
         self._own_addresses: set[IPAddress] = set()
         self._workers: dict[Key, _Worker] = {}
         self.held: dict[Key, Held] = {}
+        self.bypassed: dict[Key, Bypassed] = {}
+        self._announcements = announcements
+        self._known_beside: Beside | None = None
+        self._withdrawing: dict[str, asyncio.Task[None]] = {}
         self._ended: Retention[Key] = Retention(options.retention)
+        self._survivors: dict[survival.Key, Survivor] = {}
+        self._endings: set[asyncio.Task[None]] = set()
         self._next_start: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
 
@@ -98,23 +117,58 @@ class Node:
                 tasks.create_task(self._follow_addresses())
                 tasks.create_task(self._follow_inventory())
                 tasks.create_task(self._sample())
+                if self._announcements:
+                    tasks.create_task(self._announcements.run(self._replan))
         except ExceptionGroup as several:
             raise several.exceptions[0] from several
         finally:
+            for task in self._withdrawing.values():
+                task.cancel()
             if self._next_start:
                 self._next_start.cancel()
             await self._close(list(self._workers))
+            await self._end_survivors(list(self._survivors.values()))
+            await asyncio.gather(*self._endings)
+
+    def take_over(self, survivors: Mapping[survival.Key, Survivor]) -> None:
+        """Takes what an earlier daemon left; each goes to its proxy as soon as the plan has one.
+
+        Args:
+            survivors: Relaying already; owned from now on.
+        """
+        self._survivors.update(survivors)
+
+    def state(self) -> Iterator[ProxyState]:
+        """What the next daemon is to know, should this one die."""
+        return (proxy.state() for proxy in self._proxies())
+
+    @property
+    def unresumable(self) -> int:
+        """Connections that would not outlive this process."""
+        return sum(
+            not relay.resumable for proxy in self._proxies() for t in proxy.traffic.values() for relay in t.relays
+        )
 
     async def drain(self) -> None:
         """Takes no new migration, closes those that have not begun, and returns when the running ones are over."""
         self.draining = True
+        if self.is_beside:
+            await self._step_out()
         await self._close([key for key, worker in self._workers.items() if not worker.is_active])
         for key in self._workers:
             log.info("waiting for a running migration", migration=str(key[0]), role=str(key[1]))
-        while any(worker.is_active for worker in self._workers.values()):
+        while any(worker.is_active for worker in self._workers.values()) or self._survivors:
             self._idle.clear()
             with suppress(TimeoutError):  # an idle migration that is not marked as started ends without an event
                 await asyncio.wait_for(self._idle.wait(), 1)
+
+    async def _end_survivors(self, survivors: Iterable[Survivor]) -> None:
+        for survivor in survivors:
+            survivor.log.info("what an earlier daemon left is over: its migration is")
+            report = rows.survivor(survivor) | {"state": "ended", "error": None, "history": []}
+            await survivor.close()
+            self._ended.add((survivor.migration, survivor.role), Ended(report, survivor.progress))
+        self._idle.set()
 
     async def _close(self, keys: Iterable[Key]) -> None:
         workers = [self._workers[key] for key in keys]
@@ -149,21 +203,34 @@ class Node:
     async def _sample(self) -> None:
         while True:
             await asyncio.sleep(1)
-            for worker in self._workers.values():
-                if worker.proxy:
-                    worker.proxy.sample()
+            if self._beside() != self._known_beside:  # of which certificates tell nobody
+                self._replan()
+            for proxy in self._proxies():
+                proxy.sample()
 
     def _replan(self) -> None:
         if not self.synchronised or self.address is None:
             return
         now = datetime.now(UTC)
-        plan = make_plan(self._vmis.values(), self.options.name, self._own_addresses, now)
+        beside = self._known_beside = self._beside()
+        plan = make_plan(self._vmis.values(), self.options.name, self._own_addresses, now, beside)
         self._note_held({(held.migration, held.role): held for held in plan.held})
+        self._note_bypassed({(one.migration, one.role): one for one in plan.bypassed})
+        for uid in plan.stale:
+            self._withdraw(uid)
         items: tuple[Planned, ...] = (*plan.sources, *plan.targets)
         planned = {(item.migration, item.role): item for item in items}
+        # A daemon that has just started is not ready yet: what the one before left waits for that.
+        unready = [key for key, item in self.bypassed.items() if item.reason is Reason.UNREADY]
+        served = {(fingerprint(migration), role) for migration, role in (*planned, *self.held, *unready)}
+        if over := [self._survivors.pop(key) for key in list(self._survivors) if key not in served]:
+            ending = asyncio.create_task(self._end_survivors(over))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
         # Those that end come first: two migrations of one VMI have the same socket names.
         for key in [key for key in self._workers if key not in planned and key not in self.held]:
-            self._workers[key].want(None)
+            if key[1] is Role.TARGET or key not in self.bypassed or not self._workers[key].is_active:
+                self._workers[key].want(None)
         for key, item in planned.items():
             worker = self._workers.get(key)
             if worker is None or worker.wanted is None:
@@ -184,6 +251,79 @@ class Node:
                     log.info("migration waits", **about)
         self.held = dict(held)
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether this daemon runs beside virt-handler."""
+        return self._announcements is not None
+
+    def _beside(self) -> Beside | None:
+        """What is known of virt-handler, where this daemon runs beside one."""
+        if self._announcements is None:
+            return None
+        state = self.address
+        address = state.addresses[0] if state and state.addresses and not state.problem else None
+        return Beside(
+            address, self._announcements.unsupported, rows.certificate_problem(self._around.security.report())
+        )
+
+    def _note_bypassed(self, bypassed: Mapping[Key, Bypassed]) -> None:
+        for key, item in bypassed.items():
+            if key not in self.bypassed:
+                self.bypassed[key] = item
+                log.warning("migration goes by virt-handler", migration=str(key[0]), reason=item.reason, why=item.why)
+                if vmi := self._vmis.get(item.migration.vmi_uid):
+                    self._inventory.note(vmi, BYPASSED, f"migration target on {self.options.name}: {item.why}")
+        for key in self.bypassed.keys() - bypassed.keys():
+            ended = rows.bypass(self.bypassed.pop(key)) | {"state": "ended"}
+            self._ended.add(key, Ended(ended, Progress()))
+
+    def _withdraw(self, uid: str) -> None:
+        """Has the announcement on a VMI removed, as it is stale."""
+        if uid not in self._withdrawing:
+            task = self._withdrawing[uid] = asyncio.create_task(self._withdraw_stale(uid))
+            task.add_done_callback(lambda _: self._withdrawing.pop(uid))
+
+    async def _withdraw_stale(self, uid: str) -> None:
+        assert self._announcements
+        vmi = self._vmis.get(uid)
+        try:
+            if vmi and await self._announcements.withdraw(vmi):
+                log.info("stale announcement removed", namespace=vmi.namespace, name=vmi.name, announced=vmi.announced)
+        except PublishError as error:
+            log.warning("stale announcement stays for now", error=str(error))
+            await asyncio.sleep(_LAST_RETRY)
+
+    async def _step_out(self) -> None:
+        """Leaves what has not begun to virt-handler; whoever was on the way to us by then is still served."""
+        for worker in self._workers.values():
+            if isinstance(worker.proxy, Source) and not worker.is_active:
+                worker.proxy.give_back()
+        await self._withdraw_all()
+        await asyncio.sleep(_FIRST_RETRY)
+
+    async def _withdraw_all(self) -> None:
+        """Nobody may be sent to listeners that are about to close: what is announced goes before they do.
+
+        What virt-handler has published meanwhile is served to its end.
+        """
+        assert self._announcements
+        while announced := [vmi for worker in self._workers.values() if (vmi := self._announced(worker))]:
+            for vmi in announced:
+                try:
+                    if await self._announcements.withdraw(vmi) and self._vmis.get(vmi.uid) is vmi:
+                        self._vmis[vmi.uid] = replace(vmi, announced=None)  # the watch tells it later
+                except PublishError as error:
+                    log.warning("announcement stays for now", error=str(error))
+            await asyncio.sleep(_FIRST_RETRY)
+
+    def _announced(self, worker: _Worker) -> VMI | None:
+        """The VMI of a worker whose ports are announced and not published."""
+        item = worker.wanted
+        if not isinstance(item, TargetProxy) or not item.announce:
+            return None
+        vmi = self._vmis.get(item.migration.vmi_uid)
+        return vmi if vmi and vmi.announced else None
+
     def _replan_at_next_start(self, now: datetime) -> None:
         """A start that lies ahead (another node's clock) changes the plan without an event."""
         if self._next_start:
@@ -198,12 +338,30 @@ class Node:
         """Makes the proxy for a planned item; the caller closes it."""
         proxy: Source | Target
         if isinstance(item, SourceProxy):
-            proxy = Source(item, self._around, self._watcher, self.options.socket_owner)
+            folders = SharedFolder if self.is_beside else SocketFolder
+            proxy = Source(item, self._around, self._watcher, self.options.socket_owner, folders)
         else:
             proxy = Target(item, self._around, self.options.ports, self.options.libvirt_socket)
         if ended := self._ended.take((item.migration, item.role)):
-            proxy.resume(ended.traffic, ended.began)
+            proxy.resume(ended.progress)
+        if survivor := self._survivors.pop((fingerprint(item.migration), item.role), None):
+            proxy.succeed(survivor)
         return proxy
+
+    async def announce(self, target: Target) -> None:
+        """Announces where a target listens, unless that is announced already or no longer open.
+
+        Raises:
+            PublishError: It cannot be announced; says why.
+        """
+        plan, address = target.plan, target.address
+        vmi = self._vmis.get(plan.migration.vmi_uid)
+        if self.draining or not plan.announce or vmi is None or address is None or self._announcements is None:
+            return
+        announcement = Announcement(plan.migration.migration_uid, target.ports, address)
+        if vmi.announced != str(announcement):
+            await self._announcements.announce(vmi, announcement)
+            target.log.info("announced", address=str(address), ports=target.ports.published())
 
     async def publish(self, target: Target) -> None:
         """Publishes where a target listens, unless the status says so already or the migration has started.
@@ -243,9 +401,9 @@ class Node:
         """Keeps what a worker has to say of its migration, and lets go of it."""
         if proxy := worker.proxy:
             report = worker.report() | {"state": "ended", "history": []}
-            self._ended.add(key, Ended(report, proxy.traffic, proxy.began))
-            if proxy.opened is not None:
-                self._around.measures.durations.labels(proxy.role).observe(time.monotonic() - proxy.opened)
+            self._ended.add(key, Ended(report, proxy.progress))
+            if proxy.progress.opened is not None:
+                self._around.measures.durations.labels(proxy.role).observe(time.monotonic() - proxy.progress.opened)
         if self._workers.get(key) is worker:
             del self._workers[key]
         self._idle.set()
@@ -274,7 +432,7 @@ class Node:
         }
         tls = self._around.security.report()
         if tls["mode"] != "plaintext":
-            checks["certificates"] = _certificate_problem(tls)
+            checks["certificates"] = rows.certificate_problem(tls)
         return checks
 
     @property
@@ -282,18 +440,50 @@ class Node:
         """Migrations whose proxy is not (yet) as planned."""
         return sum(not worker.is_settled for worker in self._workers.values())
 
+    def _proxies(self) -> list[Proxy]:
+        return [*(worker.proxy for worker in self._workers.values() if worker.proxy), *self._survivors.values()]
+
+    @property
+    def activity(self) -> Activity:
+        """What this node does now, in a few figures."""
+        running = sum(worker.is_active for worker in self._workers.values()) + len(self._survivors)
+        prepared = len(self._workers) + len(self._survivors) - running
+        rate = sum(sum(proxy.rate) for proxy in self._proxies())
+        problem = next((f"{what}: {why}" for what, why in self.problems.items()), None)
+        return Activity(running, prepared, rate, self.draining, problem)
+
+    def pumps(self) -> Iterator[tuple[str, Pump]]:
+        """Every pump that runs now, with what it belongs to, for people."""
+        for proxy in self._proxies():
+            for channel, traffic in proxy.traffic.items():
+                about = f"migration {proxy.migration}, {proxy.role}, channel {channel.label}"
+                yield from ((about, pump) for relay in traffic.relays for pump in relay.pumps)
+
+    def reconfigure(self, ports: PortRange, retention: float) -> None:
+        """Changes what can be changed while proxies run; those that run keep their ports.
+
+        Args:
+            ports: Where targets listen that are made from now on.
+            retention: Seconds that an ended migration is still reported.
+        """
+        self.options = replace(self.options, ports=ports, retention=retention)
+        self._ended.seconds = retention
+
     def _report_ended_and_running(self) -> list[dict[str, Any]]:
         reports = {key: ended.report for key, ended in self._ended.items()}
         for key, worker in self._workers.items():
             # A proxy that is being made anew goes on with the counters that the one before left.
             reports[key] = {**reports.pop(key, {}), **worker.report()}
-        return list(reversed(reports.values()))
+        for key, item in self.bypassed.items():
+            reports[key] = {**reports.pop(key, {}), **rows.bypass(item)}
+        left = [rows.survivor(survivor) for survivor in self._survivors.values()]
+        return left + list(reversed(reports.values()))
 
     def report(self) -> dict[str, Any]:
         """What `migproxy status` shows and what is exported, as plain values."""
         inventory = self._inventory
         held = [
-            {**_identity(migration, role), "state": "error" if item.error else "waiting", "error": item.reason}
+            {**rows.identity(migration, role), "state": "error" if item.error else "waiting", "error": item.reason}
             for (migration, role), item in self.held.items()
             if (migration, role) not in self._workers
         ]
@@ -304,11 +494,13 @@ class Node:
             "draining": self.draining,
             "checks": checks,
             "problems": self.problems,
+            "store": self._around.store.report(),
             "address": str(self.address.addresses[0]) if self.address and self.address.addresses else None,
             "vmis": len(self._vmis),
             "queue_depth": self.queue_depth,
             "watch": asdict(inventory.health) if isinstance(inventory, WatchReporter) else None,
             "tls": self._around.security.report(),
+            "beside": {"unsupported": self._announcements.unsupported} if self._announcements else None,
             "migrations": held + self._report_ended_and_running(),
         }
 
@@ -344,6 +536,8 @@ class _Worker:
         """Whether closing it would break a migration that has begun."""
         if self.wanted is None or self.proxy is None:
             return False
+        if isinstance(self.wanted, TargetProxy) and self.wanted.beside and not self.wanted.announce:
+            return True  # virt-handler has published it, and nobody takes that back
         return self.wanted.running or self.proxy.open_connections > 0
 
     def look_again(self) -> None:
@@ -422,10 +616,15 @@ class _Worker:
             return
         assert isinstance(self.proxy, Target)
         address = self._node.address
+        if item.beside and item.running and self.proxy.ports == item.published:
+            return  # where it listens it serves what is published, whatever becomes of virt-handler
         if address is None or address.problem or not address.addresses:
             raise ProxyError(f"no migration address to listen on: {address and address.problem}")
         await self.proxy.apply(item, address.addresses[0])
-        await self._node.publish(self.proxy)
+        if not item.beside:
+            await self._node.publish(self.proxy)
+        elif self.wanted is item:
+            await self._node.announce(self.proxy)
 
     def report(self) -> dict[str, Any]:
         """What `migproxy status` shows of this migration."""
@@ -434,72 +633,9 @@ class _Worker:
         held = self._node.held.get(self._key)
         problem = self.problem or (proxy.problem if isinstance(proxy, Source) else None) or (held and held.reason)
         state = "running" if self.is_active else "error" if problem else "prepared" if proxy else "preparing"
-        report: dict[str, Any] = {**_identity(migration, role), "state": state, "error": problem}
+        report: dict[str, Any] = {**rows.identity(migration, role), "state": state, "error": problem}
         if proxy is not None:
-            report |= _traffic(proxy)
+            report |= rows.traffic(proxy)
+        if proxy is not None and self._node.is_beside:
+            report |= {"path": "migproxy" if proxy.is_in_path else None, "path_reason": ""}
         return report
-
-
-def _certificate_problem(tls: Mapping[str, Any]) -> str | None:
-    now = datetime.now(UTC)
-    expired = [
-        f"{one['file']} has expired: renew it"
-        for one in tls.get("certificates", ())
-        if datetime.fromisoformat(one["not_after"]) <= now
-    ]
-    told = [tls.get("problem"), *tls.get("problems", {}).values(), *expired]
-    return "; ".join(dict.fromkeys(problem for problem in told if problem)) or None
-
-
-def _identity(migration: Migration, role: Role) -> dict[str, Any]:
-    return {
-        "namespace": migration.namespace,
-        "name": migration.name,
-        "vmi_uid": migration.vmi_uid,
-        "migration_uid": migration.migration_uid,
-        "role": str(role),
-    }
-
-
-def _traffic(proxy: Source | Target) -> dict[str, Any]:
-    sent, received = proxy.rate
-    return {
-        "peer": str(proxy.plan.address) if isinstance(proxy, Source) else None,
-        "last_error": proxy.last_error,
-        "began": proxy.began,
-        "age_seconds": round(time.time() - proxy.began, 3),
-        "history": proxy.history,
-        "bytes_sent_per_second": round(sent),
-        "bytes_received_per_second": round(received),
-        "channels": [
-            {
-                "channel": channel.label,
-                "listening": proxy.listening(channel),
-                "peer": proxy.peer(channel),
-                "connections_open": len(traffic.relays),
-                "connections_total": traffic.connections,
-                "connections_failed": traffic.failed,
-                "failures": dict(traffic.failures),
-                "bytes_sent": traffic.sent,
-                "bytes_received": traffic.received,
-                "modes": dict(traffic.modes),
-                "retransmits": traffic.retransmits,
-                "tcp": _tcp(traffic),
-                "bytes_spliced_sent": traffic.spliced[0],
-                "bytes_spliced_received": traffic.spliced[1],
-            }
-            for channel, traffic in sorted(proxy.traffic.items())
-        ],
-    }
-
-
-def _tcp(traffic: Traffic) -> dict[str, float] | None:
-    """TCP's view of a channel: its slowest connection's round trip, and the sums over all that are open."""
-    infos = traffic.tcp_infos
-    if not infos:
-        return None
-    return {
-        "rtt_seconds": max(info.rtt for info in infos),
-        "delivery_rate": sum(info.delivery_rate for info in infos),
-        "congestion_window": sum(info.congestion_window for info in infos),
-    }

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 
+from migproxy.announcement import Announcement, parse_announcement
 from migproxy.portmap import (
     AddressError,
     Channel,
@@ -93,6 +94,8 @@ class TargetProxy:
             those of published.
         publish_target_state: status.migrationState.targetState exists and wants the same values.
         warnings: what will not work, although the proxy can run.
+        beside: virt-handler publishes, not this daemon; it listens before the launcher is there, to be in time.
+        announce: virt-handler has not published yet: where this one listens is to be announced.
     """
 
     migration: Migration
@@ -104,6 +107,8 @@ class TargetProxy:
     running: bool
     publish_target_state: bool
     warnings: tuple[str, ...]
+    beside: bool = False
+    announce: bool = False
 
     @property
     def role(self) -> Role:
@@ -125,16 +130,68 @@ class Held:
     error: bool
 
 
+class Reason(StrEnum):
+    """Why a migration does not go through migproxy, beside virt-handler; a label of a metric."""
+
+    LATE = "late"
+    POLICY = "policy"
+    ADDRESS = "address"
+    UNSUPPORTED = "unsupported"
+    UNREADY = "unready"
+    STARTED = "started"
+
+
+@dataclass(frozen=True, slots=True)
+class Bypassed:
+    """A migration that virt-handler's own proxy serves on this node: nothing of ours is in its path.
+
+    Args:
+        why: for people.
+    """
+
+    migration: Migration
+    role: Role
+    reason: Reason
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What is known of the virt-handler that this daemon runs beside.
+
+    Args:
+        address: that it will publish, as its network namespace has it now; None while that is not known.
+        unsupported: why the cluster cannot put what is announced into what virt-handler publishes; None if it can.
+        unready: why this daemon's connections would fail where virt-handler's would not; None if nothing says so.
+    """
+
+    address: IPAddress | None = None
+    unsupported: str | None = None
+    unready: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What should run on the node, each part sorted by migration."""
+    """What should run on the node, each part sorted by migration.
+
+    Args:
+        stale: UIDs of the VMIs whose announcement is to be removed.
+    """
 
     sources: tuple[SourceProxy, ...]
     targets: tuple[TargetProxy, ...]
     held: tuple[Held, ...]
+    bypassed: tuple[Bypassed, ...] = ()
+    stale: tuple[str, ...] = ()
 
 
-def make_plan(vmis: Iterable[VMI], node: str, own_addresses: Collection[IPAddress], now: datetime) -> Plan:
+def make_plan(
+    vmis: Iterable[VMI],
+    node: str,
+    own_addresses: Collection[IPAddress],
+    now: datetime,
+    beside: Beside | None = None,
+) -> Plan:
     """Decide which proxies should run on a node. The order of the VMIs does not matter.
 
     Args:
@@ -142,20 +199,26 @@ def make_plan(vmis: Iterable[VMI], node: str, own_addresses: Collection[IPAddres
         node: this node's name.
         own_addresses: every migration address that this node has had since the daemon started; may be empty.
         now: aware; a migration has started when its startTimestamp is not after it.
+        beside: where virt-handler publishes, and this daemon only announces; None where this daemon publishes.
     """
-    planner = _Planner(node, own_addresses, now)
-    decisions = [decision for vmi in vmis for decision in planner.decide(vmi)]
+    planner = _Planner(node, own_addresses, now, beside)
+    known = list(vmis)
+    decisions = [decision for vmi in known for decision in planner.decide(vmi)]
     targets, refused = _settle_ports([proxy for proxy in decisions if isinstance(proxy, TargetProxy)])
     sources = [proxy for proxy in decisions if isinstance(proxy, SourceProxy)]
     held = [*refused, *(held for held in decisions if isinstance(held, Held))]
+    bypassed = [one for one in decisions if isinstance(one, Bypassed)]
+    wanted = {one.migration.vmi_uid for one in targets}
     return Plan(
         sources=tuple(sorted(sources, key=_by_migration)),
         targets=tuple(sorted(targets, key=_by_migration)),
         held=tuple(sorted(held, key=_by_migration)),
+        bypassed=tuple(sorted(bypassed, key=_by_migration)),
+        stale=tuple(sorted(vmi.uid for vmi in known if vmi.uid not in wanted and planner.finds_stale(vmi))),
     )
 
 
-def _by_migration(decision: SourceProxy | TargetProxy | Held) -> tuple[Migration, Role]:
+def _by_migration(decision: SourceProxy | TargetProxy | Held | Bypassed) -> tuple[Migration, Role]:
     return decision.migration, decision.role
 
 
@@ -174,8 +237,9 @@ class _Planner:
     node: str
     own_addresses: Collection[IPAddress]
     now: datetime
+    beside: Beside | None
 
-    def decide(self, vmi: VMI) -> Iterator[SourceProxy | TargetProxy | Held]:
+    def decide(self, vmi: VMI) -> Iterator[SourceProxy | TargetProxy | Held | Bypassed]:
         if vmi.has_ended() or vmi.is_done():
             return
         if vmi.is_source_on(self.node) or vmi.awaits_target_on(self.node):
@@ -183,16 +247,30 @@ class _Planner:
         if vmi.is_target_on(self.node):
             yield self._proxy_or_held(vmi, Role.TARGET)
 
-    def _proxy_or_held(self, vmi: VMI, role: Role) -> SourceProxy | TargetProxy | Held:
+    def finds_stale(self, vmi: VMI) -> bool:
+        """An announcement stands on a VMI of this node that is not, or no longer, about its migration to this node.
+
+        The target's node removes its own; the node that the VMI runs on, what a node has left behind that is gone.
+        """
+        if self.beside is None or vmi.announced is None or vmi.has_ended():
+            return False
+        if vmi.is_target_on(self.node) and not vmi.is_done():
+            return True  # there is no proxy for it, or it would not have been asked
+        return vmi.node_name == self.node and (vmi.is_done() or _announced(vmi) is None)
+
+    def _proxy_or_held(self, vmi: VMI, role: Role) -> SourceProxy | TargetProxy | Held | Bypassed:
         try:
             if vmi.migration is None:
                 raise _Hold("waiting for status.migrationState", error=False)
-            proxy = self._source if role is Role.SOURCE else self._target
-            return proxy(vmi, vmi.migration)
+            if role is Role.SOURCE:
+                return self._source(vmi, vmi.migration)
+            return self._announced_target(vmi, vmi.migration) if self.beside else self._target(vmi, vmi.migration)
         except _Hold as hold:
             return Held(_identity(vmi), role, str(hold), hold.error)
 
-    def _source(self, vmi: VMI, migration: MigrationState) -> SourceProxy:
+    def _source(self, vmi: VMI, migration: MigrationState) -> SourceProxy | Bypassed:
+        if self.beside and migration.start is None and (why := self._unready(self.beside)):
+            return Bypassed(_identity(vmi), Role.SOURCE, Reason.UNREADY, why)
         launcher, key = self._launcher(vmi), _checked(vmi.source_key(), "the VMI's UID")
         address, ports = _published_to_source(vmi, migration)
         return SourceProxy(
@@ -226,6 +304,42 @@ class _Planner:
             publish_target_state=migration.target_state is not None,
             warnings=_missing_channels(vmi, channels),
         )
+
+    def _announced_target(self, vmi: VMI, migration: MigrationState) -> TargetProxy | Bypassed:
+        """A target beside virt-handler: announced before that publishes, kept if it published what was announced."""
+        assert self.beside
+        if not migration.migration_uid:
+            raise _Hold("waiting for the migration's UID", error=False)
+        # Whatever this node's clock says: from the start on, the admission policy leaves what is published alone.
+        running, announced = migration.start is not None, _announced(vmi)
+        address, published, is_settled = self.beside.address, None, False
+        if _is_settled(migration, running, address):
+            if announced is None or not _is_published(migration, announced):
+                return Bypassed(_identity(vmi), Role.TARGET, *_why_bypassed(migration, announced))
+            address, published, is_settled = announced.address, announced.ports, True
+        elif self.beside.unsupported:
+            return Bypassed(_identity(vmi), Role.TARGET, Reason.UNSUPPORTED, self.beside.unsupported)
+        elif why := self._unready(self.beside):
+            return Bypassed(_identity(vmi), Role.TARGET, Reason.UNREADY, why)
+        elif announced and announced.address == address:
+            published = announced.ports  # by a daemon before this one, whose word is kept
+        return TargetProxy(
+            migration=_identity(vmi),
+            launcher=self._launcher(vmi),
+            key=_checked(vmi.target_key(), "the UID in the sockets' names"),
+            channels=tuple(published) if is_settled and published else channels_for(vmi.uses_block()),
+            published_address=address,
+            published=published,
+            running=running,
+            publish_target_state=False,
+            warnings=(),
+            beside=True,
+            announce=not is_settled,
+        )
+
+    @staticmethod
+    def _unready(beside: Beside) -> str | None:
+        return beside.unready or ("virt-handler's migration address is not known" if beside.address is None else None)
 
     def _launcher(self, vmi: VMI) -> Launcher:
         pods = sorted(pod for pod, node in vmi.active_pods.items() if node == self.node)
@@ -262,6 +376,53 @@ class _Planner:
         if address not in self.own_addresses:
             raise _Hold(f"targetNodeAddress {address} is not an address of this node: {remedy}", error=True)
         return address
+
+
+def _announced(vmi: VMI) -> Announcement | None:
+    """What is announced for the VMI's present migration."""
+    announced = parse_announcement(vmi.announced)
+    current = vmi.migration.migration_uid if vmi.migration else None
+    return announced if announced and announced.migration_uid == current else None
+
+
+def _is_settled(migration: MigrationState, running: bool, address: IPAddress | None) -> bool:
+    """virt-handler has published for good: it does so again, before the start, only with another address."""
+    if running:
+        return True
+    if migration.target_ports is None or migration.target_node_address is None:
+        return False
+    return address is None or _same_address(migration.target_node_address, address)
+
+
+def _same_address(text: str | None, address: IPAddress) -> bool:
+    try:
+        return text is not None and parse_address(text) == address
+    except AddressError:
+        return False
+
+
+def _is_published(migration: MigrationState, announced: Announcement) -> bool:
+    """The status has connections go to where the announcement says that this node listens."""
+    if not _same_address(migration.target_node_address, announced.address):
+        return False
+    try:
+        return parse_port_map(migration.target_ports) == announced.ports
+    except PortMapError:
+        return False
+
+
+def _why_bypassed(migration: MigrationState, announced: Announcement | None) -> tuple[Reason, str]:
+    if migration.target_ports is None:
+        return Reason.STARTED, "the migration has started, and the status has no ports: virt-handler deals with that"
+    if announced is None:
+        return Reason.LATE, "virt-handler had published its own ports when this node was ready to announce"
+    if not _same_address(migration.target_node_address, announced.address):
+        published = migration.target_node_address
+        return Reason.ADDRESS, f"virt-handler published {published}, and this node had announced {announced.address}"
+    return Reason.POLICY, (
+        "virt-handler's own ports were published although others had been announced: is the MutatingAdmissionPolicy "
+        "migproxy-target applied, with its binding?"
+    )
 
 
 def _identity(vmi: VMI) -> Migration:

@@ -8,24 +8,31 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import structlog
 
+from migproxy import tcpinfo
+from migproxy.fdstore import Lease, Store
 from migproxy.launcher import Launchers
+from migproxy.logs import Limit
 from migproxy.measure import Measures
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
-from migproxy.relay import Relay, Traffic
-from migproxy.sockets import TCPOptions, reset, widen_unix
+from migproxy.relay import Progress, Relay, Traffic
+from migproxy.sockets import TCPOptions, ready, reset, widen_unix
 from migproxy.splice import Transport
+from migproxy.state import ProxyState, RelayState
+from migproxy.survival import Connection, Listener, connection_name, listener_name
 from migproxy.tls import Security, Unfinished
 from migproxy.verify import Reason, TLSError
 
 _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds between two attempts to dial
 _HISTORY = 60  # seconds of rates that are kept for people to look at
 _TURN_SECONDS = 2.0  # a handshake takes milliseconds
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -43,9 +50,9 @@ class DialError(Exception):
     """The other leg of a connection cannot be had."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Surroundings:
-    """What the proxies of a node use and do not own.
+    """What the proxies of a node use and do not own; a reload changes it, and they look at it each time.
 
     Attributes:
         launchers: Finds the launchers' folders.
@@ -57,6 +64,7 @@ class Surroundings:
             no launcher can use up the daemon's descriptors.
         max_handshakes: Unfinished TLS handshakes per channel of a migration.
         measures: Where latencies and failures of the node are recorded.
+        store: Where descriptors are handed to, so that they outlive this process.
     """
 
     launchers: Launchers
@@ -67,6 +75,7 @@ class Surroundings:
     max_connections: int
     max_handshakes: int
     measures: Measures = field(default_factory=Measures)
+    store: Store = field(default_factory=lambda: Store(None))
 
 
 class _Turns:
@@ -108,36 +117,40 @@ class Proxy(ABC):
     Attributes:
         role: Which side.
         migration: Which migration.
-        traffic: What each channel has carried.
-        last_error: The latest connection's failure, for people.
-        began: When it was made (`time.time`).
-        opened: When its first connection was relayed (`time.monotonic`), None before that.
+        progress: What it has done.
+        inherited: Listeners that an earlier daemon left and that are not taken over yet.
+        begun: Connections that were being set up when it died.
     """
 
     role: Role
 
     def __init__(self, migration: Migration, around: Surroundings) -> None:
         self.migration = migration
-        self.traffic: dict[Channel, Traffic] = {}
-        self.last_error: str | None = None
-        self.began = time.time()
-        self.opened: float | None = None
+        self.progress = Progress()
         self.log = structlog.get_logger(__name__).bind(
             namespace=migration.namespace,
             name=migration.name,
             migration_uid=migration.migration_uid,
             role=str(self.role),
         )
-        self._around = around
+        self.around = around
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._slots: dict[Channel, asyncio.Semaphore] = {}
         self._unfinished: dict[Channel, Unfinished] = {}
         self._turns: dict[Channel, _Turns] = {}
+        self.inherited: list[Listener] = []
+        self.begun: list[Connection] = []
+        self._failed_lines = Limit(self._log_more_failed)
         self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
 
+    @property
+    def traffic(self) -> dict[Channel, Traffic]:
+        """What each channel has carried."""
+        return self.progress.traffic
+
     @abstractmethod
-    async def _dial(self, channel: Channel) -> socket.socket:
-        """Tries once to connect the other leg.
+    async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:
+        """Tries once to connect the other leg, and stores it under the connection's lease.
 
         Raises:
             DialError: It cannot be had, and trying again will not help.
@@ -178,20 +191,87 @@ class Proxy(ABC):
             for (before, sent_before, received_before), (at, sent, received) in pairwise(self._samples)
         ]
 
-    def resume(self, traffic: dict[Channel, Traffic], began: float) -> None:
+    def resume(self, progress: Progress) -> None:
         """Goes on counting where an earlier proxy of the same migration and role left off.
 
         Args:
-            traffic: What it had carried.
-            began: When it was made (`time.time`).
+            progress: What it had done.
         """
-        self.traffic, self.began = traffic, began
+        self.progress = progress
         self._samples.clear()
         self.sample()
+
+    def succeed(self, other: Proxy) -> None:
+        """Takes over all that another proxy of the same migration and role has: connections, counters, listeners."""
+        self._connections, self._slots = other._connections, other._slots
+        self._unfinished, self._turns = other._unfinished, other._turns
+        self.inherited, begun = other.inherited, other.begun
+        self.resume(other.progress)
+        for connection in begun:
+            self._set_up(connection)
+
+    def _set_up(self, connection: Connection) -> None:
+        """Goes on with a connection that was being set up when an earlier daemon died."""
+        legs = connection.unix, connection.tcp
+        for leg in filter(None, legs):
+            leg.setblocking(False)
+        accepted, dialled = legs if self.role is Role.SOURCE else legs[::-1]
+        assert accepted is not None
+        self._begin(connection.name.channel, accepted, connection.lease, dialled)
+
+    def inherit(self, channel: Channel) -> list[Listener]:
+        """Lets go of the listeners of a channel that an earlier daemon left; the caller owns them."""
+        mine = [one for one in self.inherited if one.name.channel is channel]
+        self.inherited = [one for one in self.inherited if one not in mine]
+        return mine
+
+    def inherit_only(self, channels: Container[Channel]) -> None:
+        """Closes what an earlier daemon left of other channels: nobody accepts there any more."""
+        for left in [one for one in self.inherited if one.name.channel not in channels]:
+            self.inherited.remove(left)
+            left.close()
+
+    def lease_listener(self, channel: Channel, listener: socket.socket, identity: tuple[int, int]) -> Lease:
+        """Stores a listener; what asks to be connected while no daemon runs waits in its queue.
+
+        Args:
+            identity: See `survival.listener_name`.
+        """
+        name = listener_name(self.role, channel, self.migration, identity)
+        return self.around.store.lease(name, listener.fileno())
 
     def _moved(self) -> tuple[int, int]:
         traffic = self.traffic.values()
         return sum(one.sent for one in traffic), sum(one.received for one in traffic)
+
+    def state(self) -> ProxyState:
+        """What the next daemon is to know, should this one die."""
+        traffic = {channel.label: one for channel, one in self.traffic.items()}
+        return ProxyState(
+            namespace=self.migration.namespace,
+            name=self.migration.name,
+            vmi_uid=self.migration.vmi_uid,
+            migration_uid=self.migration.migration_uid,
+            role=self.role,
+            began=self.progress.began,
+            channels={label: one.state() for label, one in traffic.items()},
+            relays={
+                relay.lease.name: self._relay_state(label, relay)
+                for label, one in traffic.items()
+                for relay in one.relays
+            },
+        )
+
+    def _relay_state(self, label: str, relay: Relay) -> RelayState:
+        wire_sent, wire_received = relay.carried(dialled=self.role is Role.SOURCE)
+        return RelayState(
+            channel=label,
+            sent=relay.sent,
+            received=relay.received,
+            wire_sent=wire_sent,
+            wire_received=wire_received,
+            resumable=relay.resumable,
+        )
 
     async def accept(self, listener: socket.socket, channel: Channel) -> None:
         """Accepts connections and relays each in a task of its own; runs until cancelled.
@@ -200,22 +280,22 @@ class Proxy(ABC):
             listener: A non-blocking listening socket; stays the caller's.
             channel: The channel that it serves.
         """
-        slots = self._slots.setdefault(channel, asyncio.Semaphore(self._around.max_connections))
-        self._unfinished.setdefault(channel, Unfinished(self._around.max_handshakes))
-        self._turns.setdefault(channel, _Turns())
-        self.traffic.setdefault(channel, Traffic())
+        slots = self._open(channel)
         while True:
             if slots.locked():
                 self.log.warning(
                     "connections wait: the channel is full",
                     channel=channel.label,
-                    open=self._around.max_connections,
+                    open=self.around.max_connections,
                     remedy="end the launcher's surplus connections, or raise --max-connections",
                 )
             async with slots:  # there is one; each connection takes its own, a target's only once it is authenticated
                 pass
             try:
-                accepted, address = await asyncio.get_running_loop().sock_accept(listener)
+                await ready(listener.fileno(), writing=False)
+                # Else it would queue behind others, in this process alone; in the listener's queue it is safe.
+                await self.around.store.handed_over()
+                accepted, _ = listener.accept()
             except OSError as error:
                 if error.errno in _OUT_OF_RESOURCES:
                     self.log.error(
@@ -226,112 +306,184 @@ class Proxy(ABC):
                     )
                     await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            remote = str(address[0]) if address else "launcher"
-            task = asyncio.create_task(self._connection(accepted, remote, channel, slots))
-            self._connections[task] = accepted
-            task.add_done_callback(lambda done: self._connections.pop(done).close())
+            accepted.setblocking(False)
+            # At once: a connection that only this process has dies with it.
+            self._begin(channel, accepted, self._lease(channel, accepted))
+
+    def _open(self, channel: Channel) -> asyncio.Semaphore:
+        """Makes what the connections of a channel share; returns their slots."""
+        self._unfinished.setdefault(channel, Unfinished(self.around.max_handshakes))
+        self._turns.setdefault(channel, _Turns())
+        self.traffic.setdefault(channel, Traffic())
+        return self._slots.setdefault(channel, asyncio.Semaphore(self.around.max_connections))
+
+    def _lease(self, channel: Channel, accepted: socket.socket) -> Lease:
+        name = connection_name(self.role, channel, self.migration)
+        if self.around.security.resumable:
+            return self.around.store.lease(name, accepted.fileno())
+        return Lease(name)
+
+    def _begin(
+        self, channel: Channel, accepted: socket.socket, lease: Lease, dialled: socket.socket | None = None
+    ) -> None:
+        remote = "launcher" if accepted.family == socket.AF_UNIX else _host(accepted)
+        self.follow(self._connection(accepted, remote, channel, lease, dialled), accepted)
+
+    def follow(self, connection: Coroutine[Any, Any, None], accepted: socket.socket) -> None:
+        """Runs what serves a connection in a task of its own, which ends with the proxy."""
+        connections, task = self._connections, asyncio.create_task(connection)
+        connections[task] = accepted
+        task.add_done_callback(lambda done: connections.pop(done).close())
 
     async def _connection(
-        self, accepted: socket.socket, remote: str, channel: Channel, slots: asyncio.Semaphore
+        self, accepted: socket.socket, remote: str, channel: Channel, lease: Lease, dialled: socket.socket | None
     ) -> None:
         log = self.log.bind(channel=channel.label, peer=self.peer(channel), remote=remote)
+        slots = self._open(channel)
         async with AsyncExitStack() as slot:
-            legs = [accepted]
+            legs = [accepted] + ([dialled] if dialled else [])
             try:
                 if accepted.family == socket.AF_UNIX:
                     await slot.enter_async_context(slots)
-                    unix, transport = accepted, await self._to_network(channel, legs)
+                    unix, transport = accepted, await self._to_network(channel, legs, lease)
                 else:
                     with self._turns[channel].take(remote) as turn:
-                        transport = await self._from_network(accepted, remote, channel, legs)
+                        transport = await self._from_network(remote, channel, legs)
                         await turn()
                         await slot.enter_async_context(slots)
-                        unix = await self._reach(channel)
-                    legs.append(unix)
+                        if not dialled:
+                            legs.append(await self._reach(channel, lease, self._deadline()))
+                    unix = legs[-1]
                 widen_unix(unix)
-                relay = Relay(unix, transport)
+                relay = Relay(unix, transport, lease)
             except (DialError, ProxyError, OSError) as error:
-                log.error("connection failed", **self._fail(channel, error, "dial"))
+                told = self._fail(channel, error, "dial")
+                if self._failed_lines.admits((channel, told.get("reason", ""))):
+                    log.error("connection failed", **told)
+                lease.release(keep_record=False)
                 for leg in legs:
                     reset(leg)
                 return
             except BaseException:
+                lease.release(keep_record=False)
                 for leg in legs:
                     reset(leg)
                 raise
-            await self._relay(relay, channel, log.bind(security=transport.label))
+            log = log.bind(security=transport.label)
+            log.info("connection opened")
+            await self._relay(relay, channel, log)
 
-    async def _to_network(self, channel: Channel, legs: list[socket.socket]) -> Transport:
+    async def _to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
-        legs.append(await self._reach(channel))
-        transport = await self._secure(legs[-1], server=False)
-        legs[-1] = transport.tcp
-        return transport
+        if len(legs) > 1 and not await self._is_usable(legs[-1]):
+            dead = legs.pop()
+            lease.forget(dead.fileno())
+            reset(dead)
+        deadline, pause = self._deadline(), _FIRST_PAUSE
+        while True:
+            if len(legs) == 1:
+                legs.append(await self._reach(channel, lease, deadline))
+            stored = legs[-1].fileno()
+            try:
+                transport = await self._secure(legs[-1], server=False)
+            except TLSError as error:
+                # A daemon that dies or restarts breaks the handshake off without a word, and nothing is relayed yet.
+                if error.reason is not Reason.CLOSED or asyncio.get_running_loop().time() + pause > deadline:
+                    raise
+                lease.forget(stored)
+                reset(legs.pop())
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+            else:
+                legs[-1] = transport.tcp
+                return transport
 
-    async def _from_network(
-        self, accepted: socket.socket, remote: str, channel: Channel, legs: list[socket.socket]
-    ) -> Transport:
+    async def _is_usable(self, tcp: socket.socket) -> bool:
+        """Whether the connection that an earlier daemon dialled can be gone on with: not where it began a handshake."""
+        if self.around.security.encrypts:
+            return False
+        info = tcpinfo.read(tcp)
+        if info and info.state == tcpinfo.SYN_SENT:
+            await ready(tcp.fileno(), writing=True)
+            info = tcpinfo.read(tcp)
+        return info is not None and info.state == tcpinfo.ESTABLISHED
+
+    async def _from_network(self, remote: str, channel: Channel, legs: list[socket.socket]) -> Transport:
         """Protects what was accepted: nothing is dialled for a peer that has not shown who it is."""
         async with self._unfinished[channel].place(remote):
-            transport = await self._secure(accepted, server=True)
+            transport = await self._secure(legs[0], server=True)
         legs[0] = transport.tcp
         return transport
 
     async def _secure(self, tcp: socket.socket, *, server: bool) -> Transport:
         began = time.monotonic()
-        transport = await self._around.security.secure(tcp, server=server)
+        transport = await self.around.security.secure(tcp, server=server)
         if transport.label != Transport.label:
-            self._around.measures.handshakes.labels(self.role).observe(time.monotonic() - began)
+            self.around.measures.handshakes.labels(self.role).observe(time.monotonic() - began)
         return transport
 
-    async def _reach(self, channel: Channel) -> socket.socket:
+    def _deadline(self) -> float:
+        """Until when a connection that is accepted now may wait for its other leg, by the event loop's clock."""
+        return asyncio.get_running_loop().time() + self.around.dial_timeout
+
+    async def _reach(self, channel: Channel, lease: Lease, deadline: float) -> socket.socket:
         """Dials the other leg, and records how long that took."""
         began = time.monotonic()
-        sock = await self._dial_until(channel)
-        self._around.measures.dials.labels(self.role, channel.label).observe(time.monotonic() - began)
+        sock = await self._dial_until(channel, lease, deadline)
+        self.around.measures.dials.labels(self.role, channel.label).observe(time.monotonic() - began)
         return sock
 
     def _fail(self, channel: Channel, error: Exception, reason: str) -> dict[str, str]:
         """Counts a failure, for that reason unless it is one of TLS; returns what a log line says of it."""
         why = getattr(error, "strerror", None) or str(error)
-        self.last_error = f"channel {channel.label}: {why}"
+        self.progress.last_error = f"channel {channel.label}: {why}"
         told = {"error": why}
         if isinstance(error, TLSError):
-            self._around.security.errors[error.reason] += 1
+            self.around.security.errors[error.reason] += 1
             reason, told["reason"] = _BROKEN_TLS.get(error.reason, "handshake"), str(error.reason)
         self.traffic[channel].failures[reason] += 1
-        self._around.measures.failures.labels(self.role, reason).inc()
+        self.around.measures.failures.labels(self.role, reason).inc()
         return told
 
-    async def _dial_until(self, channel: Channel) -> socket.socket:
+    def _log_more_failed(self, kind: tuple[Channel, str], count: int) -> None:
+        channel, reason = kind
+        self.log.error("more connections failed", channel=channel.label, reason=reason or "dial", count=count)
+
+    async def _dial_until(self, channel: Channel, lease: Lease, deadline: float) -> socket.socket:
         """Dials until it works, an error is final, or the time is up."""
-        pause = 0.005
+        pause = _FIRST_PAUSE
         last: Exception | None = None
         try:
-            async with asyncio.timeout(self._around.dial_timeout):
+            async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._dial(channel)
+                        return await self._dial(channel, lease)
                     except self.retriable as error:
                         last = error
                     await asyncio.sleep(pause)
-                    pause = min(pause * 2, 0.25)
+                    pause = min(pause * 2, _LONGEST_PAUSE)
         except TimeoutError:
             why = str(last) if last else f"{self.peer(channel)}: no answer"
-            raise DialError(f"{why} (tried for {self._around.dial_timeout:g} s)") from last
+            raise DialError(f"{why} (tried for {self.around.dial_timeout:g} s)") from last
 
     async def _relay(self, relay: Relay, channel: Channel, log: structlog.stdlib.BoundLogger) -> None:
         traffic = self.traffic[channel]
         traffic.begin(relay)
-        self.opened = self.opened or relay.opened
-        log.info("connection opened")
+        self.around.store.changed.set()  # so that one without a lease is on record, too
+        self.progress.opened = self.progress.opened or relay.opened
         failure: dict[str, str] = {}
         try:
+            try:
+                await self.around.store.handed_over()
+            except asyncio.CancelledError:
+                relay.discard()
+                raise
             await relay.run()
         except OSError as error:
             failure = self._fail(channel, error, _BROKEN.get(error.errno or 0, "other"))
         finally:
             traffic.end(relay)
+            self.around.store.changed.set()
             seconds = round(time.monotonic() - relay.opened, 3)
             counts = {"sent": relay.sent, "received": relay.received, "seconds": seconds}
             if failure:
@@ -341,10 +493,15 @@ class Proxy(ABC):
 
     async def close(self) -> None:
         """Ends every connection at once, and logs what the migration has moved."""
+        for listener in self.inherited:
+            listener.close()
+        for connection in self.begun:
+            connection.close()
         ending = list(self._connections)
         for task in ending:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
+        self._failed_lines.close()
         sent, received = self._moved()
         self.log.info(
             "proxy ended",
@@ -352,5 +509,12 @@ class Proxy(ABC):
             received=received,
             connections=sum(traffic.connections for traffic in self.traffic.values()),
             failed=sum(traffic.failed for traffic in self.traffic.values()),
-            seconds=round(time.time() - self.began, 3),
+            seconds=round(time.time() - self.progress.began, 3),
         )
+
+
+def _host(tcp: socket.socket) -> str:
+    try:
+        return str(tcp.getpeername()[0])
+    except OSError:  # it is gone already
+        return "unknown"

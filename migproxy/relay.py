@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
+import os
 import socket
-import struct
-import termios
 import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from migproxy import tcpinfo
-from migproxy.splice import Pump, Transport, shutdown
+from migproxy.fdstore import Lease
+from migproxy.ktls import KernelSend, KernelTransport, offloaded
+from migproxy.portmap import Channel
+from migproxy.sockets import disconnect, reset
+from migproxy.splice import Pipe, Pump, Splice, Transport, shutdown
+from migproxy.state import ChannelState, RelayState
 from migproxy.threads import Threads
 from migproxy.verify import Reason, TLSError
 
@@ -26,29 +29,100 @@ _threads = Threads(linger=1.0)
 class Relay:
     """A connection between a launcher's unix socket and the other node; owns both, and closes both.
 
+    All of a relay that stays in the kernel is in its descriptors: the two sockets, and a pipe for each direction with
+    the bytes in flight. Of each pipe one end is stored, of which the other is made again: the reader of the pipe to
+    the network, the writer of the pipe to the launcher, so that they cannot be mistaken for each other.
+
     Each direction has a thread that blocks in the kernel and holds Python's lock for microseconds at a time, so
     that a relay at full speed leaves the event loop free. (Non-blocking splices on readiness measured 7 % slower,
     and would share one thread.)
 
     Attributes:
         opened: When it was made (`time.monotonic`).
+        lease: Under which the two sockets are stored; released at the end.
+
+    Args:
+        pipes: To the network and to the launcher, of the daemon before; owned by the relay from now on.
     """
 
-    def __init__(self, unix: socket.socket, transport: Transport) -> None:
+    def __init__(
+        self,
+        unix: socket.socket,
+        transport: Transport,
+        lease: Lease | None = None,
+        pipes: tuple[Pipe | None, Pipe | None] = (None, None),
+    ) -> None:
         self.opened = time.monotonic()
+        self.lease = lease or Lease("")
+        self.resumable = transport.resumable
         self._unix = unix
         self._tcp = transport.tcp
         self._stopped = False
         self._first_error: OSError | None = None
+        self._running: dict[Pump, asyncio.Future[None]] = {}
         self._last_tcp_info: tcpinfo.TCPInfo | None = None
-        for sock in (unix, self._tcp):
-            sock.setblocking(True)
-        self._send = transport.sending(unix)
+        self._send = transport.sending(unix, pipes[0])
         try:
-            self._receive = transport.receiving(unix)
+            self._receive = transport.receiving(unix, pipes[1])
         except OSError:
             self._send.close()
             raise
+        if not self.resumable:
+            # So that both peers notice at once when this process dies.
+            self.lease.release(keep_record=False)
+        elif pipes == (None, None):
+            assert isinstance(self._send, Splice)
+            assert isinstance(self._receive, Splice)
+            self.lease.add(self._send.pipe.reader, self._receive.pipe.writer)
+
+    @classmethod
+    def resume(cls, unix: socket.socket, tcp: socket.socket, lease: Lease, ends: tuple[int, int] | None) -> Relay:
+        """Goes on with the connection of a daemon that is dead, plain or encrypted by the kernel.
+
+        Args:
+            ends: The stored ends of its pipes, to the network and to the launcher; None where it had none yet.
+
+        Raises:
+            OSError: No descriptors are left; everything stays open.
+        """
+        transport = KernelTransport(tcp, "kernel TLS") if offloaded(tcp) == (True, True) else Transport(tcp)
+        if ends is None:
+            return cls(unix, transport, lease)
+        to_network = Pipe.reopen(ends[0])
+        try:
+            return cls(unix, transport, lease, (to_network, Pipe.reopen(ends[1])))
+        except OSError:
+            os.close(to_network.writer)
+            raise
+
+    def count_on(self, before: RelayState | None, *, dialled: bool) -> None:
+        """Goes on counting where an earlier daemon was killed, before it runs.
+
+        Without encryption the kernel knows the figures exactly. With it, it knows those of the encrypted bytes: what
+        was added since the state file was written is counted as them, a little more than the payload.
+
+        Args:
+            before: What the state file says, None where it says nothing.
+            dialled: See `carried`.
+        """
+        sent, received = self.carried(dialled=dialled)
+        if before:
+            if self._send.mode == KernelSend.mode:
+                sent += before.sent - before.wire_sent
+                received += before.received - before.wire_received
+            # A reset of our own clears the kernel's figures.
+            sent, received = max(sent, before.sent), max(received, before.received)
+        self._send.count_from(sent)
+        self._receive.count_from(received)
+
+    def carried(self, *, dialled: bool) -> tuple[int, int]:
+        """Bytes that TCP was given, and that have left it for the launcher: with encryption, more than the payload.
+
+        Args:
+            dialled: Whether this end made the TCP connection.
+        """
+        given, taken = tcpinfo.carried(self._tcp, dialled=dialled)
+        return given, taken - self._receive.pending
 
     @property
     def sent(self) -> int:
@@ -75,6 +149,11 @@ class Relay:
         return modes
 
     @property
+    def pumps(self) -> list[Pump]:
+        """Those that run now."""
+        return [pump for pump, ended in self._running.items() if not ended.done()]
+
+    @property
     def tcp_info(self) -> tcpinfo.TCPInfo | None:
         """TCP's own view of the connection; of a closed one, the last there was."""
         return self._last_tcp_info or tcpinfo.read(self._tcp)
@@ -86,15 +165,17 @@ class Relay:
             OSError: What broke the connection first; its TCP peer has been told by a reset, never by an end of
                 stream that would pass for a complete one.
         """
-        running: list[asyncio.Future[None]] = []
+        # From here on bytes may be in a pipe, and the next daemon knows it by this (`survival.Connection.fate`).
+        for sock in (self._unix, self._tcp):
+            sock.setblocking(True)
         cancelled: asyncio.CancelledError | None = None
         try:
             for pump in (self._send, self._receive):
-                running.append(self._start(pump))
+                self._running[pump] = self._start(pump)
         except RuntimeError as error:  # no more threads to be had
             self._first_error = OSError(errno.EAGAIN, str(error))
             self.stop()
-        for pump_ended in running:
+        for pump_ended in self._running.values():
             while not pump_ended.done():
                 try:
                     await asyncio.shield(pump_ended)
@@ -132,30 +213,35 @@ class Relay:
     def stop(self) -> None:
         """Ends both directions at once; `run` then returns, and the TCP peer sees a reset."""
         self._stopped = True
-        for sock in (self._unix, self._tcp):
+        with suppress(OSError):
+            disconnect(self._tcp)  # first: a FIN, or what a pump makes of the launcher's end, would look like an end
+        for sock in (self._tcp, self._unix):
             with suppress(OSError):
                 shutdown(sock, socket.SHUT_RDWR)
+
+    def discard(self) -> None:
+        """Ends it before it has run; the TCP peer sees a reset."""
+        self._close(abort=True)
 
     async def _flush(self) -> None:
         """Waits until TCP has delivered what the launcher wrote before it went away: a reset would discard it."""
         deadline = time.monotonic() + _FLUSH_SECONDS
-        while _unsent(self._tcp) and time.monotonic() < deadline and not self._stopped:
+        while (
+            tcpinfo.unsent(self._tcp)
+            and not tcpinfo.is_over(self._tcp)
+            and time.monotonic() < deadline
+            and not self._stopped
+        ):
             await asyncio.sleep(0.01)
 
     def _close(self, *, abort: bool) -> None:
         self._last_tcp_info = tcpinfo.read(self._tcp)
+        self.lease.release()
         if abort:
-            with suppress(OSError):
-                self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            for sock in (self._tcp, self._unix):
+                reset(sock)
         for closing in (self._tcp, self._unix, self._send, self._receive):
             closing.close()
-
-
-def _unsent(tcp: socket.socket) -> int:
-    """Bytes in the send queue that the peer has not acknowledged (tcp(7), SIOCOUTQ)."""
-    with suppress(OSError):
-        return int.from_bytes(fcntl.ioctl(tcp, termios.TIOCOUTQ, bytes(4)), "little")
-    return 0
 
 
 @dataclass
@@ -213,6 +299,37 @@ class Traffic:
         """TCP's view of each open connection."""
         return [info for relay in self.relays if (info := relay.tcp_info)]
 
+    @classmethod
+    def restore(cls, state: ChannelState) -> Traffic:
+        """Makes the counters that an earlier daemon left."""
+        return cls(
+            connections=state.connections,
+            failures=Counter(state.failures),
+            _sent=state.sent,
+            _received=state.received,
+            _spliced=state.spliced,
+            _modes=Counter(state.modes),
+            _retransmits=state.retransmits,
+        )
+
+    def state(self) -> ChannelState:
+        """What is to be restored: all but what the relays that are open have moved."""
+        return ChannelState(
+            connections=self.connections - len(self.relays),
+            failures=dict(self.failures),
+            sent=self._sent,
+            received=self._received,
+            spliced=self._spliced,
+            modes=dict(self._modes),
+            retransmits=self._retransmits,
+        )
+
+    def lose(self, relay: RelayState) -> None:
+        """Counts a connection that an earlier daemon relayed, and that did not survive it."""
+        self.connections += 1
+        self._sent += relay.sent
+        self._received += relay.received
+
     def begin(self, relay: Relay) -> None:
         """Counts a relay as open."""
         self.connections += 1
@@ -227,3 +344,20 @@ class Traffic:
         self._modes += relay.modes
         if relay.tcp_info:
             self._retransmits += relay.tcp_info.retransmits
+
+
+@dataclass
+class Progress:
+    """What one side of a migration has done so far, whichever proxy did it.
+
+    Attributes:
+        began: When it was first served (`time.time`).
+        opened: When its first connection was relayed (`time.monotonic`), None before that.
+        traffic: What each channel has carried.
+        last_error: The latest connection's failure, for people.
+    """
+
+    began: float = field(default_factory=time.time)
+    opened: float | None = None
+    traffic: dict[Channel, Traffic] = field(default_factory=dict)
+    last_error: str | None = None

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from migproxy.portmap import Channel
-from migproxy.relay import Traffic
+from migproxy.relay import Progress
 
 MOST = 200
 """Ended migrations kept at most, so that what is exported is bounded whatever the number of migrations."""
@@ -22,26 +21,24 @@ class Ended:
 
     Attributes:
         report: What it last said of itself.
-        traffic: Its counters, in case its migration is served again.
-        began: When it was first made (`time.time`).
+        progress: What it had done, in case its migration is served again.
         at: When it ended (`time.monotonic`).
     """
 
     report: dict[str, Any]
-    traffic: dict[Channel, Traffic]
-    began: float
+    progress: Progress
     at: float = field(default_factory=time.monotonic)
 
 
 class Retention(Generic[K]):
     """Owns what ended migrations leave behind; the oldest go first.
 
-    Args:
+    Attributes:
         seconds: How long each is kept.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._kept: dict[K, Ended] = {}
 
     def add(self, key: K, ended: Ended) -> None:
@@ -60,7 +57,7 @@ class Retention(Generic[K]):
         yield from list(self._kept.items())
 
     def _expire(self) -> None:
-        horizon = time.monotonic() - self._seconds
+        horizon = time.monotonic() - self.seconds
         for key in [key for key, ended in self._kept.items() if ended.at < horizon]:
             del self._kept[key]
         while len(self._kept) > MOST:

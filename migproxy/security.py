@@ -20,7 +20,7 @@ from migproxy.verify import Peers, Reason, TLSError
 if TYPE_CHECKING:
     from migproxy.kube.cluster import ClusterSettings
 
-__all__ = ["ClusterSecurity", "SecurityError", "security"]
+__all__ = ["ClusterSecurity", "OptionsSecurity", "SecurityError", "security"]
 
 log = structlog.get_logger(__name__)
 
@@ -53,19 +53,18 @@ def security(settings: Settings) -> Security:
     )
 
 
-class ClusterSecurity:
-    """Protects connections as the cluster's KubeVirt is configured; each option that is given beats KubeVirt's setting.
-
-    Until KubeVirt's settings are known, the options decide. What they do not suffice for (the CA is known from the
-    cluster alone) has no connections: never plaintext, unless KubeVirt or an option asks for it. Connections that are
-    open when a setting changes go on as they are.
+class OptionsSecurity:
+    """Protects connections as the options say; other ones apply to connections from then on.
 
     Attributes:
         errors: See Security.
-        problem: Why connections are not protected as the cluster asks for, None when they are.
+        problem: Why connections are not protected as they should be, None when they are.
 
     Args:
         settings: The options.
+
+    Raises:
+        SecurityError: mTLS cannot be had as it was asked for.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -74,10 +73,78 @@ class ClusterSecurity:
         self._settings = settings
         self._current: Security | None = None
         self._changed = asyncio.Event()
-        try:
-            self._use(security(settings))
-        except SecurityError as error:
-            self.problem = f"KubeVirt's settings are not known yet, and the options alone do not suffice: {error}"
+        self.reconfigure(settings)
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Follows other options.
+
+        Raises:
+            SecurityError: mTLS cannot be had as they ask for it; nothing has changed.
+        """
+        self._use(security(settings))
+        self._settings = settings
+
+    def _use(self, current: Security) -> None:
+        current.errors = self.errors
+        self._current = current
+        self._changed.set()
+
+    @property
+    def encrypts(self) -> bool:
+        """See Security."""
+        return self._current is None or self._current.encrypts
+
+    @property
+    def resumable(self) -> bool:
+        """See Security."""
+        return self._current is not None and self._current.resumable
+
+    async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+        if self._current is None:
+            raise TLSError(Reason.NO_CREDENTIALS, str(self.problem))
+        return await self._current.secure(tcp, server=server)
+
+    def report(self) -> dict[str, Any]:
+        errors = {str(reason): count for reason, count in self.errors.items()}
+        current = self._current.report() if self._current else {"mode": "none yet", "errors": errors}
+        return current | {"problem": self.problem}
+
+    async def watch(self) -> None:
+        while True:
+            self._changed.clear()
+            watching = asyncio.create_task(self._current.watch()) if self._current else None
+            try:
+                await self._changed.wait()
+            finally:
+                if watching:
+                    watching.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await watching
+
+
+class ClusterSecurity(OptionsSecurity):
+    """Protects connections as the cluster's KubeVirt is configured; each option that is given beats KubeVirt's setting.
+
+    Until KubeVirt's settings are known, the options decide. What they do not suffice for (the CA is known from the
+    cluster alone) has no connections: never plaintext, unless KubeVirt or an option asks for it. Connections that are
+    open when a setting changes go on as they are.
+    """
+
+    _cluster: ClusterSettings | None = None
+
+    def reconfigure(self, settings: Settings) -> None:
+        if self._cluster is not None:
+            self._use(security(self._merged(settings, self._cluster)))
+            self.problem = None
+        else:
+            try:
+                super().reconfigure(settings)
+            except SecurityError as error:
+                self.problem = f"KubeVirt's settings are not known yet, and the options alone do not suffice: {error}"
+            else:
+                if settings.beside_virt_handler:  # whose proxy knows them, and serves until this daemon does
+                    self.problem = "KubeVirt's settings are not known yet"
+        self._settings = settings
 
     def apply(self, cluster: ClusterSettings) -> None:
         """Follows the cluster's settings, for connections from now on.
@@ -85,23 +152,19 @@ class ClusterSecurity:
         Args:
             cluster: KubeVirt's settings, whenever they change.
         """
+        self._cluster = cluster
         try:
-            self._use(security(self._merged(cluster)))
+            self._use(security(self._merged(self._settings, cluster)))
         except (SecurityError, OSError) as error:
             self.problem = f"KubeVirt's settings cannot be followed: {error}"
             log.error("KubeVirt's settings cannot be followed, the last good ones stay in use", error=str(error))
         else:
             self.problem = None
 
-    def _use(self, current: Security) -> None:
-        current.errors = self.errors
-        self._current = current
-        self._changed.set()
-
-    def _merged(self, cluster: ClusterSettings) -> Settings:
+    def _merged(self, settings: Settings, cluster: ClusterSettings) -> Settings:
         from migproxy.kube.cluster import Overrides, merge  # slow to import, and only needed with a cluster
 
-        settings, given = self._settings, self._settings.model_fields_set
+        given = settings.model_fields_set
         merged = merge(
             cluster,
             Overrides(
@@ -125,37 +188,15 @@ class ClusterSecurity:
                 raise SecurityError(f"minTLSVersion {version} is not among {', '.join(_VERSIONS)}")
             changes["tls_min_version"] = version
         if merged.ca_bundle and not given & {"tls_ca", "tls_dir"}:
-            changes["tls_ca"] = self._keep(merged.ca_bundle)
+            changes["tls_ca"] = _keep(merged.ca_bundle, settings.cluster_ca)
         return settings.model_copy(update=changes)
 
-    def _keep(self, bundle: str) -> str:
-        """Puts KubeVirt's CA bundle into a file, where it is found again while the API server is away."""
-        path = self._settings.cluster_ca
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        temporary = f"{path}.new"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(bundle)
-        os.replace(temporary, path)
-        return path
 
-    async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
-        if self._current is None:
-            raise TLSError(Reason.NO_CREDENTIALS, str(self.problem))
-        return await self._current.secure(tcp, server=server)
-
-    def report(self) -> dict[str, Any]:
-        errors = {str(reason): count for reason, count in self.errors.items()}
-        current = self._current.report() if self._current else {"mode": "none yet", "errors": errors}
-        return current | {"problem": self.problem}
-
-    async def watch(self) -> None:
-        while True:
-            self._changed.clear()
-            watching = asyncio.create_task(self._current.watch()) if self._current else None
-            try:
-                await self._changed.wait()
-            finally:
-                if watching:
-                    watching.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await watching
+def _keep(bundle: str, path: str) -> str:
+    """Puts KubeVirt's CA bundle into a file, where it is found again while the API server is away."""
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    temporary = f"{path}.new"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(bundle)
+    os.replace(temporary, path)
+    return path

@@ -112,6 +112,17 @@ class Settings(BaseModel):
         description="The migration address where the interface does not exist. Also read from MY_POD_IP.",
         json_schema_extra={"env": "MY_POD_IP"},
     )
+    netns: str = Field(
+        "self",
+        pattern=r"^(self|process:[^/]{1,15}|/.+)$",
+        description="Network namespace of the migration's connections and address: `self`, `process:NAME` (that of the "
+        "node's process of this name), or a PATH such as /run/netns/NAME.",
+    )
+    beside_virt_handler: bool = Field(
+        False,
+        description="Run beside an unmodified virt-handler: announce where targets listen, for an admission policy to "
+        "publish, and put the source's sockets over virt-handler's.",
+    )
     port_range: Annotated[tuple[int, int] | None, BeforeValidator(_port_range)] = Field(
         None, description="LOW-HIGH: ports that targets listen on. Default: the kernel's choice."
     )
@@ -230,8 +241,10 @@ class Settings(BaseModel):
         le=86400,
         description="Seconds that an ended migration is still shown and exported, to be scraped.",
     )
-    log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="`console`, `json`, or `auto`: console on a terminal."
+    log_format: Literal["auto", "console", "json", "journald"] = Field(
+        "auto",
+        description="`console`, `json`, `journald` (fields, to systemd's journal), or `auto`: the journal where "
+        "standard error leads there, console on a terminal, else json.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."
@@ -249,6 +262,8 @@ class Settings(BaseModel):
             raise ValueError("--tls-cert and --tls-key belong together: give both, or a folder of both")
         if (self.http_tls_cert is None) != (self.http_tls_key is None):
             raise ValueError("--http-tls-cert and --http-tls-key are given together, or neither")
+        if self.beside_virt_handler and self.vmi_dir is not None:
+            raise ValueError("--beside-virt-handler needs a cluster, whose virt-handler publishes: not with --vmi-dir")
         return self
 
     @field_validator("kubeconfig")
@@ -272,6 +287,11 @@ class Settings(BaseModel):
         return value
 
     @property
+    def state_file(self) -> str:
+        """Where is written what the next daemon is to know, should this one die: beside the control socket."""
+        return os.path.splitext(self.control_socket)[0] + ".state.json"
+
+    @property
     def cluster_ca(self) -> str:
         """Where the CA bundle is kept that the API server has: beside the control socket."""
         return os.path.join(os.path.dirname(self.control_socket) or ".", "kubevirt-ca.crt")
@@ -289,6 +309,18 @@ class Settings(BaseModel):
             folder=self.tls_dir,
             ca=ca or self.tls_ca,
         )
+
+
+RELOADED = frozenset(
+    {
+        *("port_range", "congestion_control", "tcp_user_timeout", "dial_timeout", "max_connections", "drain_timeout"),
+        *("disable_tls", "tls_dir", "tls_cert", "tls_key", "tls_server_dir", "tls_client_dir", "tls_ca"),
+        *("tls_client_names", "tls_server_names", "tls_externally_managed", "tls_min_version", "tls_ciphers"),
+        *("handshake_timeout", "max_handshakes", "ktls", "tls_expiry_warning"),
+        *("retention", "log_format", "log_level"),
+    }
+)
+"""The fields that a running daemon changes when it reads its configuration again; the others need a restart."""
 
 
 def option(field: str) -> str:

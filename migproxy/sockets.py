@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
+import resource
 import socket
+import stat
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
 
+from migproxy.netns import NetworkNamespace
 from migproxy.portmap import IPAddress
 
 log = structlog.get_logger(__name__)
@@ -20,6 +24,8 @@ BACKLOG = 512
 _UNIX_BUFFER = 1 << 20  # bytes; the default of 208 KiB costs 10 % of the throughput
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; not among Python's constants
 _IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
+_UNSPECIFIED = struct.pack("=H14x", socket.AF_UNSPEC)  # a sockaddr, which Python's own connect does not make
+_libc = ctypes.CDLL(None)
 
 
 class PortTaken(OSError):
@@ -35,10 +41,12 @@ class TCPOptions:
             cubic moves about twice the bytes of bbr for a third of the CPU: bbr paces every packet by a timer.
         user_timeout: Seconds that sent data may stay unacknowledged, or the peer's window shut, before the
             connection counts as broken (TCP_USER_TIMEOUT, tcp(7)).
+        namespace: The network namespace that they are made in.
     """
 
     congestion_control: str = "cubic"
     user_timeout: float = 30.0
+    namespace: NetworkNamespace = field(default_factory=NetworkNamespace)
     _warned: bool = field(default=False, init=False)
 
     def apply(self, sock: socket.socket) -> None:
@@ -79,7 +87,7 @@ def listen_tcp(address: IPAddress, port: int, options: TCPOptions) -> socket.soc
         PortTaken: The port is in use on that address.
         OSError: Anything else, such as an address that is not this machine's (EADDRNOTAVAIL).
     """
-    sock = socket.socket(_family(address), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = options.namespace.make_socket(_family(address), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         # Connections of an earlier listener that linger in TIME_WAIT do not keep its port.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -100,7 +108,7 @@ def new_tcp(local: IPAddress, options: TCPOptions) -> socket.socket:
     Raises:
         OSError: `local` is not this machine's address.
     """
-    sock = socket.socket(_family(local), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = options.namespace.make_socket(_family(local), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         options.apply(sock)
         # The port is chosen at connect, where the same one can serve several destinations (ip(7)).
@@ -150,11 +158,68 @@ def widen_unix(sock: socket.socket) -> None:
 
 
 def reset(sock: socket.socket) -> None:
-    """Closes a TCP socket so that the peer sees a reset, not an end of stream that would pass for a complete one."""
+    """Closes a TCP socket so that the peer sees a reset, not an end of stream that would pass for a complete one.
+
+    A holder may have a descriptor of it, too, so that closing it alone would tell the peer nothing: it is disconnected,
+    which resets it at once (connect(2), AF_UNSPEC). A unix socket is shut down.
+    """
     with suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if sock.family == socket.AF_UNIX:
+            sock.shutdown(socket.SHUT_RDWR)
+        else:
+            disconnect(sock)
     sock.close()
+
+
+def disconnect(tcp: socket.socket) -> None:
+    """Resets a TCP connection at once where the kernel lets it, else when its last descriptor is closed.
+
+    It does not for kernel TLS (net/tls/tls_main.c), and Linux 6.4 and 6.5 not while a thread waits for the socket.
+
+    Raises:
+        OSError: It is closed.
+    """
+    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    _libc.connect(tcp.fileno(), _UNSPECIFIED, len(_UNSPECIFIED))
+
+
+def make_way(path: str, kind: socket.SocketKind, who: str) -> None:
+    """Makes the folder for a unix socket, and removes the socket that a dead process left there.
+
+    Args:
+        kind: Of the socket.
+        who: Listens there, for people.
+
+    Raises:
+        OSError: Somebody listens there, or what stands there is no socket; `strerror` says what to do.
+    """
+    os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):  # which refuses in the same way
+                raise FileExistsError(errno.EEXIST, "something else stands there: remove it") from None
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, f"another {who} answers there; stop it, or give this one a socket of its own")
+
+
+def quench(listener: socket.socket) -> None:
+    """Closes a listener so that nobody can connect any more, whoever else has a descriptor of it."""
+    with suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
 
 
 def _family(address: IPAddress) -> socket.AddressFamily:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def raise_file_limit() -> int:
+    """Raises the soft limit of open files, which is meant for programs that use select(2); returns the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

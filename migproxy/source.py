@@ -13,27 +13,36 @@ from dataclasses import dataclass
 
 from asyncinotify import Mask
 
+from migproxy.fdstore import Lease
 from migproxy.launcher import LauncherError, RunDir
 from migproxy.plan import Role, SourceProxy
 from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
 from migproxy.proxy import Proxy, ProxyError, Surroundings
-from migproxy.sockets import BACKLOG, connect_tcp, new_tcp
-from migproxy.watch import Watcher
+from migproxy.sockets import BACKLOG, connect_tcp, new_tcp, quench
+from migproxy.watch import Subscription, Watcher
 
 _FOLDER_CHANGES = (
     Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MOVE_SELF | Mask.DELETE_SELF | Mask.ONLYDIR
 )
-_MODE = 0o660  # of a socket file: its owner's and group's alone
 _CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
 _MAX_PAUSE = 1.0  # seconds between two times that a socket file is put back, when somebody insists
 
 
 @dataclass(frozen=True, slots=True)
-class _SocketFile:
+class SocketFile:
     """A listener and the identity (device, inode) of the file that leads to it."""
 
     listener: socket.socket
     identity: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Accepting:
+    """A listener that is stored, and the task that accepts from it."""
+
+    listener: socket.socket
+    lease: Lease
+    task: asyncio.Task[None]
 
 
 class SocketFolder:
@@ -43,6 +52,8 @@ class SocketFolder:
         fd: The folder.
         path: Its path, for messages only.
         owner: User and group that libvirt and QEMU run as in the pod, or they could not connect.
+        mode: Of a socket file: its owner's and group's alone.
+        patience: Seconds after which a name is looked at again that `invites` said no to; None: it never does.
 
     Args:
         run: The launcher's /var/run.
@@ -52,6 +63,9 @@ class SocketFolder:
         LauncherError: The kubevirt folder is missing, or a symbolic link stands in the way.
         ProxyError: The folder cannot be made, or cannot be given to the owner.
     """
+
+    mode = 0o660
+    patience: float | None = None
 
     def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:
         self.path = f"{run.path}/{MIGRATION_PROXY_DIR}"
@@ -68,7 +82,7 @@ class SocketFolder:
             os.close(kubevirt)
         self.fd = run.open_folder(MIGRATION_PROXY_DIR)
         try:
-            self._give(self.fd, self.path)
+            self.give(self.fd, self.path)
         except ProxyError:
             os.close(self.fd)
             raise
@@ -83,7 +97,12 @@ class SocketFolder:
         status = os.stat(self.fd)
         return (status.st_dev, status.st_ino) if status.st_nlink else None
 
-    def _give(self, fd: int, path: str) -> None:
+    def give(self, fd: int, path: str) -> None:
+        """Gives the folder, or a socket in it, to the owner, unless it is theirs.
+
+        Raises:
+            ProxyError: Not permitted.
+        """
         status = os.stat(fd)
         if (status.st_uid, status.st_gid) == self.owner:
             return
@@ -95,7 +114,11 @@ class SocketFolder:
                 "(CAP_CHOWN), or name another --socket-owner"
             ) from error
 
-    def place(self, name: str) -> _SocketFile:
+    def invites(self, name: str) -> bool:
+        """Whether a socket file is to be put at a name now."""
+        return True
+
+    def place(self, name: str) -> SocketFile:
         """Puts a listening socket at `name`, atomically, over whatever stands there: nobody finds the name empty.
 
         Raises:
@@ -105,21 +128,29 @@ class SocketFolder:
         path = f"{self.path}/{name}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=self.fd)
+            self._discard(temporary, name)
+            os.fchmod(listener.fileno(), self.mode)  # the file is made with it (net/unix/af_unix.c)
             listener.bind(f"/proc/self/fd/{self.fd}/{temporary}")
             identity = self._prepare(temporary, path)
             listener.listen(BACKLOG)
-            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            self._put(temporary, name)
         except OSError as error:
             listener.close()
             with suppress(OSError):
-                os.unlink(temporary, dir_fd=self.fd)
+                self._discard(temporary, name)
             raise ProxyError(f"{path} cannot be put in place: {error.strerror}") from error
         except ProxyError:
             listener.close()
             raise
-        return _SocketFile(listener, identity)
+        return SocketFile(listener, identity)
+
+    def _discard(self, temporary: str, name: str) -> None:
+        """Clears the temporary name of what a daemon left that was killed."""
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=self.fd)
+
+    def _put(self, temporary: str, name: str) -> None:
+        os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def _prepare(self, temporary: str, path: str) -> tuple[int, int]:
         node = os.open(temporary, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
@@ -127,13 +158,13 @@ class SocketFolder:
             status = os.stat(node)
             if not stat.S_ISSOCK(status.st_mode) or status.st_nlink != 1:
                 raise ProxyError(f"{path}: somebody in the pod replaced the socket while it was being made")
-            self._give(node, path)
-            os.chmod(f"/proc/self/fd/{node}", _MODE)
+            self.give(node, path)
+            os.chmod(f"/proc/self/fd/{node}", self.mode)
         finally:
             os.close(node)
         return status.st_dev, status.st_ino
 
-    def holds(self, name: str, file: _SocketFile) -> bool:
+    def holds(self, name: str, file: SocketFile) -> bool:
         """Whether `name` still leads to that listener."""
         try:
             status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
@@ -141,7 +172,7 @@ class SocketFolder:
             return False
         return (status.st_dev, status.st_ino) == file.identity
 
-    def remove(self, name: str, file: _SocketFile) -> None:
+    def remove(self, name: str, file: SocketFile) -> None:
         """Removes the socket file, if it is that one; somebody else's stays."""
         if self.holds(name, file):
             with suppress(OSError):
@@ -158,19 +189,31 @@ class _Place:
     def __init__(self, name: str, channel: Channel) -> None:
         self.name = name
         self.channel = channel
-        self.file: _SocketFile | None = None
-        self._accepting: list[tuple[socket.socket, asyncio.Task[None]]] = []
+        self.file: SocketFile | None = None
+        self._accepting: list[_Accepting] = []
 
     async def put(self, folder: SocketFolder, proxy: Proxy) -> None:
-        """Puts a new socket file in place and accepts from it.
+        """Puts a new socket file in place and accepts from it; where an earlier daemon's stands, that one.
 
         Raises:
             ProxyError: It cannot be put there; what was accepting goes on.
         """
-        self.file = folder.place(self.name)
-        listener = self.file.listener
-        self._accepting.append((listener, asyncio.create_task(proxy.accept(listener, self.channel))))
+        for inherited in proxy.inherit(self.channel):
+            file = SocketFile(inherited.socket, inherited.identity)
+            if folder.holds(self.name, file):
+                self._accept(file, inherited.lease, proxy)
+            else:
+                inherited.close()
+        if self.file is not None and folder.holds(self.name, self.file):
+            return
+        file = folder.place(self.name)
+        self._accept(file, proxy.lease_listener(self.channel, file.listener, file.identity), proxy)
         await self._close(self._accepting[:-2])
+
+    def _accept(self, file: SocketFile, lease: Lease, proxy: Proxy) -> None:
+        self.file = file
+        task = asyncio.create_task(proxy.accept(file.listener, self.channel))
+        self._accepting.append(_Accepting(file.listener, lease, task))
 
     async def remove(self, folder: SocketFolder | None) -> None:
         """Takes the file away, if it is ours, and stops accepting."""
@@ -179,14 +222,15 @@ class _Place:
         self.file = None
         await self._close(self._accepting)
 
-    async def _close(self, accepting: list[tuple[socket.socket, asyncio.Task[None]]]) -> None:
+    async def _close(self, accepting: list[_Accepting]) -> None:
         closing_now = list(accepting)
         self._accepting = [one for one in self._accepting if one not in closing_now]
-        for _, task in closing_now:
-            task.cancel()
-        await asyncio.gather(*(task for _, task in closing_now), return_exceptions=True)
-        for listener, _ in closing_now:
-            listener.close()
+        for one in closing_now:
+            one.task.cancel()
+        await asyncio.gather(*(one.task for one in closing_now), return_exceptions=True)
+        for one in closing_now:
+            one.lease.release()
+            quench(one.listener)
 
 
 class Source(Proxy):
@@ -201,17 +245,25 @@ class Source(Proxy):
     retriable = (OSError,)
 
     def __init__(
-        self, plan: SourceProxy, around: Surroundings, watcher: Watcher, owner: tuple[int, int] | None
+        self,
+        plan: SourceProxy,
+        around: Surroundings,
+        watcher: Watcher,
+        owner: tuple[int, int] | None,
+        folders: type[SocketFolder] = SocketFolder,
     ) -> None:
         super().__init__(plan.migration, around)
         self.plan = plan
         self.problem: str | None = None
         self._watcher = watcher
         self._owner = owner
+        self._folders = folders
+        self._gives_back = False
         self._folder: SocketFolder | None = None
         self._places: dict[Channel, _Place] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._change = asyncio.Lock()
+        self._is_placed = False
 
     async def apply(self, plan: SourceProxy) -> None:
         """Makes the listeners equal to the plan; connections that are open go on as they are.
@@ -224,6 +276,7 @@ class Source(Proxy):
         """
         moved = (plan.address, plan.ports) != (self.plan.address, self.plan.ports)
         self.plan = plan
+        self.inherit_only([*plan.ports])
         async with self._change:
             await self._settle(self._open_folder())
             for channel in [known for known in self._places if known not in plan.ports]:
@@ -246,6 +299,11 @@ class Source(Proxy):
             self._keeper = asyncio.create_task(self._keep())
         self.problem = None
 
+    @property
+    def is_in_path(self) -> bool:
+        """Whether connections are led here: each channel's socket file has been put in place."""
+        return self._is_placed
+
     def listening(self, channel: Channel) -> str | None:
         """Where a channel's connections are accepted, for people; None while they are not."""
         return f"{self._folder.path}/{source_socket_name(self.plan.key, channel)}" if self._folder else None
@@ -256,8 +314,8 @@ class Source(Proxy):
         return f"{host}:{port}"
 
     def _open_folder(self) -> SocketFolder:
-        with self._around.launchers.open(self.plan.launcher) as run:
-            return SocketFolder(run, self._owner)
+        with self.around.launchers.open(self.plan.launcher) as run:
+            return self._folders(run, self._owner)
 
     async def _settle(self, folder: SocketFolder) -> None:
         """Goes on in that folder: where it is another one, the sockets in the old one go; connections stay."""
@@ -271,16 +329,20 @@ class Source(Proxy):
             old.close()
 
     async def _put_back(self) -> list[str]:
-        """Puts every socket file in place that is not there; returns their names."""
+        """Puts every socket file in place that is not there and may be; returns their names."""
+        if self._gives_back:
+            return []
         assert self._folder is not None
-        missing = [
-            place
-            for place in self._places.values()
-            if place.file is None or not self._folder.holds(place.name, place.file)
-        ]
-        for place in missing:
-            await place.put(self._folder, self)
-        return [place.name for place in missing]
+        missing = self._missing(self._folder)
+        placed = [place for place in missing if self._folder.invites(place.name)]
+        for place in placed:
+            if not self._gives_back:
+                await place.put(self._folder, self)
+        self._is_placed = self._is_placed or len(placed) == len(missing)
+        return [place.name for place in placed]
+
+    def _missing(self, folder: SocketFolder) -> list[_Place]:
+        return [p for p in self._places.values() if p.file is None or not folder.holds(p.name, p.file)]
 
     async def _keep(self) -> None:
         """Keeps the socket files in place, whoever removes or replaces them, until cancelled."""
@@ -300,7 +362,10 @@ class Source(Proxy):
                 self.problem = None
                 if not put_back:
                     continue
-                self.log.warning("socket files put back that somebody removed or replaced", names=put_back)
+                if self._folders is SocketFolder:
+                    self.log.warning("socket files put back that somebody removed or replaced", names=put_back)
+                else:
+                    self.log.info("socket files put over virt-handler's", names=put_back)
             pause = min(max(pause * 2, 0.01), _MAX_PAUSE) if time.monotonic() - began < _CALM else 0.0
             await asyncio.sleep(pause)
 
@@ -309,35 +374,52 @@ class Source(Proxy):
         if self.problem is not None or self._folder is None or self._folder.identity is None:
             return
         with self._watcher.watch(f"/proc/self/fd/{self._folder.fd}", _FOLDER_CHANGES) as changes:
-            if any(p.file is None or not self._folder.holds(p.name, p.file) for p in self._places.values()):
+            missing = self._missing(self._folder)
+            if any(self._folder.invites(place.name) for place in missing):
                 return
-            async for change in changes:
-                if change.gone or change.overflow or change.name is None:
-                    return
-                if any(change.name == place.name for place in self._places.values()):
-                    return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._folder.patience if missing else None):
+                    await self._named_change(changes)
+
+    async def _named_change(self, changes: Subscription) -> None:
+        async for change in changes:
+            if change.gone or change.overflow or change.name is None:
+                return
+            if any(change.name == place.name for place in self._places.values()):
+                return
 
     def retire(self) -> None:
         """Stops keeping the socket files in place: another owner of the same names may follow."""
         if self._keeper is not None:
             self._keeper.cancel()
 
-    async def _dial(self, channel: Channel) -> socket.socket:
+    def give_back(self) -> None:
+        """Takes the socket files away, for whoever comes after; what is on its way to them is still accepted."""
+        self.retire()
+        self._gives_back = True
+        for place in self._places.values():
+            if self._folder is not None and place.file is not None:
+                self._folder.remove(place.name, place.file)
+
+    async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:
         address, port = self.plan.address, self.plan.ports.get(channel)
         if port is None:
             raise OSError(f"the target publishes no port for channel {channel.label}")
-        local = self._around.local_address(address.version)
+        local = self.around.local_address(address.version)
         try:
-            sock = new_tcp(local, self._around.tcp)
+            sock = new_tcp(local, self.around.tcp)
         except OSError as error:
             raise OSError(f"cannot connect from {local}: {error.strerror}") from error
+        lease.add(sock.fileno())
         try:
             await connect_tcp(sock, address, port)
         except OSError as error:
+            lease.forget(sock.fileno())
             sock.close()
             why = os.strerror(error.errno) if error.errno else str(error)  # the loop's own words repeat the address
             raise OSError(f"{self.peer(channel)}: {why}") from error
         except BaseException:
+            lease.forget(sock.fileno())
             sock.close()
             raise
         return sock

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import socket
+import termios
 from abc import ABC, abstractmethod
 from contextlib import suppress
 
@@ -32,13 +33,29 @@ class Pipe:
 
     __slots__ = ("capacity", "reader", "writer")
 
-    def __init__(self) -> None:
-        self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
-        for size in PIPE_SIZES:
+    def __init__(self, ends: tuple[int, int] | None = None) -> None:
+        self.reader, self.writer = ends or os.pipe2(os.O_CLOEXEC)
+        for size in () if ends else PIPE_SIZES:
             with suppress(PermissionError):
                 fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, size)
                 break
         self.capacity: int = fcntl.fcntl(self.writer, fcntl.F_GETPIPE_SZ)
+
+    @classmethod
+    def reopen(cls, end: int) -> Pipe:
+        """Makes a pipe of one end of it, which it owns then; the other end is opened anew (proc(5), /proc/pid/fd).
+
+        Raises:
+            OSError: /proc is not mounted, or no descriptors are left; `end` stays open.
+        """
+        if is_writer(end):
+            return cls((os.open(f"/proc/self/fd/{end}", os.O_RDONLY | os.O_CLOEXEC), end))
+        return cls((end, os.open(f"/proc/self/fd/{end}", os.O_WRONLY | os.O_CLOEXEC)))
+
+    @property
+    def held(self) -> int:
+        """Bytes that it holds."""
+        return int.from_bytes(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)), "little")
 
     def close(self) -> None:
         """Closes both ends; bytes still in the pipe are gone."""
@@ -46,13 +63,17 @@ class Pipe:
         os.close(self.writer)
 
 
+def is_writer(end: int) -> bool:
+    """Whether a pipe's end is the one to write to."""
+    return fcntl.fcntl(end, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+
+
 class Pump(ABC):
     """Moves the bytes of one direction until its end, and passes the end on.
 
     `run` blocks in the kernel and is meant for a thread of its own. An end of stream is passed on as what it is, a
-    half-close: the other direction runs to its own end. An error shuts the receiving socket down in both
-    directions, so that the pump of the other direction, which reads from it, delivers what had arrived before
-    and then ends too.
+    half-close: the other direction runs to its own end. An error shuts the receiving socket down, so that the pump of
+    the other direction, which reads from it, delivers what had arrived before and then ends too.
 
     Attributes:
         mode: How the bytes move, for metrics: "spliced", "ktls" (spliced, and encrypted by the kernel), "user-space".
@@ -75,12 +96,14 @@ class Pump(ABC):
         """Pumps until the end of the stream or an error, which is left in `error`."""
         try:
             self._move()
-        except OSError as error:
-            self.error = error
-            shutdown(self.target, socket.SHUT_RDWR)
-            shutdown(self.source, socket.SHUT_RD)
-        else:
             self._finish()
+        except Exception as error:  # noqa: BLE001 - a defect of ours must not leave a connection that nobody moves
+            self.error = error if isinstance(error, OSError) else OSError(errno.EIO, f"defect: {error!r}")
+            # Nothing is sent to the network: an end of stream would pass for a complete one.
+            with suppress(OSError):
+                shutdown(self.target, socket.SHUT_RDWR if self.target.family == socket.AF_UNIX else socket.SHUT_RD)
+            with suppress(OSError):
+                shutdown(self.source, socket.SHUT_RD)
 
     @abstractmethod
     def _move(self) -> None:
@@ -90,6 +113,15 @@ class Pump(ABC):
         """Tells the target of the end; does not raise."""
         shutdown(self.target, socket.SHUT_WR)
 
+    def count_from(self, moved: int) -> None:
+        """Sets what had been delivered before, by a pump that was killed."""
+        self.moved = moved
+
+    @property
+    def pending(self) -> int:
+        """Bytes that it has taken from `source` and not delivered yet."""
+        return 0
+
     def close(self) -> None:  # noqa: B027 - a pump may have nothing to free
         """Frees what is the pump's own; the sockets belong to whoever made them."""
 
@@ -98,23 +130,35 @@ class Splice(Pump):
     """The pump whose bytes stay in the kernel.
 
     Attributes:
-        pipe: Holds the bytes in flight.
+        pipe: Holds the bytes in flight. While the pump runs, nobody asks the kernel for their number: splice(2) keeps
+            the pipe locked for as long as it waits for a socket.
     """
 
-    __slots__ = ("pipe",)
+    __slots__ = ("_filled", "pipe")
     mode = "spliced"
     spliced = True
 
-    def __init__(self, source: socket.socket, target: socket.socket) -> None:
+    def __init__(self, source: socket.socket, target: socket.socket, pipe: Pipe | None = None) -> None:
         super().__init__(source, target)
-        self.pipe = Pipe()
+        self.pipe = pipe or Pipe()
+        self._filled = self.pipe.held
+
+    def count_from(self, moved: int) -> None:
+        self._filled += moved - self.moved
+        self.moved = moved
+
+    @property
+    def pending(self) -> int:
+        return self._filled - self.moved
 
     def _move(self) -> None:
         source, target = self.source.fileno(), self.target.fileno()
         reader, writer, capacity = self.pipe.reader, self.pipe.writer, self.pipe.capacity
-        # No SPLICE_F_MORE: on the last bytes of a message it makes TCP wait up to 200 ms for more.
-        while held := self._fill(source, writer, capacity):
+        held = self.pending
+        while held or (held := self._fill(source, writer, capacity)):
+            self._filled = self.moved + held
             while held:
+                # No SPLICE_F_MORE: on the last bytes of a message it makes TCP wait up to 200 ms for more.
                 sent = os.splice(reader, target, held)
                 held -= sent
                 self.moved += sent
@@ -137,24 +181,29 @@ class Transport:
     Attributes:
         tcp: The connected socket; whoever has the transport owns it.
         label: What protects the connection, for people.
+        resumable: Whether all that it is stands in the kernel: another process can go on with its descriptors.
     """
 
     label = "plaintext"
+    resumable = True
 
     def __init__(self, tcp: socket.socket) -> None:
         self.tcp = tcp
 
-    def sending(self, unix: socket.socket) -> Pump:
+    def sending(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
         """Makes the pump of what the launcher sends; to be closed by the caller.
+
+        Args:
+            pipe: With what it held when its pump was killed; the pump owns it. Only where `resumable`.
 
         Raises:
             OSError: No descriptors are left.
         """
-        return Splice(unix, self.tcp)
+        return Splice(unix, self.tcp, pipe)
 
-    def receiving(self, unix: socket.socket) -> Pump:
+    def receiving(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
         """Makes the pump of what the launcher receives; see `sending`."""
-        return Splice(self.tcp, unix)
+        return Splice(self.tcp, unix, pipe)
 
 
 def ended_by_reset(source: socket.socket) -> bool:

@@ -34,12 +34,19 @@ def render(report: Mapping[str, Any]) -> str:
     lines += [f"  {name}: {problem}" for name, problem in report["problems"].items()]
     if cluster := report.get("cluster"):
         lines += _cluster(cluster)
+    if beside := report.get("beside"):
+        lines.append(f"beside virt-handler: {beside['unsupported'] or 'source and target side'}")
     lines += _security(report["tls"])
+    if report["store"]["problem"]:
+        lines.append(f"  a crash would end running migrations: {report['store']['problem']}")
     if not report["migrations"]:
         return "\n".join([*lines, "no migrations"])
     rows = [_HEADINGS, *(row for migration in report["migrations"] for row in _rows(migration))]
     lines += ["", *_columns(rows)]
     for migration in report["migrations"]:
+        if migration.get("path"):
+            why = f": {migration['path_why']}" if migration.get("path_why") else ""
+            lines.append(f"{_name(migration)} ({migration['role']}): goes by {migration['path']}{why}")
         for label in ("error", "last_error"):
             if migration.get(label):
                 lines.append(f"{_name(migration)} ({migration['role']}): {migration[label]}")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
+from migproxy.fdstore import Lease
 from migproxy.launcher import LauncherError, Untrusted
 from migproxy.plan import Role, TargetProxy
 from migproxy.portmap import Channel, IPAddress, PortMap, target_socket_path
 from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
-from migproxy.sockets import PortTaken, listen_tcp
+from migproxy.sockets import PortTaken, listen_tcp, quench
+from migproxy.survival import Listener
 
 
 @dataclass(slots=True)
@@ -46,12 +50,22 @@ class PortRange:
 class _Listener:
     socket: socket.socket
     port: int
+    lease: Lease
     accepting: asyncio.Task[None]
 
     async def close(self) -> None:
         self.accepting.cancel()
         await asyncio.gather(self.accepting, return_exceptions=True)
-        self.socket.close()
+        self.lease.release()
+        quench(self.socket)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A socket that listens; an earlier daemon's may be it."""
+
+    socket: socket.socket
+    inherited: Listener | None = None
 
 
 class Target(Proxy):
@@ -69,6 +83,7 @@ class Target(Proxy):
         super().__init__(plan.migration, around)
         self.plan = plan
         self.address: IPAddress | None = None
+        self._namespace = 0
         self._range = ports
         self._libvirt_socket = libvirt_socket
         self._listeners: dict[Channel, _Listener] = {}
@@ -90,37 +105,80 @@ class Target(Proxy):
             ProxyError: A port cannot be had; says which, and what to do. What was there stays.
         """
         self.plan = plan
-        self._around.launchers.open(plan.launcher).close()
-        moving = address != self.address
-        bound = self._bind_all([c for c in plan.channels if moving or c not in self._listeners], address)
+        self.inherit_only(plan.channels)
+        if not plan.beside:
+            self.around.launchers.open(plan.launcher).close()
+        moving = self._is_elsewhere(address)
+        bound = self._bind_all([c for c in plan.channels if moving or not self._listens_right(c)], address)
         for channel in [known for known in self._listeners if known in bound or known not in plan.channels]:
             await self._listeners.pop(channel).close()
-        self.address = address
-        for channel, sock in bound.items():
-            port = sock.getsockname()[1]
-            self._listeners[channel] = _Listener(sock, port, asyncio.create_task(self.accept(sock, channel)))
+        if moving:
+            self.address, self._namespace = address, self.around.tcp.namespace.identity
+        for channel, one in bound.items():
+            sock, port = one.socket, one.socket.getsockname()[1]
+            lease = one.inherited.lease if one.inherited else self.lease_listener(channel, sock, _identity(sock))
+            self._listeners[channel] = _Listener(sock, port, lease, asyncio.create_task(self.accept(sock, channel)))
             self.log.info("listening", channel=channel.label, address=str(address), port=port)
         if bound:
             for warning in plan.warnings:
                 self.log.warning(warning)
 
-    def _bind_all(self, channels: list[Channel], address: IPAddress) -> dict[Channel, socket.socket]:
+    @property
+    def is_in_path(self) -> bool:
+        """Whether connections are led here: where it listens is published, not only announced."""
+        return not self.plan.announce
+
+    @property
+    def _is_promised(self) -> bool:
+        """virt-handler has published what was announced, by this daemon or the one before it."""
+        return self.plan.beside and not self.plan.announce
+
+    def _listens_right(self, channel: Channel) -> bool:
+        listener = self._listeners.get(channel)
+        if listener is None:
+            return False
+        promised = self.plan.published if self._is_promised else None
+        return promised is None or listener.port == promised.get(channel)
+
+    def _is_elsewhere(self, address: IPAddress) -> bool:
+        """It has to listen at another place than it does; beside virt-handler, nothing moves that has started."""
+        if self.plan.beside and self.plan.running and self._listeners:
+            return False
+        return (address, self.around.tcp.namespace.identity) != (self.address, self._namespace)
+
+    def _bind_all(self, channels: list[Channel], address: IPAddress) -> dict[Channel, _Bound]:
         """Binds all of them or none, on the ports where they are or were promised if there are such."""
-        bound: dict[Channel, socket.socket] = {}
+        bound: dict[Channel, _Bound] = {}
         published: Mapping[Channel, int] = self.plan.published or {}
         try:
             for channel in channels:
-                known = self._listeners.get(channel)
-                bound[channel] = self._bind(channel, address, known.port if known else published.get(channel))
+                known = None if self._is_promised else self._listeners.get(channel)
+                port = known.port if known else published.get(channel)
+                bound[channel] = self._take_over(channel, address, port) or _Bound(self._bind(channel, address, port))
         except ProxyError:
-            for sock in bound.values():
-                sock.close()
+            for one in bound.values():
+                if one.inherited:
+                    self.inherited.append(one.inherited)
+                else:
+                    one.socket.close()
             raise
         return bound
 
+    def _take_over(self, channel: Channel, address: IPAddress, port: int | None) -> _Bound | None:
+        """Takes the listener that an earlier daemon left, if it is where this one has to be."""
+        found = None
+        for left in self.inherit(channel):
+            host, its_port = left.socket.getsockname()[:2]
+            is_here = ip_address(host) == address and self.around.tcp.namespace.holds(left.socket)
+            if found is None and is_here and port in (None, its_port):
+                found = _Bound(left.socket, left)
+            else:
+                left.close()
+        return found
+
     def _bind(self, channel: Channel, address: IPAddress, port: int | None) -> socket.socket:
         """Binds the port that was promised, or any that is free."""
-        tcp = self._around.tcp
+        tcp = self.around.tcp
         try:
             if port is not None:
                 try:
@@ -160,13 +218,15 @@ class Target(Proxy):
     def _socket(self, channel: Channel) -> str:
         return target_socket_path(self.plan.key, channel, self._libvirt_socket)
 
-    async def _dial(self, channel: Channel) -> socket.socket:
+    async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:
         # The launcher is looked up for each connection: its pod may have been replaced.
         try:
-            with self._around.launchers.open(self.plan.launcher) as run:
-                return run.connect(self._socket(channel))
+            with self.around.launchers.open(self.plan.launcher) as run:
+                sock = run.connect(self._socket(channel))
         except Untrusted as error:
             raise DialError(str(error)) from error
+        lease.add(sock.fileno())
+        return sock
 
     async def close(self) -> None:
         """Closes the listeners and ends every connection."""
@@ -174,3 +234,8 @@ class Target(Proxy):
         for listener in listeners.values():
             await listener.close()
         await super().close()
+
+
+def _identity(sock: socket.socket) -> tuple[int, int]:
+    status = os.fstat(sock.fileno())
+    return status.st_dev, status.st_ino

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+import termios
 from dataclasses import dataclass
 
-_LAYOUT = struct.Struct("=8x24I4Q6IQ")  # up to tcpi_delivery_rate, which Linux 4.9 added
-_SND_MSS, _RTT, _SND_CWND, _TOTAL_RETRANS, _DELIVERY_RATE = 2, 15, 18, 23, 34
+_LAYOUT = struct.Struct("=B7x24I4Q6IQ")  # up to tcpi_delivery_rate, which Linux 4.9 added
+_STATE, _SND_MSS, _RTT, _SND_CWND, _TOTAL_RETRANS, _ACKED, _RECEIVED, _DELIVERY_RATE = 0, 3, 16, 19, 24, 27, 28, 35
+
+# net/tcp_states.h
+ESTABLISHED, SYN_SENT = 1, 2
+_FIN_WAIT1, _FIN_WAIT2, _TIME_WAIT, _CLOSE, _CLOSE_WAIT, _LAST_ACK, _CLOSING = 4, 5, 6, 7, 8, 9, 11
+_FIN_SENT = {_FIN_WAIT1, _FIN_WAIT2, _CLOSING, _LAST_ACK, _TIME_WAIT, _CLOSE}
+_FIN_RECEIVED = {_CLOSE_WAIT, _CLOSING, _LAST_ACK, _TIME_WAIT, _CLOSE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +27,18 @@ class TCPInfo:
         retransmits: Segments sent again, since the connection began.
         delivery_rate: Bytes per second that the peer has acknowledged of late.
         congestion_window: Bytes that may be in flight.
+        state: As net/tcp_states.h numbers them.
+        acked: Bytes that the peer has acknowledged, a SYN and a FIN of ours among them (RFC 4898).
+        received: Bytes that have arrived in order, a FIN among them.
     """
 
     rtt: float
     retransmits: int
     delivery_rate: int
     congestion_window: int
+    state: int
+    acked: int
+    received: int
 
 
 def read(sock: socket.socket) -> TCPInfo | None:
@@ -41,4 +55,43 @@ def read(sock: socket.socket) -> TCPInfo | None:
         retransmits=fields[_TOTAL_RETRANS],
         delivery_rate=fields[_DELIVERY_RATE],
         congestion_window=fields[_SND_CWND] * fields[_SND_MSS],
+        state=fields[_STATE],
+        acked=fields[_ACKED],
+        received=fields[_RECEIVED],
     )
+
+
+def carried(sock: socket.socket, *, dialled: bool) -> tuple[int, int]:
+    """Bytes of payload that a socket was given to send, and that were taken out of it: exact, whoever did it.
+
+    Of one that this end has reset, nothing is known any more: 0.
+
+    Args:
+        dialled: Whether this end made the connection: its SYN is among what was acknowledged.
+    """
+    info = read(sock)
+    if info is None:
+        return 0, 0
+    if info.state == _CLOSE and not (info.acked or info.received):
+        return 0, 0  # a reset of our own: it has cleared the figures, and moved the send queue's
+    sent = info.acked + unsent(sock) - dialled - (info.state in _FIN_SENT)
+    taken = info.received - _queued(sock, termios.FIONREAD) - (info.state in _FIN_RECEIVED)
+    return max(0, sent), max(0, taken)  # a reset that nothing came before has no FIN to leave out
+
+
+def is_over(sock: socket.socket) -> bool:
+    """Whether nothing more can be sent or received: after a reset, or both ends of stream."""
+    info = read(sock)
+    return info is None or info.state == _CLOSE
+
+
+def unsent(sock: socket.socket) -> int:
+    """Bytes in the send queue that the peer has not acknowledged (tcp(7), SIOCOUTQ)."""
+    return _queued(sock, termios.TIOCOUTQ)
+
+
+def _queued(sock: socket.socket, request: int) -> int:
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, request, bytes(4)), "little")
+    except OSError:
+        return 0

@@ -25,8 +25,8 @@ from migproxy.credentials import Credentials, CredentialsError, Loaded
 from migproxy.ktls import KernelTransport
 from migproxy.pki import Files
 from migproxy.sockets import ready, reset
-from migproxy.splice import Pump, Transport
-from migproxy.userspace import HANDSHAKE_READ, MemorySession, SocketReader, UserReceive, UserTransport, alert
+from migproxy.splice import Pipe, Pump, Transport
+from migproxy.userspace import HANDSHAKE_READ, MemorySession, SocketReceive, UserTransport, alert
 from migproxy.verify import Peers, Reason, TLSError
 
 log = structlog.get_logger(__name__)
@@ -66,9 +66,17 @@ class Security(Protocol):
 
     Attributes:
         errors: Connections that were refused, or broke, for a reason of TLS: by reason.
+        encrypts: Whether a connection that is not secured yet cannot be gone on with by another process.
+        resumable: Whether connections can outlive the process (`Transport.resumable`), as far as it is known before.
     """
 
     errors: Counter[Reason]
+
+    @property
+    def encrypts(self) -> bool: ...
+
+    @property
+    def resumable(self) -> bool: ...
 
     async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
         """Does what the peers must do first, and returns the connection to relay.
@@ -90,6 +98,9 @@ class Security(Protocol):
 
 class Plaintext:
     """No protection: every byte of the guest's memory crosses the migration network readable."""
+
+    encrypts = False
+    resumable = True
 
     def __init__(self) -> None:
         self.errors: Counter[Reason] = Counter()
@@ -163,10 +174,13 @@ class MutualTLS:
         version: The only version that is spoken, where kernel TLS decides; None for any from `min_version`.
         kernel: Whether connections are given to the kernel.
         kernel_problem: Why not, None where they are.
+        encrypts: See Security.
 
     Raises:
         SecurityError: Certificates cannot be loaded, a cipher is unknown, or kernel TLS cannot be had with ktls "on".
     """
+
+    encrypts = True
 
     def __init__(self, options: TLSOptions) -> None:
         self.errors: Counter[Reason] = Counter()
@@ -188,6 +202,11 @@ class MutualTLS:
         except CredentialsError as error:
             raise SecurityError(_without_certificates(error)) from error
         self._pool = ThreadPoolExecutor(_THREADS, "handshake")
+
+    @property
+    def resumable(self) -> bool:
+        """See Security: only with both directions in the kernel."""
+        return self.kernel and self.kernel_problem is None
 
     def _credentials(self, *, server: bool) -> Credentials:
         files = self._options.server if server else self._options.client
@@ -322,7 +341,7 @@ class MutualTLS:
                     tcp.send(outgoing.read())
             raise refusal(error) from error
         label = f"{tls.version()} {_cipher(tls)} with {who}, in user space"
-        return UserTransport(tcp, MemorySession(tls, incoming, outgoing, tcp), label)
+        return UserTransport(tcp, MemorySession(tls, incoming, outgoing), label)
 
     async def _over_socket(
         self, tcp: socket.socket, context: ssl.SSLContext, check: Callable[[ssl.SSLSocket], str], *, server: bool
@@ -371,12 +390,14 @@ class MutualTLS:
 class _SendingKernelTransport(KernelTransport):
     """A connection that the kernel encrypts, and OpenSSL decrypts."""
 
+    resumable = False
+
     def __init__(self, tls: ssl.SSLSocket, label: str) -> None:
         super().__init__(tls, label)
-        self._reader = SocketReader(tls)
+        self._tls = tls
 
-    def receiving(self, unix: socket.socket) -> Pump:
-        return UserReceive(self.tcp, unix, self._reader)
+    def receiving(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
+        return SocketReceive(self._tls, unix)
 
 
 class Unfinished:

@@ -161,7 +161,7 @@ def _node(report: Report, migrations: Sequence[Report], style: Style) -> list[st
     total = sum(_rate(one) for one in migrations)
     counts = ", ".join(
         f"{count} {name}"
-        for name in ("running", "prepared", "preparing", "waiting", "error", "ended")
+        for name in ("running", "prepared", "preparing", "waiting", "bypassed", "error", "ended")
         if (count := sum(one["state"] == name for one in migrations))
     )
     title = f"migproxy {report['node']}  {report['address'] or 'no address'}  "

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import queue
+import select
 import socket
 import ssl
 import threading
 from contextlib import suppress
-from typing import Protocol
 
-from migproxy.splice import Pump, Transport, ended_by_reset, shutdown
+from migproxy.splice import Pipe, Pump, Transport, ended_by_reset, shutdown
 from migproxy.verify import Reason, TLSError
 
 HANDSHAKE_READ = 1 << 14
 """Bytes taken from the socket at once during the handshake; application data may be among them."""
 
 _RECORD = 1 << 14
-_BATCH = 1 << 18  # bytes per call: one hand-over of Python's lock for sixteen records; more leaves the CPU's cache
-_ROOM = _BATCH + 2 * _RECORD  # what a batch can decrypt to, with the record that it completes
+_SEALED = 1 << 18  # bytes encrypted per call: what a launcher's socket holds, with the system's default send buffer
+_OPENED = 1 << 19  # bytes decrypted per turn; half of it costs a little more CPU, twice as much gives nothing
+_ROOM = _OPENED + 2 * _RECORD  # what that can decrypt to, with the record that it completes
+_MOST_DESKS = 4  # decrypting takes Python's lock once for each record: more threads would only wait for it
 _UNSOLICITED = 1 << 16  # bytes that OpenSSL may want to answer by itself, before the peer counts as hostile
+
+
+class _Desk:
+    """Buffers for one batch: received into `wire`, decrypted into `plain`, sent from there."""
+
+    __slots__ = ("plain", "wire")
+
+    def __init__(self) -> None:
+        self.wire = memoryview(bytearray(_OPENED))
+        self.plain = memoryview(bytearray(_ROOM))
+
+
+_desks: queue.SimpleQueue[_Desk] = queue.SimpleQueue()
+"""The few desks at which all connections decrypt; nobody waits for a socket at one.
+
+Each connection decrypting for itself, eight were slower than one: at each record their threads took Python's lock
+from each other, and their buffers did not fit into the CPU's cache together.
+"""
+for _ in range(max(1, min(_MOST_DESKS, len(os.sched_getaffinity(0)) // 2))):
+    _desks.put(_Desk())
 
 
 class MemorySession:
@@ -32,54 +56,48 @@ class MemorySession:
     Args:
         tls: The connection.
         incoming, outgoing: Its buffers, with what the handshake left in them.
-        tcp: Blocking by the time that the session is used.
+
+    Attributes:
+        early: Data that came with the end of the handshake.
     """
 
-    def __init__(
-        self, tls: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, tcp: socket.socket
-    ) -> None:
+    def __init__(self, tls: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
         self._tls = tls
         self._incoming = incoming
         self._outgoing = outgoing
-        self._tcp = tcp
         self._lock = threading.Lock()
-        self._wire = memoryview(bytearray(_BATCH))
         self._failure: ssl.SSLError | None = None
         self._ended = False
         early = memoryview(bytearray(HANDSHAKE_READ + 2 * _RECORD))
-        self._early = early[: self._decrypt(early)]
+        self.early = bytes(early[: self._decrypt(early)])
 
-    def receive(self, plain: memoryview) -> int:
-        """Blocks for data and decrypts what has arrived into `plain`.
-
-        Args:
-            plain: A buffer of at least `_ROOM` bytes.
-
-        Returns:
-            How much it was; 0 after a close_notify.
+    def receives(self) -> bool:
+        """Whether there may be more to receive: the peer has not sent its close_notify.
 
         Raises:
             TLSError: The stream is damaged, or ended without a close_notify.
-            OSError: The connection broke.
         """
-        if count := len(self._early):
-            plain[:count] = self._early
-            self._early = self._early[:0]
-            return count
-        while not self._ended:
-            if self._failure:
-                raise broken(self._failure)
-            arrived = self._tcp.recv_into(self._wire)
-            # Every complete record is taken out of OpenSSL before the lock is free again: see `finish`.
-            with self._lock:
-                if arrived:
-                    self._incoming.write(self._wire[:arrived])
-                else:
-                    self._incoming.write_eof()
-                count = self._decrypt(plain)
-            if count:
-                return count
-        return 0
+        if self._failure:
+            raise broken(self._failure)
+        return not self._ended
+
+    def open(self, wire: memoryview, plain: memoryview) -> int:
+        """Decrypts what has arrived, empty at the end of the stream; a failure is raised by the next `receives`.
+
+        Args:
+            wire: At most `_OPENED` bytes.
+            plain: A buffer of `_ROOM` bytes.
+
+        Returns:
+            How much it was; 0 also where no record is complete.
+        """
+        # Every complete record is taken out of OpenSSL before the lock is free again: see `finish`.
+        with self._lock:
+            if wire:
+                self._incoming.write(wire)
+            else:
+                self._incoming.write_eof()
+            return self._decrypt(plain)
 
     def _decrypt(self, plain: memoryview) -> int:
         count = 0
@@ -96,46 +114,20 @@ class MemorySession:
             self._failure = error
         return count
 
-    def send(self, plain: memoryview) -> None:
-        """Encrypts and sends all of it; raises OSError when the connection broke."""
+    def seal(self, plain: memoryview) -> bytes:
+        """Encrypts all of it, for the peer."""
         with self._lock:
             self._tls.write(plain)
-            sealed = self._outgoing.read()
-        self._tcp.sendall(sealed)
+            return self._outgoing.read()
 
-    def finish(self) -> None:
-        """Sends close_notify; raises OSError when the connection broke."""
+    def finish(self) -> bytes:
+        """Makes a close_notify, for the peer."""
         with self._lock:
             # unwrap tries to read the peer's close_notify too, and a record of data that it finds instead is lost:
             # but none is complete while the lock is free.
             with suppress(ssl.SSLError):
                 self._tls.unwrap()
-            sealed = self._outgoing.read()
-        self._tcp.sendall(sealed)
-
-
-class SocketReader:
-    """OpenSSL on the socket itself, for receiving alone: the kernel encrypts the other direction, without OpenSSL.
-
-    Args:
-        tls: The socket after its handshake; blocking by the time that it is read.
-    """
-
-    def __init__(self, tls: ssl.SSLSocket) -> None:
-        self._tls = tls
-
-    def receive(self, plain: memoryview) -> int:
-        """See `MemorySession.receive`; one record at a time."""
-        try:
-            return self._tls.recv_into(plain)
-        except ssl.SSLError as error:
-            raise broken(error) from error
-
-
-class Receiver(Protocol):
-    """What a UserReceive decrypts with."""
-
-    def receive(self, plain: memoryview) -> int: ...
+            return self._outgoing.read()
 
 
 class UserSend(Pump):
@@ -148,9 +140,11 @@ class UserSend(Pump):
         self._session = session
 
     def _move(self) -> None:
-        plain = memoryview(bytearray(_BATCH))
-        while count := self._fill(plain):
-            self._session.send(plain[:count])
+        plain = memoryview(bytearray(_SEALED))
+        # To wait first, and then to read, finds more than to wait in the reading: fewer and larger batches.
+        arrivals = _arrivals(self.source)
+        while arrivals.poll() and (count := self._fill(plain)):
+            self.target.sendall(self._session.seal(plain[:count]))
             self.moved += count
 
     def _fill(self, plain: memoryview) -> int:
@@ -165,7 +159,7 @@ class UserSend(Pump):
         # A peer that has ended both directions, as KubeVirt's proxy does, may be gone: there is nothing left that it
         # could miss, and if it still had something to send, the other pump notices.
         with suppress(OSError):
-            self._session.finish()
+            self.target.sendall(self._session.finish())
         shutdown(self.target, socket.SHUT_WR)
 
 
@@ -174,32 +168,88 @@ class UserReceive(Pump):
 
     __slots__ = ("_session",)
 
-    def __init__(self, tcp: socket.socket, unix: socket.socket, session: Receiver) -> None:
+    def __init__(self, tcp: socket.socket, unix: socket.socket, session: MemorySession) -> None:
         super().__init__(tcp, unix)
         self._session = session
 
     def _move(self) -> None:
-        plain = memoryview(bytearray(_ROOM))
-        while count := self._session.receive(plain):
-            done = 0
-            while done < count:
-                sent = self.target.send(plain[done:count])
-                done += sent
-                self.moved += sent
+        _deliver(self, memoryview(self._session.early))
+        arrivals = _arrivals(self.source)
+        while self._session.receives():
+            arrivals.poll()
+            desk = _desks.get()
+            try:
+                arrived = self.source.recv_into(desk.wire, 0, socket.MSG_DONTWAIT)
+                count = self._session.open(desk.wire[:arrived], desk.plain)
+                sent = _send_now(self.target, desk.plain[:count])
+                rest = bytes(desk.plain[sent:count])
+            except BlockingIOError:
+                continue
+            finally:
+                _desks.put(desk)
+            self.moved += sent
+            _deliver(self, memoryview(rest))
+
+
+class SocketReceive(Pump):
+    """Decrypts with OpenSSL on the socket itself, for receiving alone: the kernel encrypts the other direction.
+
+    Args:
+        tls: The socket after its handshake; blocking by the time that it is read.
+    """
+
+    __slots__ = ("_tls",)
+
+    def __init__(self, tls: ssl.SSLSocket, unix: socket.socket) -> None:
+        super().__init__(tls, unix)
+        self._tls = tls
+
+    def _move(self) -> None:
+        record = memoryview(bytearray(_RECORD))
+        try:
+            while count := self._tls.recv_into(record):
+                _deliver(self, record[:count])
+        except ssl.SSLError as error:
+            raise broken(error) from error
+
+
+def _arrivals(source: socket.socket) -> select.poll:
+    """What to wait with until there is something to read."""
+    arrivals = select.poll()
+    arrivals.register(source, select.POLLIN)
+    return arrivals
+
+
+def _send_now(target: socket.socket, data: memoryview) -> int:
+    """Sends what there is room for; returns how much that was."""
+    try:
+        return target.send(data, socket.MSG_DONTWAIT) if data else 0
+    except BlockingIOError:
+        return 0
+
+
+def _deliver(pump: Pump, plain: memoryview) -> None:
+    """Blocks until all of it is sent."""
+    while plain:
+        sent = pump.target.send(plain)
+        pump.moved += sent
+        plain = plain[sent:]
 
 
 class UserTransport(Transport):
-    """A connection that is encrypted in user space, both ways."""
+    """A connection that is encrypted in user space, both ways: its keys die with the process."""
+
+    resumable = False
 
     def __init__(self, tcp: socket.socket, session: MemorySession, label: str) -> None:
         super().__init__(tcp)
         self.label = label
         self._session = session
 
-    def sending(self, unix: socket.socket) -> Pump:
+    def sending(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
         return UserSend(unix, self.tcp, self._session)
 
-    def receiving(self, unix: socket.socket) -> Pump:
+    def receiving(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
         return UserReceive(self.tcp, unix, self._session)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from migproxy.announcement import TARGET_ANNOTATION
+
 TARGET_NODE_LABEL = "kubevirt.io/migrationTargetNodeName"
 MIGRATION_TARGET_ANNOTATION = "kubevirt.io/create-migration-target"
 UNIX_TRANSPORT = "Unix"
@@ -77,6 +79,7 @@ class VMI:
         deleted: being deleted (metadata.deletionTimestamp).
         active_pods: pod UID -> node.
         migrated_volumes: status.migratedVolumes is not empty.
+        announced: where migproxy says that it listens (TARGET_ANNOTATION), unparsed.
     """
 
     namespace: str
@@ -92,6 +95,7 @@ class VMI:
     migration_method: str | None
     migrated_volumes: bool
     migration: MigrationState | None
+    announced: str | None = None
 
     def is_source_on(self, node: str) -> bool:
         """The node's proxy serves the sending side.
@@ -202,6 +206,7 @@ def _parse(vmi: "_Fields") -> VMI:
         migration_method=status.text("migrationMethod"),
         migrated_volumes=status.has_items("migratedVolumes"),
         migration=_parse_migration(migration) if migration.present else None,
+        announced=metadata.fields("annotations").text(TARGET_ANNOTATION),
     )
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -49,7 +49,11 @@ class HTTPOptions:
 
 @asynccontextmanager
 async def serve(
-    options: HTTPOptions, report: Callable[[], Report], checks: Callable[[], Checks], exporter: Exporter
+    options: HTTPOptions,
+    report: Callable[[], Report],
+    checks: Callable[[], Checks],
+    exporter: Exporter,
+    hangs: Callable[[], Sequence[str]],
 ) -> AsyncIterator[str]:
     """Serves HTTP while the context lasts.
 
@@ -58,6 +62,7 @@ async def serve(
         report: `Node.report`; called for each request.
         checks: `Node.checks`; likewise.
         exporter: Of the metrics.
+        hangs: What of this process hangs, so that it should be started anew; likewise.
 
     Returns:
         The URL that it is served at.
@@ -66,7 +71,7 @@ async def serve(
         HTTPError: The port is taken, the address is not this machine's, or the certificate cannot be used.
     """
     protection = _protection(options)
-    runner = web.AppRunner(_application(report, checks, exporter), access_log=None)
+    runner = web.AppRunner(_application(report, checks, exporter, hangs), access_log=None)
     await runner.setup()
     try:
         sock = _listen(options)
@@ -140,7 +145,12 @@ def _identity(path: str) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def _application(report: Callable[[], Report], checks: Callable[[], Checks], exporter: Exporter) -> web.Application:
+def _application(
+    report: Callable[[], Report],
+    checks: Callable[[], Checks],
+    exporter: Exporter,
+    hangs: Callable[[], Sequence[str]],
+) -> web.Application:
     page = files("migproxy").joinpath("page.html").read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": _policy(page), "X-Content-Type-Options": "nosniff"}
 
@@ -156,7 +166,8 @@ def _application(report: Callable[[], Report], checks: Callable[[], Checks], exp
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def alive(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
+        problems = hangs()
+        return web.Response(text="\n".join(problems or ["ok"]) + "\n", status=503 if problems else 200)
 
     async def ready(_: web.Request) -> web.Response:
         now = checks()

@@ -24,6 +24,7 @@ import structlog
 from migproxy.health import WatchHealth
 from migproxy.inventory import InventoryError, PublishError
 from migproxy.inventory.document import EMPTY, Contents, EditError, Flaw, SyntaxFlaw, publish, read
+from migproxy.liveness import Liveness
 from migproxy.portmap import IPAddress, PortMap
 from migproxy.vmi import VMI
 from migproxy.watch import Mask, Subscription, Watcher
@@ -71,12 +72,14 @@ class FileInventory:
     Args:
         path: the folder or file.
         watcher: has to be running while `changes` is iterated.
+        liveness: is told of each write, which hangs on a disk that does.
 
     Raises:
         InventoryError: the path is missing or cannot be read.
     """
 
-    def __init__(self, path: str, watcher: Watcher) -> None:
+    def __init__(self, path: str, watcher: Watcher, liveness: Liveness | None = None) -> None:
+        self._liveness = liveness or Liveness()
         self._path = os.path.abspath(path)
         self._watcher = watcher
         self._root: tuple[Step, ...] = ()
@@ -132,7 +135,8 @@ class FileInventory:
         path = self._owners.get(vmi.uid)
         if path is None:
             raise PublishError(f"{_who(vmi)}: no file of {self._path} holds it any more")
-        await asyncio.to_thread(_publish, path, vmi, str(address), ports.published())
+        with self._liveness.writing(path):
+            await asyncio.to_thread(_publish, path, vmi, str(address), ports.published())
 
     def note(self, vmi: VMI, reason: str, message: str, *, warning: bool = False) -> None:
         """See `Inventory.note`: a file has no place for it, and the log has it anyway."""

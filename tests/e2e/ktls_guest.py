@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
@@ -44,8 +46,8 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)  # CPUCLOCK_SCHED of another process, linux/posix-timers.h
 
 
-def start(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> int:
-    """Starts a node's daemon, and returns its process ID."""
+def serve(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> NoReturn:
+    """Is a node's daemon, until it ends."""
     settings = Settings.model_validate(
         {
             "node_name": node.name,
@@ -59,15 +61,17 @@ def start(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> in
             **mode,
         }
     )
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.dup2(os.open(node.proxy.log, os.O_WRONLY | os.O_CREAT, 0o600), 2)
-            logs.configure("json", "info")
-            uvloop.run(daemon.serve(settings))
-        finally:
-            os._exit(0)
-    return pid
+    try:
+        os.dup2(os.open(node.proxy.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+        logs.configure("json", "info")
+        uvloop.run(daemon.serve(settings, lambda: settings))
+    finally:
+        os._exit(0)
+
+
+def start(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> int:
+    """Starts a node's daemon, and returns its process ID."""
+    return os.fork() or serve(node, vmis, certificates, mode)
 
 
 def ended(pids: list[int]) -> bool:
@@ -127,12 +131,19 @@ async def exchange(vmi: VMIFile, nodes: list[Node], pids: list[int], size: int) 
     }
 
 
-def main() -> None:
-    """Measures each mode."""
+@contextmanager
+def prepared() -> Iterator[str]:
+    """Makes the virtual machine fit for daemons; yields the folder of their certificates."""
     subprocess.run(["modprobe", "tls"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     with tempfile.TemporaryDirectory() as certificates:
         devcerts.make(certificates, days=2)
+        yield certificates
+
+
+def main() -> None:
+    """Measures each mode."""
+    with prepared() as certificates:
         for mode, size in MODES:
             print("RESULT", json.dumps(measure(certificates, mode, size)), flush=True)
 

@@ -65,6 +65,8 @@ async def test_killed_demo_leaves_nothing() -> None:
 
 
 async def start(*command: str, env: dict[str, str] | None = None) -> asyncio.subprocess.Process:
+    # A shell starts what is to run in the background with SIGINT ignored, and the demonstration would inherit that.
+    command = ("/usr/bin/env", "--default-signal=INT", *command)
     return await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=env
     )

@@ -4,54 +4,21 @@ The machine is emulated by software and counts instructions (QEMU's -icount): it
 Its root is this machine's, read-only.
 """
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-DEADLINE = 900.0
+from tests.e2e.machine import run_guest
+
 CONNECTIONS = 8
 GIB = 1 << 30
-
-
-def kernel() -> Path:
-    """The newest installed kernel with a module for TLS."""
-    for image in sorted(Path("/boot").glob("vmlinuz-*"), reverse=True):
-        release = image.name.partition("-")[2]
-        if list(Path(f"/lib/modules/{release}/kernel/net/tls").glob("tls.ko*")):
-            return image
-    pytest.skip("no kernel with TLS in /boot: apt-get install linux-image-amd64 (scripts/system-packages lab does)")
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
     """What the virtual machine found, by mode: "on", "off", and "auto" with TLS 1.3 alone."""
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("no qemu-system-x86_64: scripts/system-packages lab installs it")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-    vng = shutil.which("vng", path=path)
-    assert vng, "virtme-ng is among the locked packages: run make venv"
-    command = [vng, "--disable-kvm", "--run", str(kernel()), "--memory", "1G", "--cpus", "1", "--cwd", str(ROOT)]
-    command += ["--qemu-opts=-icount shift=0,sleep=on", "--", f"{sys.executable} -m tests.e2e.ktls_guest"]
-    text = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PATH": path},
-        timeout=DEADLINE,
-        text=True,
-        errors="replace",
-        check=False,
-    ).stdout
-    found = [json.loads(line.partition("RESULT")[2]) for line in text.splitlines() if "RESULT" in line]
-    assert len(found) == 3, text[-5000:]
+    found = run_guest("tests.e2e.ktls_guest", "-icount shift=0,sleep=on")
+    assert len(found) == 3
     return {result["mode"]["ktls"]: result for result in found}
 
 

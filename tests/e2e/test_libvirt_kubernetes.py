@@ -20,7 +20,6 @@ from tests.e2e.test_libvirt_migration import (
     assert_heartbeat_goes_on,
     assert_nothing_is_left,
     assert_runs_only_on,
-    open_descriptors,
 )
 from tests.kube.apiserver import ADMIN_TOKEN
 from tests.kube.cluster import KUBEVIRTS, VMIS, Cluster, cluster, kubevirt
@@ -76,27 +75,34 @@ class KubeLab(Lab):
         options = ["--kubeconfig", str(self.directory / f"{name}.kubeconfig"), "--socket-owner", "0:0"]
         if self.tls:
             options += ["--tls-dir", self._certificates]
-        return Node(name, f"10.1.1.{number}", self.directory / name, *options)
+        return Node(name, f"10.1.1.{number}", self.directory / name, *options, holder=self._holders)
 
     @classmethod
     @asynccontextmanager
     async def run(cls, *, tls: bool = True) -> AsyncIterator["KubeLab"]:
         """Yields it with both daemons running."""
         lab = cls(tls=tls)
-        async with lab, AsyncExitStack() as stack:
-            await run("ip", "address", "add", f"{SERVER}/24", "dev", "migration")
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kube-", dir="/run")))
-            lab.kubernetes = await stack.enter_async_context(cluster(folder, separate=True))
-            lab.door = await stack.enter_async_context(gate(lab.kubernetes.url, lab.kubernetes.tls, SERVER))
-            configuration = {"migrations": {} if tls else {"disableTLS": True}}
-            await lab.kubernetes.request("POST", KUBEVIRTS, kubevirt(configuration))
-            lab.vmi = ApiVMI(lab.vmi.path, lab.kubernetes)
+        async with lab.served():
             for node in lab.nodes:
-                lab.kubernetes.kubeconfig(lab.directory, node.name, lab.door.url)
                 await node.proxy.start()
             yield lab
             for node in lab.nodes:
                 await node.proxy.stop()
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[None]:
+        """The laboratory with its API server, and no daemon yet."""
+        async with self, AsyncExitStack() as stack:
+            await run("ip", "address", "add", f"{SERVER}/24", "dev", "migration")
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kube-", dir="/run")))
+            self.kubernetes = await stack.enter_async_context(cluster(folder, separate=True))
+            self.door = await stack.enter_async_context(gate(self.kubernetes.url, self.kubernetes.tls, SERVER))
+            configuration = {"migrations": {} if self.tls else {"disableTLS": True}}
+            await self.kubernetes.request("POST", KUBEVIRTS, kubevirt(configuration))
+            self.vmi = ApiVMI(self.vmi.path, self.kubernetes)
+            for node in self.nodes:
+                self.kubernetes.kubeconfig(self.directory, node.name, self.door.url)
+            yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,7 +114,7 @@ async def test_guest_migrates_there_and_back_by_the_api() -> None:
     async with KubeLab.run() as lab:
         here, there = lab.nodes
         await until(lambda: lab.door.watches == 8, "the watches of both daemons")
-        descriptors = {node.name: open_descriptors(node) for node in lab.nodes}
+        descriptors = {node.name: node.proxy.descriptors() for node in lab.nodes}
         async with Guest.boot(lab, here) as guest:
             at_first = guest.hashes[0]
             for source, target in ((here, there), (there, here)):

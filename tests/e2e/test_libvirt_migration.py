@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +15,10 @@ import pytest
 
 from demo import guest as vm
 from demo.guest import Beat, Guest, Move
-from demo.lab import Lab, Node, end, until
+from demo.lab import Lab, LabError, Node, background, end, run, until
 
+MALFORMED = Path(__file__).parents[1] / "net/malformed.py"
+BURSTS = 4
 TOLERANCE = 0.05  # between what libvirt counts, payload, and what the daemons count, payload with its framing
 
 
@@ -40,7 +42,7 @@ async def test_running_guest_migrates_there_and_back(disk: bool, parallel: int, 
         for node in lab.nodes:
             await node.proxy.start()
             assert (await node.proxy.status())["tls"]["mode"] == ("mTLS" if tls else "plaintext")
-        descriptors = {node.name: open_descriptors(node) for node in lab.nodes}
+        descriptors = {node.name: node.proxy.descriptors() for node in lab.nodes}
         async with Guest.boot(lab, here, disk=disk) as guest:
             at_first = guest.hashes[0]
             for source, target in ((here, there), (there, here)):
@@ -55,6 +57,43 @@ async def test_running_guest_migrates_there_and_back(disk: bool, parallel: int, 
                 assert (now.memory, now.disk) == (at_first.memory, at_first.disk)
                 if disk:
                     assert now.disk == sha256_of_front(target.images / "disk")
+
+
+async def test_malformed_handshakes_at_its_listeners_leave_a_migration_alone() -> None:
+    """A burst; tests/net has a hundred thousand of them, and a stream instead of a guest."""
+    async with Lab(tls=True) as lab:
+        source, target = lab.nodes
+        for node in lab.nodes:
+            await node.proxy.start()
+        descriptors = {node.name: node.proxy.descriptors() for node in lab.nodes}
+        async with Guest.boot(lab, source) as guest:
+            at_first, bursts = guest.hashes[0], 0
+
+            async def bombard() -> None:
+                nonlocal bursts
+                ports: dict[str, int] = {}
+                while not ports:
+                    ports = lab.vmi.read()["status"]["migrationState"].get("targetDirectMigrationNodePorts", {})
+                    await asyncio.sleep(0.05)
+                with suppress(LabError):  # the migration is over, and its listeners are gone
+                    while True:
+                        for port in ports:
+                            bombardment = (str(MALFORMED), target.address, port, "100", str(bursts))
+                            await run(*source.prefix("net"), sys.executable, *bombardment)
+                            bursts += 1
+                        if bursts >= BURSTS:  # held back for so long, or it would be over before the first
+                            await source.virsh("migrate-setspeed", vm.DOMAIN, "4000")
+
+            async with background(bombard()):
+                move = await guest.migrate(source, target, "--bandwidth", "10")
+            assert bursts >= BURSTS
+            refused = (await target.proxy.status())["tls"]["errors"]
+            assert sum(refused.values()) >= 0.9 * 100 * bursts
+            await assert_heartbeat_goes_on(guest, *await guest.handover(source, target))
+            await assert_counts_agree(move, source, target, memory_connections=1, disk=False)
+            for node in lab.nodes:
+                await assert_nothing_is_left(node, descriptors[node.name])
+            assert (await guest.fresh_hashes()).memory == at_first.memory
 
 
 async def test_disk_on_the_target_is_the_sources_byte_for_byte() -> None:
@@ -116,11 +155,7 @@ async def assert_counts_agree(move: Move, source: Node, target: Node, *, memory_
 async def assert_nothing_is_left(node: Node, descriptors: int) -> None:
     await until(lambda: not node.sockets(), f"the end of {node.sockets()} in {node.migrationproxy}")
     assert await node.exec("ss", "--listening", "--tcp", "--numeric", "--no-header", "sport != :9470") == ""
-    await until(lambda: open_descriptors(node) <= descriptors, f"{descriptors} file descriptors again")
-
-
-def open_descriptors(node: Node) -> int:
-    return len(os.listdir(f"/proc/{node.proxy.pid}/fd"))
+    await until(lambda: node.proxy.descriptors() <= descriptors, f"{descriptors} file descriptors again")
 
 
 def sha256_of_front(image: Path) -> str:

@@ -2,7 +2,8 @@
 
 Lists with paging, resourceVersions and label and field selectors; watches with bookmarks, timeouts and 410 in both
 forms; JSON and merge patches with tests, conflicts, no-op writes; Events like any object; bearer tokens bound to a
-pod, RBAC and ValidatingAdmissionPolicies, both read from the objects themselves. Any resource may be created.
+pod, RBAC, MutatingAdmissionPolicies of JSON patches and ValidatingAdmissionPolicies, all read from the objects
+themselves. Any resource may be created.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from typing import Any
 
 import celpy
 from aiohttp import web
-from celpy.adapter import json_to_cel
+from celpy import celtypes
+from celpy.adapter import CELJSONEncoder, json_to_cel
 from celpy.evaluation import CELEvalError
 
 Object = dict[str, Any]
@@ -32,6 +34,7 @@ Key = tuple[str, str]
 """Namespace ("" where there is none) and name."""
 
 ADMIN_TOKEN = "admin"
+ADMISSION = "admissionregistration.k8s.io"
 
 
 class Refusal(Exception):
@@ -105,11 +108,13 @@ class Faults:
         gone_as_event: 410 is told as an ERROR event of an accepted watch, not as an HTTP status.
         bookmark_seconds: between two bookmarks.
         conflicts: how many of the next writes are refused with 409.
+        older: a server before Kubernetes 1.36, which has no MutatingAdmissionPolicy.
     """
 
     gone_as_event: bool = False
     bookmark_seconds: float = 60.0
     conflicts: int = 0
+    older: bool = False
 
 
 @dataclass(slots=True)
@@ -145,6 +150,8 @@ class ApiDouble:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         try:
             user = self._authenticate(request)
+            if request.path == f"/apis/{ADMISSION}/v1":  # which every user may ask for (system:discovery)
+                return web.json_response({"kind": "APIResourceList", "resources": self._admission_resources()})
             target = _target(request.path)
             watch = request.query.get("watch") in ("true", "1")
             self._authorize(user, _verb(request.method, target, watch), target, request)
@@ -231,28 +238,62 @@ class ApiDouble:
         self.users[token] = User(f"system:serviceaccount:{target.namespace}:{target.name}", groups, node)
         return {**body, "status": {"token": token, "expirationTimestamp": _now()}}
 
-    def _admit(self, user: User, target: Target, before: Object, after: Object) -> None:
-        policies = self._stores.get("admissionregistration.k8s.io/validatingadmissionpolicies", {})
-        bindings = self._stores.get("admissionregistration.k8s.io/validatingadmissionpolicybindings", {})
-        for (_, name), policy in policies.items():
-            bound = [binding for binding in bindings.values() if binding["spec"]["policyName"] == name]
-            rules = policy["spec"]["matchConstraints"]["resourceRules"]
-            if not bound or not any(_matches(rule, target) for rule in rules):
-                continue
-            self._evaluate(policy, user, before, after, bound[0]["metadata"]["name"])
+    def _admission_resources(self) -> list[Object]:
+        names = ["validatingadmissionpolicies", "validatingadmissionpolicybindings"]
+        if not self.faults.older:
+            names += ["mutatingadmissionpolicies", "mutatingadmissionpolicybindings"]
+        return [{"name": name, "namespaced": False} for name in names]
 
-    def _evaluate(self, policy: Object, user: User, before: Object, after: Object, binding: str) -> None:
-        """Evaluates a policy; an expression that fails counts as failurePolicy Fail has it."""
+    def _policies_for(self, kind: str, target: Target) -> list[tuple[Object, str]]:
+        """The policies of a kind that are about such a request, each with the name of its binding."""
+        policies = self._stores.get(f"{ADMISSION}/{kind}admissionpolicies", {})
+        bindings = self._stores.get(f"{ADMISSION}/{kind}admissionpolicybindings", {})
+        bound = {one["spec"]["policyName"]: one["metadata"]["name"] for one in bindings.values()}
+        return [
+            (policy, bound[name])
+            for (_, name), policy in policies.items()
+            if name in bound
+            and any(_matches(rule, target) for rule in policy["spec"]["matchConstraints"]["resourceRules"])
+        ]
+
+    def _mutate(self, user: User, target: Target, before: Object, after: Object) -> Object:
+        """Applies what mutating policies have to change; with failurePolicy Ignore, one that fails changes nothing."""
+        for policy, _ in [] if self.faults.older else self._policies_for("mutating", target):
+            try:
+                changed = after
+                values = self._values(policy, user, before, changed)
+                for mutation in policy["spec"]["mutations"] if values else ():
+                    assert values
+                    values["object"] = changed
+                    patch = self._expression(mutation["jsonPatch"]["expression"])(values)
+                    changed = apply_json_patch(changed, json.loads(json.dumps(patch, cls=CELJSONEncoder)))
+            except Refusal:
+                assert policy["spec"]["failurePolicy"] == "Ignore"
+            else:
+                after = changed
+        return after
+
+    def _admit(self, user: User, target: Target, before: Object, after: Object) -> None:
+        for policy, binding in self._policies_for("validating", target):
+            self._evaluate(policy, user, before, after, binding)
+
+    def _values(self, policy: Object, user: User, before: Object, after: Object) -> dict[str, Any] | None:
+        """What a policy's expressions are about; None where it does not apply."""
         extra = {"authentication.kubernetes.io/node-name": [user.node]} if user.node else {}
         request = {"userInfo": {"username": user.name, "groups": list(user.groups), "extra": extra}}
         values: dict[str, Any] = {"object": after, "oldObject": before, "request": request, "variables": {}}
-        spec = policy["spec"]
-        for condition in spec.get("matchConditions") or ():
+        for condition in policy["spec"].get("matchConditions") or ():
             if not self._expression(condition["expression"])(values):
-                return
-        for variable in spec.get("variables") or ():
+                return None
+        for variable in policy["spec"].get("variables") or ():
             values["variables"][variable["name"]] = self._expression(variable["expression"])(values)
-        for validation in spec["validations"]:
+        return values
+
+    def _evaluate(self, policy: Object, user: User, before: Object, after: Object, binding: str) -> None:
+        """Evaluates a policy; an expression that fails counts as failurePolicy Fail has it."""
+        values = self._values(policy, user, before, after)
+        for validation in policy["spec"]["validations"] if values else ():
+            assert values
             if self._expression(validation["expression"])(values) is not True:
                 code = {"Forbidden": 403, "Invalid": 422}[validation.get("reason", "Invalid")]
                 raise Refusal(
@@ -365,6 +406,7 @@ class ApiDouble:
                 f'Operation cannot be fulfilled on {target.full_resource} "{target.name}": the object has been '
                 "modified; please apply your changes to the latest version and try again",
             )
+        after = self._mutate(user, target, before, after)
         self._admit(user, target, before, after)
         if after == before:
             return before
@@ -385,16 +427,25 @@ class ApiDouble:
         return after or {}
 
 
+class _JSONPatch(celtypes.MapType):
+    """The API server's type of one operation of a JSON patch."""
+
+
+def _split(text: celtypes.StringType, separator: celtypes.StringType) -> celtypes.ListType:
+    """Of Kubernetes' own extensions of CEL."""
+    return celtypes.ListType([celtypes.StringType(part) for part in str(text).split(str(separator))])
+
+
 class _Expression:
     """A compiled CEL expression."""
 
-    _environment = celpy.Environment()
+    _environment = celpy.Environment(annotations={"JSONPatch": _JSONPatch})
 
     def __init__(self, text: str) -> None:
-        self._program = self._environment.program(self._environment.compile(text))
+        self._program = self._environment.program(self._environment.compile(text), functions={"split": _split})
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
-        context = {name: json_to_cel(value) for name, value in values.items()}
+        context = {name: json_to_cel(value) for name, value in values.items()} | {"JSONPatch": _JSONPatch}
         try:
             result = self._program.evaluate(context)
         except CELEvalError as error:

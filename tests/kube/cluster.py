@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from tests.kube.apiserver import ADMIN_TOKEN, ApiDouble, serve
 
 MANIFESTS = Path(__file__).parents[2] / "daemonset.yaml"
+BESIDE = MANIFESTS.parent / "deploy/beside-virt-handler"
 NODES = ("node01", "node02")
 NAMESPACE = "kubevirt"
 VMIS = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstances"
@@ -40,6 +41,8 @@ _PLURALS = {
     "RoleBinding": "rolebindings",
     "ValidatingAdmissionPolicy": "validatingadmissionpolicies",
     "ValidatingAdmissionPolicyBinding": "validatingadmissionpolicybindings",
+    "MutatingAdmissionPolicy": "mutatingadmissionpolicies",
+    "MutatingAdmissionPolicyBinding": "mutatingadmissionpolicybindings",
     "DaemonSet": "daemonsets",
     "Service": "services",
     "CustomResourceDefinition": "customresourcedefinitions",
@@ -68,9 +71,17 @@ class Cluster:
         self._session = session
         self._tokens: dict[str, str] = {}
 
-    async def request(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Any:
-        """Makes a request as the administrator."""
-        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}", "Content-Type": content_type}
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        content_type: str = "application/json",
+        *,
+        token: str = ADMIN_TOKEN,
+    ) -> Any:
+        """Makes a request, as the administrator where no other token is given."""
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": content_type}
         data = None if body is None else json.dumps(body)
         async with self._session.request(method, self.url + path, data=data, headers=headers) as response:
             answer = await response.json(content_type=None)
@@ -102,6 +113,20 @@ class Cluster:
             await self.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}})
             self._tokens[node] = await self._issue_token(node)
         await self._until_served()
+
+    async def install_beside(self, *, policy: bool = True) -> None:
+        """Applies what deploy/beside-virt-handler adds and changes.
+
+        Args:
+            policy: The mutating one too.
+        """
+        rules = yaml.safe_load((BESIDE / "rules.yaml").read_text())
+        group, kind = rules["apiVersion"], _PLURALS[rules["kind"]]
+        merged = f"/apis/{group}/{kind}/{rules['metadata']['name']}"
+        await self.request("PATCH", merged, {"spec": rules["spec"]}, MERGE_PATCH)
+        for name in ("policy.yaml", "guard.yaml") if policy else ("guard.yaml",):
+            for document in yaml.safe_load_all((BESIDE / name).read_text()):
+                await self.create(document)
 
     def token(self, node: str) -> str:
         """The token of migproxy on a node."""

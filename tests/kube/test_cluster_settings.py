@@ -13,6 +13,7 @@ from migproxy.daemon import warn_without_network
 from migproxy.kube.api import ApiServer
 from migproxy.kube.cluster import Cluster as KubeVirt
 from migproxy.kube.cluster import ClusterSettings, Overrides, merge, parse_kubevirt
+from migproxy.netns import NetworkNamespace
 from migproxy.settings import Settings
 from migproxy.status import render
 from tests.kube.cluster import KUBEVIRTS, MERGE_PATCH, NAMESPACE, Cluster, kubevirt
@@ -158,7 +159,7 @@ def test_node_that_is_not_on_the_migration_network_is_told(
     options: dict[str, Any], network: str | None, told: list[str]
 ) -> None:
     with capture_logs() as logs:
-        warn_without_network(Settings(**options), ClusterSettings(network=network))
+        warn_without_network(Settings(**options), ClusterSettings(network=network), NetworkNamespace())
     assert [entry["event"] for entry in logs] == told
 
 
@@ -174,6 +175,7 @@ async def test_status_shows_the_settings(kubernetes: Cluster, tmp_path: Path) ->
             "problems": {},
             "migrations": [],
             "tls": {"errors": {}},
+            "store": {"problem": None},
             "cluster": followed.kubevirt.report(),
         }
     shown = render(report)

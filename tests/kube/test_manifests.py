@@ -8,7 +8,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from migproxy import notify
 from migproxy import settings as options
+from migproxy.announcement import TARGET_ANNOTATION
 from migproxy.inventory import kube
 from migproxy.pki import CLIENT_DIR, SERVER_DIR
 from migproxy.settings import Settings
@@ -26,7 +28,7 @@ def document(kind: str) -> dict[str, Any]:
 
 
 POD = document("DaemonSet")["spec"]["template"]["spec"]
-(CONTAINER,) = POD["containers"]
+HOLDER, CONTAINER = POD["containers"]
 
 
 def flags() -> dict[str, str | None]:
@@ -54,6 +56,27 @@ def volume(mount: dict[str, Any]) -> dict[str, Any]:
     return dict(found)
 
 
+def test_the_daemon_finds_the_holder_and_leaves_its_state_where_a_restarted_container_finds_it() -> None:
+    command, path = HOLDER["args"]
+    assert command == "holder"
+    assert environment()[notify.SOCKET]["value"] == path
+    (shared,) = HOLDER["volumeMounts"]
+    assert Path(path).parent == Path(shared["mountPath"])
+    assert shared in CONTAINER["volumeMounts"]
+    assert Path(Settings(control_socket=str(effective("control_socket"))).state_file).parent == Path(path).parent
+    assert "emptyDir" in volume(shared), "which outlives a container, and not the pod"
+
+
+def test_a_daemon_that_hangs_is_not_waited_for_as_one_that_drains_is() -> None:
+    assert CONTAINER["livenessProbe"]["terminationGracePeriodSeconds"] <= 10 < POD["terminationGracePeriodSeconds"]
+
+
+def test_the_holder_may_do_nothing_but_hold() -> None:
+    context = HOLDER["securityContext"]
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    assert HOLDER["image"] == CONTAINER["image"]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("number", range(len(DOCUMENTS)), ids=lambda number: DOCUMENTS[number]["kind"])
 def test_every_object_is_valid(number: int, version: str) -> None:
@@ -74,11 +97,13 @@ def test_every_flag_exists_and_has_a_good_value() -> None:
 
 def test_every_variable_exists() -> None:
     known = {variable for field in Settings.model_fields for variable in options.variables(field)}
-    assert set(environment()) <= known
+    assert set(environment()) <= {*known, notify.SOCKET}
 
 
 def test_node_and_namespace_and_address_come_from_the_pod() -> None:
-    paths = {name: one["valueFrom"]["fieldRef"]["fieldPath"] for name, one in environment().items()}
+    paths = {
+        name: one["valueFrom"]["fieldRef"]["fieldPath"] for name, one in environment().items() if "valueFrom" in one
+    }
     assert paths == {
         "MIGPROXY_NODE_NAME": "spec.nodeName",
         "MIGPROXY_KUBEVIRT_NAMESPACE": "metadata.namespace",
@@ -224,3 +249,57 @@ def test_kustomization_changes_what_is_there() -> None:
     for part in parts:
         found = found[part]
     assert isinstance(found, str)
+
+
+# deploy/beside-virt-handler
+
+
+def beside(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((ROOT / "deploy/beside-virt-handler" / name).read_text()))
+
+
+def test_component_names_what_is_in_its_folder_and_the_overlay_can_take_it() -> None:
+    (component,) = beside("kustomization.yaml")
+    assert component["kind"] == "Component"
+    named = {*component["resources"], *(one["path"] for one in component["patches"])}
+    assert named | {"kustomization.yaml"} == {path.name for path in (ROOT / "deploy/beside-virt-handler").iterdir()}
+    assert "deploy/beside-virt-handler" in (ROOT / "kustomization.yaml").read_text()
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_every_object_beside_virt_handler_is_valid(number: int) -> None:
+    found = [*beside("policy.yaml"), *beside("guard.yaml")][number]
+    kubernetes_validate.validate(found, "1.37", strict=True)
+
+
+def test_rules_replace_those_of_the_policy_that_is_there() -> None:
+    (rules,) = beside("rules.yaml")
+    policy = document("ValidatingAdmissionPolicy")
+    assert (rules["kind"], rules["metadata"]["name"]) == (policy["kind"], policy["metadata"]["name"])
+    whole = {**policy, "spec": {**policy["spec"], **rules["spec"]}}
+    kubernetes_validate.validate(whole, "1.37", strict=True)
+
+
+def test_daemon_beside_virt_handler_has_the_flags_and_rights_it_needs_and_no_others() -> None:
+    (patch,) = beside("daemonset.yaml")
+    (container,) = patch["spec"]["template"]["spec"]["containers"]
+    added = set(container["args"]) - set(CONTAINER["args"])
+    assert set(CONTAINER["args"]) <= set(container["args"])
+    assert added == {"--beside-virt-handler", "--netns=process:virt-handler"}
+    capabilities, usual = (one["securityContext"]["capabilities"]["add"] for one in (container, CONTAINER))
+    assert set(capabilities) - set(usual) == {"SYS_ADMIN"}
+    assert set(usual) <= set(capabilities)
+
+
+def test_bindings_and_account_beside_virt_handler_are_those_that_are_there() -> None:
+    for name in ("policy.yaml", "guard.yaml"):
+        policy, binding = beside(name)
+        assert binding["spec"]["policyName"] == policy["metadata"]["name"]
+    account = document("ServiceAccount")["metadata"]
+    (validation,) = beside("guard.yaml")[0]["spec"]["validations"]
+    assert f"'system:serviceaccount:{account['namespace']}:{account['name']}'" in validation["expression"]
+
+
+def test_annotation_is_the_one_that_the_policies_read() -> None:
+    for name in ("policy.yaml", "guard.yaml", "rules.yaml"):
+        assert f"'{TARGET_ANNOTATION}'" in (ROOT / "deploy/beside-virt-handler" / name).read_text()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from migproxy.inventory.announcements import Announcements
 from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer
 from migproxy.kube.reflector import Pace
@@ -17,7 +18,7 @@ from migproxy.portmap import IPAddress
 from migproxy.proxy import Surroundings
 from migproxy.sockets import TCPOptions
 from migproxy.target import PortRange
-from migproxy.tls import Plaintext
+from migproxy.tls import Plaintext, Security
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
 from tests.kube.cluster import Cluster
@@ -95,6 +96,7 @@ class LocalNode:
         name, address: Its name, and its migration address on the loopback interface.
         node: The reconciler.
         launchers: The folder that has a launcher's /var/run for each VMI, by UID.
+        security: What protects its connections.
     """
 
     def __init__(self, name: str, address: str, folder: Path) -> None:
@@ -103,14 +105,17 @@ class LocalNode:
         self.launchers = folder / name
         self.launchers.mkdir()
         self.node: Node
+        self.security: Security = Plaintext()
 
     def boot_launcher(self, uid: str) -> None:
         """Makes what a launcher on this node has in its /var/run."""
         (self.launchers / uid / "kubevirt/migrationproxy").mkdir(parents=True)
 
     @asynccontextmanager
-    async def run(self, kubeconfig: Path, pattern: str = "", pods: str = "/nowhere") -> AsyncIterator["LocalNode"]:
-        """Runs it while the context lasts."""
+    async def run(
+        self, kubeconfig: Path, pattern: str = "", pods: str = "/nowhere", *, beside: bool = False
+    ) -> AsyncIterator["LocalNode"]:
+        """Runs it while the context lasts; beside virt-handler, if so told."""
 
         def local_address(version: int) -> IPAddress:
             return self.address
@@ -121,7 +126,7 @@ class LocalNode:
                 Surroundings(
                     launchers=Launchers(pattern or f"{self.launchers}/{{uid}}", pods),
                     tcp=TCPOptions(),
-                    security=Plaintext(),
+                    security=self.security,
                     local_address=local_address,
                     dial_timeout=5,
                     max_connections=8,
@@ -130,6 +135,7 @@ class LocalNode:
                 KubeInventory(api, self.name, PACE),
                 AddressWatcher("none", self.address),
                 watcher,
+                Announcements(api) if beside else None,
             )
             task = asyncio.create_task(self.node.run())
             try:

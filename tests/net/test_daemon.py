@@ -105,6 +105,26 @@ async def test_options_come_from_flag_environment_and_file_in_that_order(nodes: 
 # Ending
 
 
+async def test_sighup_reads_the_configuration_again_and_a_wrong_one_changes_nothing(nodes: Nodes) -> None:
+    config, source = nodes.directory / "options.toml", nodes.source
+    config.write_text("dial-timeout = 5\n")
+    await nodes.start(source=("--config", str(config)))
+    async with nodes.undisturbed():
+        config.write_text('dial-timeout = -1\nport-range = "9-8"\nlog-level = "debug"\n')
+        source.signal(signal.SIGHUP)
+        await assert_logged(source, "configuration is wrong: the old one stays in force", "dial-timeout", "port-range")
+        config.write_text('dial-timeout = 0.5\nnode-name = "other"\nretention = 1\n')
+        source.signal(signal.SIGHUP)
+        read = await assert_logged(source, "configuration read again")
+        assert read["changed"] == ["--dial-timeout", "--retention"], "the node's name is the command line's"
+    lonely = nodes.migration("lonely", block=False)
+    lonely.begin()
+    await lonely.served()
+    await nodes.target.stop()
+    with connect(lonely.source_path(Channel.DIRECT)):
+        await assert_logged(source, "connection failed", "tried for 0.5 s")
+
+
 async def test_idle_daemon_ends_at_once(nodes: Nodes) -> None:
     await nodes.source.start("--drain-timeout", "600")
     nodes.source.signal(signal.SIGTERM)

@@ -21,6 +21,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import (
 
 from migproxy import netif
 from migproxy.netif import AddressWatcher, Interface, InterfaceAddress, MigrationAddress, choose, is_global_unicast
+from migproxy.netns import NetworkNamespace
 
 numbers = itertools.count()
 
@@ -279,10 +280,10 @@ async def test_lost_messages_do_no_harm(link: str) -> None:
 async def test_a_failure_of_netlink_keeps_the_last_address_and_is_tried_again(link: str) -> None:
     real, failing = netif.read_interface, False
 
-    def read_interface(name: str) -> Interface | None:
+    def read_interface(name: str, namespace: NetworkNamespace) -> Interface | None:
         if failing:
             raise OSError(12, "Cannot allocate memory")
-        return real(name)
+        return real(name, namespace)
 
     ip("address", "add", "10.1.1.1/24", "dev", link)
     with pytest.MonkeyPatch.context() as patch:
@@ -311,6 +312,6 @@ def test_the_kernel_filters_the_addresses_of_many_interfaces(link: str) -> None:
     for number in range(20):
         ip("address", "add", f"10.3.{number}.1/24", "dev", f"{link}-peer")
         ip("address", "add", f"10.4.{number}.1/24", "dev", link)
-    state = netif.read_interface(link)
+    state = netif.read_interface(link, NetworkNamespace())
     assert state
     assert [str(one.address) for one in state.addresses] == [f"10.4.{number}.1" for number in range(20)]

@@ -5,18 +5,22 @@ import hashlib
 import os
 import random
 import socket
+import struct
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from demo.lab import until
+from demo.lab import background, until
 from migproxy.portmap import Channel
+from migproxy.relay import Relay
+from migproxy.verify import TLSError
 from tests.certificates import SOURCE, TARGET, Cluster, SecretMount, authority
-from tests.net.nodes import MIB, Migration, Nodes, assert_carries, assert_logged, connect, receive, send
+from tests.net.nodes import MIB, Migration, Nodes, assert_carries, assert_ends, assert_logged, connect, receive, send
 
 MALFORMED = 100_000
 ROTATION_SECONDS = 60
@@ -138,6 +142,92 @@ async def test_silent_peers_keep_no_real_one_out(nodes: Nodes, cluster: Cluster)
         for _ in range(5):
             async with migration.connection() as (near, far):
                 await assert_carries(near, far)
+
+
+async def test_a_flood_of_refused_peers_does_not_flood_the_log(nodes: Nodes, cluster: Cluster) -> None:
+    migration = await start(nodes, "--tls-dir", str(cluster.folder), "--ktls", "off")
+    address = (nodes.target.address, migration.published()[Channel.DIRECT])
+    for _ in range(200):
+        with socket.create_connection(address) as bad:
+            bad.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with suppress(ConnectionResetError):
+                bad.recv(1)
+    migration.end()
+    await assert_logged(nodes.target, "proxy ended")
+    assert errors(nodes) == {"not_tls": 200}
+    written = len(nodes.target.logged("connection failed", reason="not_tls"))
+    counted = [line["count"] for line in nodes.target.logged("more connections failed", reason="not_tls")]
+    assert written + sum(counted) == 200
+    assert written + len(counted) <= 40
+
+
+@asynccontextmanager
+async def target_of_the_tests_own(
+    nodes: Nodes, cluster: Cluster, serve: Callable[[int, socket.socket], Awaitable[None]]
+) -> AsyncIterator[Migration]:
+    """A source's daemon, and in place of the target's, `serve` with the number of each connection."""
+    nodes.source._options.remove("--disable-tls")
+    await nodes.source.start("--tls-dir", str(cluster.folder), "--ktls", "off")
+    with socket.create_server(("127.0.0.9", 0)) as listener:
+        listener.setblocking(False)
+
+        async def accept() -> None:
+            for number in count(1):
+                tcp, _ = await asyncio.get_running_loop().sock_accept(listener)
+                tcp.setblocking(False)
+                await serve(number, tcp)
+
+        async with background(accept()):
+            migration = nodes.migration(block=False)
+            ports = {str(listener.getsockname()[1]): int(Channel.DIRECT)}
+            migration.begin(to="elsewhere", targetNodeAddress="127.0.0.9", targetDirectMigrationNodePorts=ports)
+            await until(migration.source_path(Channel.DIRECT).is_socket, "the source's socket")
+            yield migration
+
+
+async def test_a_target_that_breaks_the_handshake_off_is_dialled_again(nodes: Nodes, cluster: Cluster) -> None:
+    """Its daemon died or restarted, and comes back."""
+    words: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def serve(number: int, tcp: socket.socket) -> None:
+        if number <= 4:
+            with tcp:
+                await asyncio.get_running_loop().sock_recv(tcp, 1 << 16)
+                if number % 2:
+                    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return
+        launcher, unix = socket.socketpair()
+        with launcher:
+            launcher.setblocking(False)
+            relay = Relay(unix, await cluster.security().secure(tcp, server=True))
+            running = asyncio.create_task(relay.run())
+            words.set_result(await receive(launcher, 11))
+            relay.stop()
+            await running
+
+    async with target_of_the_tests_own(nodes, cluster, serve) as migration:
+        with connect(migration.source_path(Channel.DIRECT)) as near:
+            await send(near, b"first words")
+            assert await asyncio.wait_for(words, 60) == b"first words"
+    assert not nodes.source.logged("connection failed")
+
+
+async def test_a_target_that_is_not_whom_it_must_be_is_not_dialled_again(
+    nodes: Nodes, cluster: Cluster, tmp_path: Path
+) -> None:
+    stranger, dialled = Cluster.make(tmp_path / "stranger").security(), 0
+
+    async def serve(number: int, tcp: socket.socket) -> None:
+        nonlocal dialled
+        dialled = number
+        with suppress(TLSError), tcp:
+            await stranger.secure(tcp, server=True)
+
+    async with target_of_the_tests_own(nodes, cluster, serve) as migration:
+        with connect(migration.source_path(Channel.DIRECT)) as near:
+            await assert_ends(near)
+            await assert_logged(nodes.source, "connection failed", reason="wrong_ca")
+    assert dialled == 1
 
 
 async def test_a_hundred_thousand_malformed_handshakes_disturb_nothing(nodes: Nodes, cluster: Cluster) -> None:

@@ -13,6 +13,7 @@ import pytest
 from migproxy.relay import Relay
 from migproxy.splice import Transport
 from tests.certificates import Cluster
+from tests.missing import missing
 
 DEADLINE = 120.0
 SIZE = 3_000_001
@@ -28,7 +29,7 @@ def go_peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Go program of this folder, compiled."""
     go = shutil.which("go")
     if go is None:
-        pytest.skip("no Go compiler: scripts/system-packages lab installs Debian's golang-go")
+        missing("no Go compiler (golang-go)", "lab")
     import subprocess
 
     out = tmp_path_factory.mktemp("go") / "peer"

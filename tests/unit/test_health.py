@@ -44,6 +44,9 @@ class Watched:
 class Protected:
     """A security with a certificate."""
 
+    encrypts = True
+    resumable = False
+
     def __init__(self, ends: str) -> None:
         self.errors: Counter[Reason] = Counter({Reason.WRONG_CA: 3})
         self._ends = ends

@@ -62,6 +62,7 @@ def report(*migrations: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "vmis": 7,
         "queue_depth": 1,
         "watch": {"source": "kubernetes", "last_event": 1700000000.0, "reconnects": 3, "relists": 1},
+        "store": {"holder": "/run/holder.sock", "descriptors": 12, "limit": 16384, "problem": None},
         "tls": {
             "mode": "mTLS",
             "errors": {"wrong_ca": 4},
@@ -162,7 +163,7 @@ def test_each_metric_is_documented_and_each_documented_metric_exists() -> None:
     measures.dials.labels("source", "direct").observe(1)
     measures.handshakes.labels("source").observe(1)
     measures.durations.labels("source").observe(1)
-    families: list[Metric] = Exporter(lambda: report(migration()), measures).scrape()
+    families: list[Metric] = Exporter(lambda: report(migration(path="migproxy", path_reason="")), measures).scrape()
     suffixes = {"counter": "_total", "info": "_info"}
     exported = {one.name + suffixes.get(one.type, "") for one in families if one.name.startswith("migproxy")}
     documented = set(re.findall(r"^\| `(migproxy_\w+)` \|", DOCUMENT.read_text(), re.MULTILINE))
@@ -184,3 +185,16 @@ def test_the_instruments_of_two_daemons_in_one_process_are_apart() -> None:
     assert "migproxy_reconcile_errors_total 1.0" in exposition(report(), measures=first)
     assert "migproxy_reconcile_errors_total 0.0" in exposition(report(), measures=second)
     CollectorRegistry().register(first.durations)  # which would refuse a duplicate of the global registry's
+
+
+def test_beside_virt_handler_each_migration_has_a_path_and_a_reason() -> None:
+    bypassed = {name: value for name, value in migration(state="bypassed", role="target").items() if name != "channels"}
+    told = bypassed | {"path": "virt-handler", "path_reason": "late"}
+    text = exposition(report(migration(path="migproxy", path_reason=""), told, migration(path=None, path_reason="")))
+    labels = 'migration_uid="m1",name="vmi",namespace="default"'
+    assert lines(text, "migproxy_migration_path{") == [
+        f'migproxy_migration_path{{{labels},path="migproxy",reason="",role="source"}} 1.0',
+        f'migproxy_migration_path{{{labels},path="virt-handler",reason="late",role="target"}} 1.0',
+    ]
+    assert 'migproxy_migrations{role="target",state="bypassed"} 1.0' in text
+    assert not lines(exposition(report(migration())), "migproxy_migration_path")

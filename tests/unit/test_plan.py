@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from migproxy.plan import Held, Launcher, Migration, Plan, Role, SourceProxy, TargetProxy, make_plan
+from migproxy.plan import Beside, Held, Launcher, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import Channel, IPAddress, PortMap, source_socket_name
 from migproxy.vmi import VMI, InvalidVMI, parse
 
@@ -632,3 +632,80 @@ def test_a_start_in_the_future_begins_when_its_time_comes() -> None:
     vmi = parse(document(Role.TARGET, published(str(OWN), startTimestamp="2026-08-01T12:00:01Z")))
     running = [make_plan([vmi], NODE, [OWN], now).targets[0].running for now in (NOW, NOW + timedelta(seconds=1))]
     assert running == [False, True]
+
+
+# Beside virt-handler, which publishes
+
+ANNOUNCED = f"m-{UID} 32899:0,42691:49152 {OWN}"
+
+
+def beside(vmi: dict[str, Any], address: IPAddress | None = OWN, **known: Any) -> Plan:
+    return make_plan([parse(vmi)], NODE, (), NOW, Beside(address, **known))
+
+
+def target_beside(migration: dict[str, Any] | None = None, announced: str | None = None, **known: Any) -> Plan:
+    annotations = {"migproxy.io/target": announced} if announced else {}
+    return beside(document(Role.TARGET, migration, annotations=annotations), **known)
+
+
+def test_beside_virt_handler_a_target_is_announced_before_it_is_published() -> None:
+    (proxy,) = target_beside().targets
+    assert (proxy.announce, proxy.published, proxy.channels) == (True, None, tuple(TWO_PORTS))
+    (again,) = target_beside(announced=ANNOUNCED).targets
+    assert (again.announce, again.published) == (True, TWO_PORTS)
+
+
+@pytest.mark.parametrize("running", [{}, STARTED])
+def test_what_was_announced_and_is_published_is_kept(running: dict[str, Any]) -> None:
+    made = target_beside(published(str(OWN), **running), ANNOUNCED)
+    (proxy,) = made.targets
+    assert (proxy.announce, proxy.published, proxy.running) == (False, TWO_PORTS, bool(running))
+    assert not made.stale
+
+
+@pytest.mark.parametrize(
+    ("migration", "announced", "known", "reason"),
+    [
+        pytest.param(published(str(OWN)), None, {}, Reason.LATE, id="never announced"),
+        pytest.param(published(str(OWN)), f"other 32899:0,42691:49152 {OWN}", {}, Reason.LATE, id="for another one"),
+        pytest.param(published(str(OWN), {"1": 0, "2": 49152}), ANNOUNCED, {}, Reason.POLICY, id="no policy"),
+        pytest.param(published(str(OTHER), **STARTED), ANNOUNCED, {}, Reason.ADDRESS, id="another address"),
+        pytest.param(STARTED, ANNOUNCED, {}, Reason.STARTED, id="started without ports"),
+        pytest.param(None, ANNOUNCED, {"unsupported": "no such policy"}, Reason.UNSUPPORTED, id="no such policies"),
+        pytest.param(None, ANNOUNCED, {"unready": "no certificate"}, Reason.UNREADY, id="no certificate"),
+        pytest.param(None, ANNOUNCED, {"address": None}, Reason.UNREADY, id="no address"),
+    ],
+)
+def test_anything_else_goes_by_virt_handler_and_the_announcement_goes(
+    migration: dict[str, Any] | None, announced: str | None, known: dict[str, Any], reason: Reason
+) -> None:
+    made = target_beside(migration, announced, **known)
+    (bypassed,) = made.bypassed
+    assert (bypassed.reason, made.targets, made.held) == (reason, (), ())
+    assert made.stale == ((UID,) if announced else ())
+
+
+def test_virt_handler_that_will_publish_another_address_is_announced_to_again() -> None:
+    (proxy,) = target_beside(published(str(OTHER)), f"m-{UID} 32899:0,42691:49152 {OTHER}").targets
+    assert (proxy.announce, proxy.published, proxy.published_address) == (True, None, OWN)
+
+
+def test_source_that_could_not_connect_stays_out_of_the_path_of_what_has_not_begun() -> None:
+    waiting, running = (document(Role.SOURCE, published(**more)) for more in ({}, STARTED))
+    for known in ({"unready": "no certificate"}, {"address": None}):
+        (bypassed,) = beside(waiting, **known).bypassed
+        assert (bypassed.role, bypassed.reason) == (Role.SOURCE, Reason.UNREADY)
+        assert beside(running, **known).sources
+    assert beside(waiting).sources
+
+
+def test_announcement_that_is_left_over_is_removed_by_the_node_that_the_vmi_runs_on() -> None:
+    over = published(str(OTHER), **STARTED, endTimestamp="2026-08-01T11:59:30Z", completed=True)
+    annotated: dict[str, Any] = {"annotations": {"migproxy.io/target": f"m-{UID} 32899:0,42691:49152 {OTHER}"}}
+    assert beside(document(Role.SOURCE, over, **annotated)).stale == (UID,)
+    assert beside(document(Role.SOURCE, published(), **annotated)).stale == ()
+    assert beside(document(Role.SOURCE, {"migrationUid": "next"}, **annotated)).stale == (UID,)
+    elsewhere = document(Role.SOURCE, over, **annotated)
+    elsewhere["status"]["nodeName"] = "node03"
+    assert beside(elsewhere).stale == ()
+    assert plan(document(Role.SOURCE, over, **annotated)).stale == ()

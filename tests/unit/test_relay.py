@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from migproxy.relay import Relay, Traffic
-from migproxy.splice import Transport
+from migproxy.splice import Splice, Transport
 
 DEADLINE = 20.0
 BROKEN = r"reset|Broken"
@@ -187,3 +187,23 @@ async def test_traffic_sums_open_and_ended_relays() -> None:
         await legs.ended()
         traffic.end(legs.relay)
     assert (traffic.sent, traffic.received, traffic.connections, traffic.relays) == (3000, 0, 2, set())
+
+
+async def test_a_defect_in_a_pump_breaks_its_connection(legs: Legs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than leave one that nobody moves: both peers notice, and the defect is named."""
+    monkeypatch.setattr(Splice, "_fill", lambda *_: 1 / 0)
+    await send(legs.launcher, b"x")
+    with pytest.raises(OSError, match="ZeroDivisionError"):
+        await legs.ended()
+    with pytest.raises(ConnectionResetError):
+        await read(legs.far)
+
+
+async def test_a_relay_that_is_stopped_shows_its_peer_no_end_of_stream(legs: Legs) -> None:
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(legs.launcher, b"half of a message")
+    assert await loop.sock_recv(legs.far, 100) == b"half of a message"
+    legs.relay.stop()
+    with pytest.raises(ConnectionResetError):
+        await asyncio.wait_for(loop.sock_recv(legs.far, 100), DEADLINE)
+    await legs.ended()

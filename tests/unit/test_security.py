@@ -11,7 +11,7 @@ import pytest
 
 from migproxy.devcerts import make
 from migproxy.kube.cluster import ClusterSettings
-from migproxy.security import ClusterSecurity
+from migproxy.security import ClusterSecurity, OptionsSecurity, SecurityError
 from migproxy.settings import Settings
 from migproxy.splice import Transport
 from migproxy.verify import Reason, TLSError
@@ -34,7 +34,7 @@ def cluster(certificates: Path, **values: Any) -> ClusterSettings:
     return ClusterSettings(ca_bundle=(certificates / "ca.crt").read_text(), **values)
 
 
-async def connect(security: ClusterSecurity) -> tuple[Transport, Transport]:
+async def connect(security: OptionsSecurity) -> tuple[Transport, Transport]:
     """Both roles of one node's, with each other."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
@@ -51,7 +51,7 @@ async def connect(security: ClusterSecurity) -> tuple[Transport, Transport]:
     return source, target
 
 
-async def label(security: ClusterSecurity) -> str:
+async def label(security: OptionsSecurity) -> str:
     source, target = await connect(security)
     source.tcp.close()
     target.tcp.close()
@@ -122,3 +122,27 @@ async def test_refusals_are_counted_across_changes(certificates: Path, tmp_path:
     security.apply(cluster(certificates))
     security.apply(cluster(certificates, min_tls="VersionTLS13"))
     assert security.report()["errors"] == {Reason.WRONG_CA: 1}
+
+
+async def test_other_options_count_at_once_and_wrong_ones_change_nothing(certificates: Path, tmp_path: Path) -> None:
+    ca = {"tls_ca": str(certificates / "ca.crt")}
+    security = OptionsSecurity(settings(certificates, tmp_path, **ca))
+    with pytest.raises(SecurityError, match="nowhere"):
+        security.reconfigure(settings(certificates, tmp_path, **ca | {"tls_server_dir": "/nowhere"}))
+    assert (await label(security)).startswith("TLS")
+    security.reconfigure(settings(certificates, tmp_path, **ca, tls_min_version="1.3"))
+    assert security.report()["min_version"] == "1.3"
+    security.reconfigure(settings(certificates, tmp_path, disable_tls=True))
+    assert await label(security) == "plaintext"
+
+
+async def test_an_option_taken_back_leaves_the_cluster_to_decide(certificates: Path, tmp_path: Path) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path, disable_tls=True))
+    security.apply(cluster(certificates))
+    assert await label(security) == "plaintext"
+    security.reconfigure(settings(certificates, tmp_path))
+    assert (await label(security)).startswith("TLS")
+    with pytest.raises(SecurityError, match="nowhere"):
+        security.reconfigure(settings(certificates, tmp_path, tls_server_dir="/nowhere"))
+    security.apply(cluster(certificates, min_tls="VersionTLS13"))
+    assert security.problem is None, "the options are still those before"

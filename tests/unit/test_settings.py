@@ -35,11 +35,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("dial_timeout", "-1", "greater than 0"),
         ("max_connections", "0", "greater than or equal to 1"),
         ("control_socket", "/" + "x" * 107, "at most 107"),
-        ("log_format", "xml", "'auto', 'console' or 'json'"),
+        ("log_format", "xml", "'auto', 'console', 'json' or 'journald'"),
         ("node_name", "", "at least 1 character"),
         ("tls_min_version", "1.1", "'1.2' or '1.3'"),
         ("ktls", "yes", "'auto', 'on' or 'off'"),
         ("handshake_timeout", "0", "greater than 0"),
+        ("netns", "other", "pattern"),
+        ("netns", "process:", "pattern"),
     ],
 )
 def test_wrong_value_is_named_with_its_origin_and_the_reason(field: str, value: str, why: str) -> None:
@@ -52,6 +54,11 @@ def test_wrong_value_is_named_with_its_origin_and_the_reason(field: str, value: 
 def test_a_certificate_without_its_key_is_told() -> None:
     with pytest.raises(SettingsError, match="--tls-cert and --tls-key belong together"):
         load(GIVEN | {"tls_cert": "/tls.crt"}, {}, None)
+
+
+def test_beside_virt_handler_there_is_a_cluster() -> None:
+    with pytest.raises(SettingsError, match="--beside-virt-handler needs a cluster"):
+        load({"vmi_dir": "/vmis", "beside_virt_handler": True}, {}, None)
 
 
 def test_kubevirts_names_of_tls_versions_and_lists_of_names_are_understood() -> None:

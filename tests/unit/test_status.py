@@ -27,6 +27,7 @@ def report(**fields: Any) -> dict[str, Any]:
         "ready": True,
         "draining": False,
         "problems": {},
+        "store": {"holder": "/run/holder.sock", "descriptors": 0, "limit": 16384, "problem": None},
         "tls": {"errors": {}},
         "migrations": [],
     }
@@ -92,3 +93,19 @@ def test_it_says_who_was_refused_and_what_is_wrong_with_the_certificates() -> No
     shown = render(report(tls={"errors": {"wrong_name": 2, "expired": 1}, "problems": {"server": problem}}))
     assert "TLS: expired 1, wrong_name 2" in shown
     assert f"certificates (server): {problem}; the last good ones are in use" in shown
+
+
+def test_beside_virt_handler_each_migration_says_whose_proxy_it_goes_by() -> None:
+    identity = MIGRATION | {"error": None}
+    ours = identity | {"state": "preparing", "path": "migproxy", "path_reason": ""}
+    theirs = identity | {
+        "state": "bypassed",
+        "path": "virt-handler",
+        "path_reason": "late",
+        "path_why": "it was quicker",
+    }
+    shown = render(report(beside={"unsupported": None}, migrations=[ours, theirs | {"role": "target"}])).splitlines()
+    assert "beside virt-handler: source and target side" in shown
+    assert "default/vm 01234567 (source): goes by migproxy" in shown
+    assert "default/vm 01234567 (target): goes by virt-handler: it was quicker" in shown
+    assert "beside virt-handler: no such policy" in render(report(beside={"unsupported": "no such policy"}))

@@ -9,6 +9,7 @@ import os
 import random
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,16 +68,25 @@ class Legs:
             await self.run
 
 
-@pytest.fixture
-async def legs(cluster: Cluster, version: ssl.TLSVersion) -> AsyncIterator[Legs]:
+@contextlib.asynccontextmanager
+async def connected(cluster: Cluster, version: ssl.TLSVersion) -> AsyncIterator[Legs]:
+    """Legs, ended with the context."""
     made = Legs()
     await made.connect(cluster, version)
-    yield made
-    made.relay.stop()
-    with contextlib.suppress(OSError, asyncio.CancelledError):
-        await made.ended()
-    made.launcher.close()
-    made.far.close()
+    try:
+        yield made
+    finally:
+        made.relay.stop()
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            await made.ended()
+        made.launcher.close()
+        made.far.close()
+
+
+@pytest.fixture
+async def legs(cluster: Cluster, version: ssl.TLSVersion) -> AsyncIterator[Legs]:
+    async with connected(cluster, version) as made:
+        yield made
 
 
 def read(sock: socket.socket, count: int | None = None) -> bytes:
@@ -290,6 +300,32 @@ async def test_a_source_learns_after_its_handshake_that_the_target_refused_it(cl
         await run
     assert told.value.reason == Reason.REFUSED_BY_PEER
     launcher.close()
+
+
+async def test_launchers_that_read_nothing_hold_nobody_up(cluster: Cluster, version: ssl.TLSVersion) -> None:
+    """However many they are: connections share the few places where they decrypt."""
+
+    def flood(far: ssl.SSLSocket) -> None:
+        with contextlib.suppress(OSError):
+            far.sendall(bytes(50_000_000))
+
+    data = os.urandom(5_000_000)
+    floods = []
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(6):
+            stalled = await stack.enter_async_context(connected(cluster, version))
+            floods.append(threading.Thread(target=flood, args=(stalled.far,)))
+            floods[-1].start()
+            async with asyncio.timeout(DEADLINE):
+                while stalled.relay.received == 0:
+                    await asyncio.sleep(0)
+        legs = await stack.enter_async_context(connected(cluster, version))
+        sending = asyncio.create_task(asyncio.to_thread(legs.far.sendall, data))
+        assert await asyncio.to_thread(read, legs.launcher, len(data)) == data
+        await sending
+        assert all(thread.is_alive() for thread in floods)
+    for thread in floods:
+        thread.join(DEADLINE)
 
 
 async def test_stopping_ends_a_stalled_transfer_at_once_and_the_peer_sees_no_clean_end(legs: Legs) -> None:

@@ -28,6 +28,7 @@ from tests.unit.test_metrics import migration, report
 class FakeNode:
     def __init__(self) -> None:
         self.checks: dict[str, str | None] = {"synchronised": None, "address": None}
+        self.hangs: list[str] = []
 
     def report(self) -> dict[str, Any]:
         return report(migration())
@@ -36,7 +37,9 @@ class FakeNode:
 @asynccontextmanager
 async def served(node: FakeNode, host: str = "127.0.0.1", **options: Any) -> AsyncIterator[str]:
     made = web.HTTPOptions(host, 0, **options)
-    async with web.serve(made, node.report, lambda: node.checks, Exporter(node.report, Measures())) as url:
+    async with web.serve(
+        made, node.report, lambda: node.checks, Exporter(node.report, Measures()), lambda: node.hangs
+    ) as url:
         yield url
 
 
@@ -53,6 +56,14 @@ async def test_readiness_names_each_check_and_why_it_fails() -> None:
         status, _, text = await get(f"{url}readyz")
         assert (status, text) == (503, "[+] synchronised: ok\n[-] address: interface migration0 is down\n")
         assert (await get(f"{url}healthz"))[0] == 200, "a node that is not ready is alive"
+
+
+async def test_a_daemon_that_hangs_is_not_alive_and_says_why() -> None:
+    node = FakeNode()
+    async with served(node) as url:
+        assert await get(f"{url}healthz") == (200, "text/plain", "ok\n")
+        node.hangs.append("the disk hangs: /run/state.json")
+        assert await get(f"{url}healthz") == (503, "text/plain", "the disk hangs: /run/state.json\n")
 
 
 async def test_the_format_of_metrics_is_negotiated() -> None:
@@ -87,14 +98,14 @@ async def test_a_taken_port_is_named_with_what_to_do() -> None:
         port = other.getsockname()[1]
         options = web.HTTPOptions("127.0.0.1", port)
         with pytest.raises(web.HTTPError, match=rf"--http-listen 127.0.0.1:{port}: .*in use.*ss -ltnp"):
-            async with web.serve(options, dict, dict, Exporter(dict, Measures())):
+            async with web.serve(options, dict, dict, Exporter(dict, Measures()), list):
                 pass
 
 
 async def test_a_foreign_address_is_named() -> None:
     options = web.HTTPOptions("192.0.2.1", 0)
     with pytest.raises(web.HTTPError, match=r"192\.0\.2\.1:0: .*not an address of this machine"):
-        async with web.serve(options, dict, dict, Exporter(dict, Measures())):
+        async with web.serve(options, dict, dict, Exporter(dict, Measures()), list):
             pass
 
 

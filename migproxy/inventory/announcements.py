@@ -1,0 +1,165 @@
+"""Where targets listen, announced on their VMIs: what the admission policy beside virt-handler acts on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import structlog
+
+from migproxy.announcement import TARGET_ANNOTATION, Announcement
+from migproxy.inventory import PublishError
+from migproxy.kube.api import JSON_PATCH, ApiError, ApiServer
+from migproxy.vmi import VMI
+
+log = structlog.get_logger(__name__)
+
+UNSUPPORTED: Final = (
+    "the API server has no MutatingAdmissionPolicy v1 (Kubernetes 1.36 has): virt-handler's own proxy serves the "
+    "migrations to this node, migproxy those from it"
+)
+
+_DISCOVERY: Final = "/apis/admissionregistration.k8s.io/v1"
+_POLICIES: Final = "mutatingadmissionpolicies"
+_DISCOVERY_SECONDS: Final = 300.0  # a cluster is upgraded while the daemon runs
+_RETRY_SECONDS: Final = 5.0
+_REFUSED: Final = (409, 422)
+"""A test of the patch failed, or a conflict: the VMI is not what was thought."""
+
+_ANNOTATIONS: Final = "/metadata/annotations"
+_ANNOTATION: Final = f"{_ANNOTATIONS}/{TARGET_ANNOTATION.replace('~', '~0').replace('/', '~1')}"
+_MIGRATION: Final = "/status/migrationState"
+
+
+class Announcements:
+    """Writes one annotation of VMIs, and nothing else.
+
+    Every patch tests that the VMI still has what the decision was made on, its published ports above all: a late
+    announcement must never stand beside ports that virt-handler has published.
+
+    Attributes:
+        unsupported: Why announcing is of no use in this cluster; None where it is, or as long as that is not known.
+
+    Args:
+        api: The API server.
+    """
+
+    def __init__(self, api: ApiServer) -> None:
+        self.unsupported: str | None = None
+        self._api = api
+
+    async def run(self, changed: Callable[[], None]) -> None:
+        """Follows whether the API server has the kind of policy that is needed, until cancelled.
+
+        Args:
+            changed: Called when `unsupported` has changed.
+        """
+        while True:
+            try:
+                unsupported = await self._discover()
+            except ApiError as error:
+                log.info("cannot ask for MutatingAdmissionPolicy, trying again", error=str(error))
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            if unsupported != self.unsupported:
+                self.unsupported = unsupported
+                if unsupported:
+                    log.warning("only the source side is served", reason=unsupported)
+                else:
+                    log.info("the target side is served as well: there is MutatingAdmissionPolicy v1 now")
+                changed()
+            await asyncio.sleep(_DISCOVERY_SECONDS)
+
+    async def _discover(self) -> str | None:
+        try:
+            found = await self._api.request("GET", _DISCOVERY)
+        except ApiError as error:
+            if error.status == 404:
+                return UNSUPPORTED
+            raise
+        try:
+            names = [one["name"] for one in found["resources"]]
+        except (KeyError, TypeError) as error:
+            raise ApiError(0, f"the answer is no list of resources: {error!r}") from error
+        return None if _POLICIES in names else UNSUPPORTED
+
+    async def announce(self, vmi: VMI, announcement: Announcement) -> None:
+        """Announces where this node listens for the VMI's migration, instead of what is announced there now.
+
+        Args:
+            vmi: As the inventory told it; virt-handler has not published for its migration.
+            announcement: What to announce.
+
+        Raises:
+            PublishError: It could not be; or the VMI has changed, which the inventory is about to tell.
+        """
+        patch = [*_tests(vmi), {"op": "add", "path": _ANNOTATION, "value": str(announcement)}]
+        try:
+            await self._patch(vmi, patch)
+        except ApiError as error:
+            if error.status not in _REFUSED:
+                raise PublishError(f"VMI {vmi.namespace}/{vmi.name}: cannot announce: {_remedied(error)}") from error
+            # Beside a change, a VMI without any annotation refuses: nothing can be added to what is not there.
+            first = {"op": "add", "path": _ANNOTATIONS, "value": {TARGET_ANNOTATION: str(announcement)}}
+            alone = {"op": "test", "path": _ANNOTATIONS, "value": None}
+            await self._only(vmi, [*_tests(vmi, annotated=False), alone, first])
+
+    async def withdraw(self, vmi: VMI) -> bool:
+        """Removes the announcement on a VMI.
+
+        Args:
+            vmi: As the inventory told it.
+
+        Returns:
+            Whether none stands there any more; False where the VMI has changed, which the inventory is about to tell.
+
+        Raises:
+            PublishError: It could not be removed.
+        """
+        if vmi.announced is None:
+            return True
+        try:
+            await self._patch(vmi, [*_tests(vmi), {"op": "remove", "path": _ANNOTATION}])
+        except ApiError as error:
+            if error.status == 404:
+                return True
+            if error.status in _REFUSED:
+                return False
+            raise PublishError(
+                f"VMI {vmi.namespace}/{vmi.name}: cannot withdraw what is announced: {_remedied(error)}"
+            ) from error
+        return True
+
+    async def _only(self, vmi: VMI, patch: list[dict[str, Any]]) -> None:
+        try:
+            await self._patch(vmi, patch)
+        except ApiError as error:
+            raise PublishError(
+                f"VMI {vmi.namespace}/{vmi.name}: it changed while this node was about to announce: {_remedied(error)}"
+            ) from error
+
+    async def _patch(self, vmi: VMI, patch: list[dict[str, Any]]) -> None:
+        path = f"/apis/kubevirt.io/v1/namespaces/{vmi.namespace}/virtualmachineinstances/{vmi.name}"
+        await self._api.request("PATCH", path, None, patch, JSON_PATCH)
+
+
+def _tests(vmi: VMI, *, annotated: bool = True) -> list[dict[str, Any]]:
+    """What must still be so when the patch is applied; a test for null holds where the field is absent too."""
+    values: dict[str, Any] = {"/metadata/uid": vmi.uid}
+    if vmi.migration:
+        ports = vmi.migration.target_ports
+        values[f"{_MIGRATION}/migrationUid"] = vmi.migration.migration_uid
+        values[f"{_MIGRATION}/targetDirectMigrationNodePorts"] = dict(ports) if isinstance(ports, Mapping) else ports
+        values[f"{_MIGRATION}/targetNodeAddress"] = vmi.migration.target_node_address
+        if vmi.migration.start is None:
+            values[f"{_MIGRATION}/startTimestamp"] = None
+    if annotated:
+        values[_ANNOTATION] = vmi.announced
+    return [{"op": "test", "path": path, "value": value} for path, value in values.items()]
+
+
+def _remedied(error: ApiError) -> str:
+    if error.status == 403:
+        return f"{error} (apply deploy/beside-virt-handler again: its ClusterRole and policy allow it)"
+    return str(error)

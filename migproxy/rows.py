@@ -1,0 +1,102 @@
+"""What the node says of its migrations, as plain values: the rows that status, top, the page and the metrics share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from migproxy.plan import Bypassed, Migration, Role
+from migproxy.relay import Traffic
+from migproxy.source import Source
+from migproxy.takeover import Survivor
+from migproxy.target import Target
+
+
+def certificate_problem(tls: Mapping[str, Any]) -> str | None:
+    """What is wrong with the certificates, for people; None where nothing is.
+
+    Args:
+        tls: What the security reports of itself.
+    """
+    now = datetime.now(UTC)
+    expired = [
+        f"{one['file']} has expired: renew it"
+        for one in tls.get("certificates", ())
+        if datetime.fromisoformat(one["not_after"]) <= now
+    ]
+    told = [tls.get("problem"), *tls.get("problems", {}).values(), *expired]
+    return "; ".join(dict.fromkeys(problem for problem in told if problem)) or None
+
+
+def bypass(item: Bypassed) -> dict[str, Any]:
+    """The row of a migration that virt-handler serves, and why."""
+    told = {"path": "virt-handler", "path_reason": str(item.reason), "path_why": item.why}
+    return {**identity(item.migration, item.role), "state": "bypassed", "error": None, **told}
+
+
+def identity(migration: Migration, role: Role) -> dict[str, Any]:
+    """What every row begins with."""
+    return {
+        "namespace": migration.namespace,
+        "name": migration.name,
+        "vmi_uid": migration.vmi_uid,
+        "migration_uid": migration.migration_uid,
+        "role": str(role),
+    }
+
+
+def survivor(left: Survivor) -> dict[str, Any]:
+    """The row of what an earlier daemon left."""
+    return {
+        **identity(left.migration, left.role),
+        "state": "running" if left.open_connections else "prepared",
+        "error": "taken over from an earlier daemon, and the inventory is not known yet",
+        **traffic(left),
+    }
+
+
+def traffic(proxy: Source | Target | Survivor) -> dict[str, Any]:
+    """What a proxy adds to its migration's row."""
+    sent, received = proxy.rate
+    return {
+        "peer": str(proxy.plan.address) if isinstance(proxy, Source) else None,
+        "last_error": proxy.progress.last_error,
+        "began": proxy.progress.began,
+        "age_seconds": round(time.time() - proxy.progress.began, 3),
+        "history": proxy.history,
+        "bytes_sent_per_second": round(sent),
+        "bytes_received_per_second": round(received),
+        "channels": [
+            {
+                "channel": channel.label,
+                "listening": proxy.listening(channel),
+                "peer": proxy.peer(channel),
+                "connections_open": len(traffic.relays),
+                "connections_total": traffic.connections,
+                "connections_failed": traffic.failed,
+                "failures": dict(traffic.failures),
+                "bytes_sent": traffic.sent,
+                "bytes_received": traffic.received,
+                "modes": dict(traffic.modes),
+                "retransmits": traffic.retransmits,
+                "tcp": _tcp(traffic),
+                "bytes_spliced_sent": traffic.spliced[0],
+                "bytes_spliced_received": traffic.spliced[1],
+            }
+            for channel, traffic in sorted(proxy.traffic.items())
+        ],
+    }
+
+
+def _tcp(traffic: Traffic) -> dict[str, float] | None:
+    """TCP's view of a channel: its slowest connection's round trip, and the sums over all that are open."""
+    infos = traffic.tcp_infos
+    if not infos:
+        return None
+    return {
+        "rtt_seconds": max(info.rtt for info in infos),
+        "delivery_rate": sum(info.delivery_rate for info in infos),
+        "congestion_window": sum(info.congestion_window for info in infos),
+    }

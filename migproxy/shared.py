@@ -1,0 +1,149 @@
+"""The migrationproxy folder that virt-handler puts its own sockets into: ours stand over them, and step aside.
+
+virt-handler removes a path, listens there, and only then asks the launcher to migrate; when it is done it removes
+whatever stands at the path. Both sockets lead to the same target, so that whoever's is there may serve. What holds at
+every moment, whatever either does:
+
+- virt-handler's present socket is never unlinked by us. renameat2(2) exchanges it with ours in one step, and it is kept
+  beside until ours goes; then they are exchanged again. Between the two the path always leads to a listener.
+- A missing path is virt-handler's to fill, as it may be about to: nothing is put there before it has been missing for
+  longer than remove-and-listen takes, or virt-handler would find its path in use.
+- A socket of ours is told from any other by its mode: the sticky bit, which means nothing on a socket and is there from
+  the file's first moment on. So a daemon that was killed leaves nothing that the next one could mistake for
+  virt-handler's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import time
+from contextlib import suppress
+from typing import Final
+
+from migproxy.launcher import RunDir
+from migproxy.proxy import ProxyError
+from migproxy.source import SocketFile, SocketFolder
+
+PATIENCE: Final = 0.25
+"""Seconds that a path is left to virt-handler when nothing stands there: it fills it within microseconds."""
+
+_RENAME_NOREPLACE: Final = 1  # linux/fs.h
+_RENAME_EXCHANGE: Final = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class SharedFolder(SocketFolder):
+    """A launcher's migrationproxy folder, beside virt-handler.
+
+    Args:
+        run: The launcher's /var/run.
+        owner: See `SocketFolder`.
+    """
+
+    mode = 0o1660
+    patience = PATIENCE
+
+    def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:
+        super().__init__(run, owner)
+        self._missing_since: dict[str, float] = {}
+
+    def invites(self, name: str) -> bool:
+        if self._mode_of(name) is not None:
+            self._missing_since.pop(name, None)
+            return True
+        now = time.monotonic()
+        return now - self._missing_since.setdefault(name, now) >= self.patience
+
+    def _put(self, temporary: str, name: str) -> None:
+        while True:
+            try:
+                self._rename(temporary, name, _RENAME_EXCHANGE)
+                break
+            except FileNotFoundError:
+                with suppress(FileExistsError):  # virt-handler has filled it meanwhile
+                    self._rename(temporary, name, _RENAME_NOREPLACE)
+                    return
+        try:
+            self._keep(temporary, name)
+        except (OSError, ProxyError):
+            if _is_ours(self._mode_of(name)):
+                self._rename(temporary, name, _RENAME_EXCHANGE)
+            raise
+
+    def _keep(self, displaced: str, name: str) -> None:
+        """Puts aside what stood at a name, for when ours goes; a dead one of ours has no use any more."""
+        mode = self._mode_of(displaced)
+        if mode is None:  # taken away by the pod: there is nothing to keep
+            return
+        if _is_ours(mode):
+            self._unlink(displaced)
+            return
+        self._hand_to_owner(displaced)
+        self._rename(displaced, _aside(name), 0)
+
+    def _hand_to_owner(self, name: str) -> None:
+        """Does what virt-handler may not have come to yet: by now it would find ours at the path."""
+        node = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            status = os.stat(node)
+            if stat.S_ISSOCK(status.st_mode) and status.st_nlink == 1:  # not some other socket that the pod has linked
+                self.give(node, f"{self.path}/{name}")
+        finally:
+            os.close(node)
+
+    def _discard(self, temporary: str, name: str) -> None:
+        """Clears what a daemon left that was killed between exchanging two sockets and putting one aside."""
+        if (mode := self._mode_of(temporary)) is None:
+            return
+        if _is_ours(mode):
+            self._unlink(temporary)
+        else:
+            self._rename(temporary, _aside(name), 0)
+
+    def remove(self, name: str, file: SocketFile) -> None:
+        """Puts virt-handler's socket back where ours stands; where it does not, virt-handler's is another by now."""
+        aside = _aside(name)
+        with suppress(OSError):
+            if self.holds(name, file):
+                self._step_aside(name, aside)
+        with suppress(OSError):
+            self._unlink(aside)
+
+    def _step_aside(self, name: str, aside: str) -> None:
+        try:
+            self._rename(aside, name, _RENAME_EXCHANGE)
+        except FileNotFoundError:  # nothing of virt-handler's has stood there
+            self._rename(name, aside, _RENAME_NOREPLACE)
+            if not _is_ours(self._mode_of(aside)):
+                self._rename(aside, name, _RENAME_NOREPLACE)
+            return
+        if not _is_ours(self._mode_of(aside)):  # it was replaced in this very moment: that one stays
+            self._rename(aside, name, _RENAME_EXCHANGE)
+
+    def _mode_of(self, name: str) -> int | None:
+        try:
+            return os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return None
+
+    def _unlink(self, name: str) -> None:
+        os.unlink(name, dir_fd=self.fd)
+
+    def _rename(self, old: str, new: str, flags: int) -> None:
+        if _libc.renameat2(self.fd, old.encode(), self.fd, new.encode(), flags):
+            number = ctypes.get_errno()
+            why = "the file system cannot exchange two files" if number == errno.EINVAL else os.strerror(number)
+            raise OSError(number, why)
+
+
+def _aside(name: str) -> str:
+    """Where virt-handler's socket is kept: beside its own name, so that people see whose it is."""
+    return f".virt-handler-{name}"
+
+
+def _is_ours(mode: int | None) -> bool:
+    return mode is not None and stat.S_ISSOCK(mode) and bool(mode & stat.S_ISVTX)

@@ -1,0 +1,293 @@
+"""A virtual machine migrates live beside virt-handlers that know nothing of migproxy, by whichever of them serves.
+
+Each node's virt-handler (a stand-in) is in the node's network, with the migration network; the migproxies are in
+another, as pods of their own are, and reach it through virt-handler's namespace.
+"""
+
+import asyncio
+import json
+import signal
+import stat
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo import guest as vm
+from demo.guest import Guest
+from demo.lab import LabError, Node, end, until
+from migproxy.announcement import TARGET_ANNOTATION
+from migproxy.pki import CLIENT_NAMES
+from tests import certificates
+from tests.e2e.test_libvirt_kubernetes import KubeLab
+from tests.e2e.test_libvirt_migration import assert_heartbeat_goes_on, assert_runs_only_on
+from tests.e2e.unbreakable import metronome
+from tests.kube.apiserver import ADMIN_TOKEN
+
+BEAT = 0.3  # seconds that a daemon lives once it serves
+OLD_STYLE = certificates.Leaf(names=CLIENT_NAMES[1:2], usages=(certificates.CLIENT, certificates.SERVER))
+
+
+class StandIn:
+    """A node's virt-handler.
+
+    Args:
+        lab: Where its API server and its certificates are.
+        node: Its node.
+    """
+
+    def __init__(self, lab: "BesideLab", node: Node) -> None:
+        self._lab, self._node = lab, node
+        self._report, self._log = node.directory / "virt-handler.json", node.directory / "virt-handler.log"
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self, period: float = 0.2) -> None:
+        """Starts it; it looks at the VMIs once in that many seconds."""
+        options = {
+            "name": name_of(self._node),
+            "node": self._node.name,
+            "address": self._node.address,
+            "api": self._lab.door.url,
+            "token": ADMIN_TOKEN,
+            "libvirt-socket": "libvirt/libvirt-sock",
+            "run-dir": self._node.run_dir,
+            "report": self._report,
+            "period": period,
+            "hold": self._lab.hold,
+            **({"tls-dir": self._lab.directory / "tls"} if self._lab.tls else {}),
+        }
+        command = [*self._node.prefix("net"), sys.executable, "-m", "tests.virt_handler"]
+        self._report.unlink(missing_ok=True)
+        with self._log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command, *(f"--{option}={value}" for option, value in options.items()), stdout=log, stderr=log
+            )
+        try:
+            await until(self._report.exists, f"{self._node.name}'s virt-handler")
+        except LabError as error:
+            raise LabError(f"{error}: {self._log.read_text()}") from error
+
+    async def stop(self) -> None:
+        """Ends it."""
+        process, self._process = self._process, None
+        if process:
+            await end(process, signal.SIGTERM)
+
+    def report(self) -> dict[str, Any]:
+        """What it has done."""
+        return dict(json.loads(self._report.read_text()))
+
+
+def name_of(node: Node) -> str:
+    return f"vh-{node.name}"
+
+
+class BesideLab(KubeLab):
+    """A laboratory with virt-handlers, beside which migproxies run where they are started.
+
+    Attributes:
+        virt_handlers: By their nodes' names.
+        prepared: Called when virt-handlers and migproxies have prepared, before the migration starts.
+        begun: Called as soon as the migration has been asked for.
+    """
+
+    def _node(self, number: int) -> Node:
+        node = super()._node(number)
+        node.proxy.namespaces = ()
+        beside = ("--beside-virt-handler", "--netns", f"process:{name_of(node)}", "--http-listen", "off")
+        node.proxy.arguments += beside
+        return node
+
+    @classmethod
+    @asynccontextmanager
+    async def prepare(cls, *, tls: bool, old_style: bool = False, holders: bool = False) -> AsyncIterator["BesideLab"]:
+        """Yields it with both virt-handlers running, and no migproxy."""
+        async with AsyncExitStack() as stack:
+            lab = cls(tls=tls, holders=holders)
+            await stack.enter_async_context(lab.served())
+            if old_style:
+                authority = certificates.authority()
+                source, target = authority.issue(OLD_STYLE), authority.issue(certificates.TARGET)
+                certificates.Cluster(lab.directory / "tls", authority, source, target).write()
+            await lab.kubernetes.install_beside()
+            lab.virt_handlers = {node.name: StandIn(lab, node) for node in lab.nodes}
+            for node in lab.nodes:
+                stack.push_async_callback(lab.virt_handlers[node.name].stop)
+                await lab.virt_handlers[node.name].start()
+                stack.push_async_callback(node.proxy.stop)
+            try:
+                yield lab
+            except BaseException:
+                for node in lab.nodes:
+                    if node.proxy.log.exists():
+                        print(f"--- {node.name}", *node.proxy.log.read_text().splitlines()[-60:], sep="\n")
+                raise
+
+    @property
+    def hold(self) -> Path:
+        """While this file is there, no virt-handler publishes."""
+        return self.directory / "hold"
+
+    virt_handlers: dict[str, StandIn]
+    prepared: Callable[[], Awaitable[None]] | None = None
+    begun: Callable[[], Awaitable[None]] | None = None
+
+    async def use(self, *nodes: Node) -> None:
+        """Has a migproxy run on these nodes, and on no other."""
+        for node in self.nodes:
+            if node in nodes:
+                if not node.proxy.runs:
+                    await node.proxy.start()
+            else:
+                await node.proxy.stop()
+
+    @asynccontextmanager
+    async def migration(self, source: Node, target: Node, *, block: bool = False) -> AsyncIterator[str]:
+        # A real virt-handler has its launcher prepare before it publishes, which takes longer than to announce.
+        self.hold.touch()
+        uid = self.vmi.begin(source, target, block=block)
+        failed = True
+        try:
+            if target.proxy.runs:
+                await until(lambda: self.announced() is not None, f"{target.name}'s announcement")
+            if self.begun:
+                await self.begun()
+            self.hold.unlink()
+            await until(lambda: self._is_prepared(source), "the two virt-handlers to have prepared")
+            if source.proxy.runs:
+                await until(lambda: is_ours(source), f"{source.name}'s migproxy to be in the path")
+            if self.prepared:
+                await self.prepared()
+            self.vmi.start()
+            yield uid
+            failed = False
+        finally:
+            self.vmi.end(failed=failed)
+        for node in self.nodes:
+            if node.proxy.runs:
+                await node.proxy.ended(uid)
+        await until(lambda: not any(one.report()["targets"] for one in self.virt_handlers.values()), "their end")
+        await until(lambda: not list(source.migrationproxy.iterdir()), f"an empty {source.migrationproxy}")
+
+    def _is_prepared(self, source: Node) -> bool:
+        return self.vmi.read()["metadata"]["uid"] in self.virt_handlers[source.name].report()["sources"]
+
+    def announced(self) -> str | None:
+        """What is announced on the VMI."""
+        found = self.vmi.read()["metadata"].get("annotations", {}).get(TARGET_ANNOTATION)
+        return str(found) if found else None
+
+    def relayed(self, node: Node) -> int:
+        """How many connections a node's virt-handler has relayed."""
+        return int(sum(self.virt_handlers[node.name].report()["relayed"].values()))
+
+
+def is_ours(source: Node) -> bool:
+    """Each socket that virt-handler has made on the source has given way to one of migproxy's."""
+    modes = [path.stat().st_mode for path in source.migrationproxy.glob("*.sock") if not path.name.startswith(".")]
+    return len(modes) >= 2 and all(mode & stat.S_ISVTX for mode in modes)
+
+
+async def migrate(lab: BesideLab, guest: Guest, source: Node, target: Node, *, ours: tuple[Node, ...]) -> None:
+    """Migrates the guest, and sees by whom each node's connections were relayed."""
+    before = {node.name: lab.relayed(node) for node in lab.nodes}
+    move = await guest.migrate(source, target)
+    await assert_runs_only_on(target, lab)
+    await assert_heartbeat_goes_on(guest, *await guest.handover(source, target))
+    for node in lab.nodes:
+        theirs = lab.relayed(node) - before[node.name]
+        assert (theirs == 0) is (node in ours), f"{theirs} connections by {node.name}'s virt-handler"
+        if node in ours:
+            (report,) = [one for one in (await node.proxy.status())["migrations"] if one["migration_uid"] == move.uid]
+            assert (report["state"], report["path"]) == ("ended", "migproxy")
+            moved = {one["channel"]: one["bytes_sent"] + one["bytes_received"] for one in report["channels"]}
+            assert moved["direct"] >= move.job["memory_processed"] * 0.95
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _machine_has_what_it_takes() -> None:
+    vm.check()
+
+
+@pytest.mark.parametrize(
+    ("tls", "old_style"), [(True, False), (True, True), (False, False)], ids=["tls", "old-tls", "plaintext"]
+)
+async def test_every_mix_of_the_two_migrates(tls: bool, old_style: bool) -> None:
+    async with BesideLab.prepare(tls=tls, old_style=old_style) as lab:
+        here, there = lab.nodes
+        async with Guest.boot(lab, here) as guest:
+            await lab.use(here)
+            await migrate(lab, guest, here, there, ours=(here,))
+            await migrate(lab, guest, there, here, ours=(here,))
+            if old_style:  # whose certificates matter where the two meet
+                return
+            await lab.use(here, there)
+            await migrate(lab, guest, here, there, ours=(here, there))
+            await lab.use()
+            await migrate(lab, guest, there, here, ours=())
+            assert lab.announced() is None
+
+
+async def test_migproxies_may_be_killed_at_any_moment_of_the_hand_over() -> None:
+    async with BesideLab.prepare(tls=False) as lab:
+        here, there = lab.nodes
+
+        async def killed(*nodes: Node) -> None:
+            for node in nodes:
+                await node.proxy.stop(signal.SIGKILL)
+
+        async def restarted() -> None:
+            await killed(here, there)
+            await lab.use(here, there)
+            await until(lambda: is_ours(here if here.name == source_of(lab) else there), "the successor in the path")
+
+        async def announced_then_killed() -> None:
+            await killed(here, there)
+            await lab.use(here, there)
+
+        async with Guest.boot(lab, here) as guest:
+            # Before anything is handed over, and for good: it is as if there never had been a migproxy.
+            await lab.use(here, there)
+            await killed(here, there)
+            await migrate(lab, guest, here, there, ours=())
+
+            # While a target has announced and virt-handler has not published: the next one keeps its word.
+            await lab.use(here, there)
+            lab.begun = announced_then_killed
+            await migrate(lab, guest, there, here, ours=(here, there))
+            lab.begun = None
+
+            # Once both are in the path.
+            lab.prepared = restarted
+            await migrate(lab, guest, here, there, ours=(here, there))
+
+            # A source that is told to stop there gives virt-handler's sockets back.
+            async def stopped() -> None:
+                await there.proxy.stop()
+                assert not is_ours(there)
+
+            lab.prepared = stopped
+            await migrate(lab, guest, there, here, ours=(here,))
+
+
+async def test_migration_goes_on_though_its_migproxies_are_killed_while_it_runs() -> None:
+    async with BesideLab.prepare(tls=False, holders=True) as lab:
+        here, there = lab.nodes
+        await lab.use(here, there)
+        async with Guest.boot(lab, here) as guest:
+            at_first = guest.hashes[0]
+            kills: list[int] = []
+            proxies = [node.proxy for node in lab.nodes]
+            await guest.migrate(here, there, during=metronome(proxies, BEAT, kills))
+            assert min(kills) > 0
+            await assert_runs_only_on(there, lab)
+            await assert_heartbeat_goes_on(guest, *await guest.handover(here, there))
+            assert (await guest.fresh_hashes()).memory == at_first.memory
+            assert not any(lab.relayed(node) for node in lab.nodes)
+
+
+def source_of(lab: BesideLab) -> str:
+    return str(lab.vmi.read()["status"]["migrationState"]["sourceNode"])

@@ -1,0 +1,127 @@
+"""Migrations go on whatever happens to the daemon under a real systemd, with its store and the unit as shipped."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from demo.lab import Lab, until
+from tests.e2e.services import PATIENCE, Service, carries, connected, laboratory
+from tests.e2e.unbreakable import MIB, Storm, Streams, Tide, carried, seed
+
+KILLS = int(os.environ.get("STORM_KILLS", "200"))  # of both daemons together
+TOTAL = int(os.environ.get("STORM_MIB", "4096")) * MIB
+ROUNDS = 10
+RESTARTS = 5  # of each daemon
+STATE = "run/migproxy/control.state.json"
+
+
+async def carry(lab: Lab, total: int, during: Callable[[Streams, Tide], Awaitable[None]]) -> None:
+    """Carries hashed streams through a migration, and asserts that both daemons counted them to the byte."""
+    source, target = lab.nodes
+    async with lab.migration(source, target, block=True) as uid:
+        tide = Tide()
+        streams = Streams(source, target, lab.vmi.read()["metadata"]["uid"], total, tide)
+        async with carried(streams):
+            await during(streams, tide)
+            print(f"{streams.moved / total:.0%} of the bytes moved meanwhile")
+            tide.end()
+        sent, received = await source.proxy.traffic(uid), await target.proxy.traffic(uid)
+        for channel in sent:
+            assert sent[channel] == streams.expected(channel)
+            assert received[channel] == streams.expected(channel).reversed
+
+
+async def settled(streams: Streams) -> None:
+    """Waits until what was let on has arrived."""
+    streams.calm()
+    await until(lambda: streams.are_settled, f"what is due: {streams}", PATIENCE)
+
+
+async def test_streams_come_through_a_storm() -> None:
+    async with laboratory(disable_tls=True) as (lab, services):
+        before = [service.descriptors() for service in services]
+        storm = Storm(services, seed(), 1.0)
+
+        async def strike(streams: Streams, tide: Tide) -> None:
+            def killing(chance: random.Random) -> None:
+                streams.shake(chance)
+                tide.rise(min(1.0, (storm.kills + 1) / KILLS))
+
+            for number in range(ROUNDS):
+                await storm.blow(round((number + 1) * KILLS / ROUNDS / 2) - storm.kills // 2, killing)
+                await settled(streams)
+
+        await carry(lab, TOTAL, strike)
+        assert storm.kills == sum(int(service.machine.show("NRestarts")) for service in services) == KILLS
+        for service, at_first in zip(services, before, strict=True):
+            await until(no_more(service, at_first), f"{at_first} descriptors in the daemon", PATIENCE)
+
+
+def no_more(service: Service, than: int) -> Callable[[], bool]:
+    """Whether a daemon has no more descriptors than that."""
+    return lambda: service.descriptors() <= than
+
+
+async def test_a_restart_hands_over() -> None:
+    async with laboratory(disable_tls=True) as (lab, services):
+
+        async def restart(streams: Streams, tide: Tide) -> None:
+            for number in range(1, RESTARTS + 1):
+                tide.rise(number / (RESTARTS + 1))
+                for service in services:
+                    await service.systemctl("restart")
+                    await service.ready()
+                await settled(streams)
+
+        await carry(lab, 256 * MIB, restart)
+        for service in services:
+            assert len(service.machine.journal("EVENT=handed over")) == RESTARTS
+            assert service.machine.show("NRestarts") == "0", "systemd saw no crash"
+
+
+async def test_a_stop_drains() -> None:
+    async with laboratory(disable_tls=True) as (lab, services), connected(lab) as ends:
+        for service in services:
+            await service.stop_in_order()
+            await service.shows("StatusText", "1 migration running, 0 B/s, draining: no new one is taken")
+        await carries(ends)
+        lab.vmi.end(failed=False)
+        for service in services:
+            await service.shows("ActiveState", "inactive")
+            assert service.machine.show("Result") == "success"
+            assert not (service.machine.root / STATE).exists()
+        for service in services:
+            await service.start()
+
+
+async def test_a_hanging_daemon_is_replaced_and_its_connections_go_on() -> None:
+    async with laboratory(disable_tls=True) as (lab, services), connected(lab) as ends:
+        for service in services:
+            await service.systemctl("kill", "--signal", "STOP")
+        await carries(ends)
+        for service in services:
+            await service.shows("NRestarts", "1")
+            await service.ready()
+            assert "Failed with result 'watchdog'" in service.machine.run("journalctl", "--unit", "migproxy")
+        await carries(ends)
+
+
+async def test_a_state_from_the_future_is_refused_and_its_connections_end() -> None:
+    async with laboratory(disable_tls=True) as (lab, services), connected(lab) as ends:
+        source, target = services
+        await source.systemctl("kill", "--signal", "STOP")
+        path = source.machine.root / STATE
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1000}))
+        await source.stop(signal.SIGKILL)
+        for end in ends:
+            end.settimeout(PATIENCE)
+            with suppress(ConnectionResetError):
+                assert end.recv(1) == b""
+        await source.ready()
+        (refused,) = source.machine.journal("EVENT=another version of migproxy left connections: they are ended")
+        assert "version 1000" in refused["ERROR"]
+        assert await asyncio.to_thread(target.machine.show, "NRestarts") == "0"

@@ -1,0 +1,81 @@
+"""Both daemons are killed again and again in the middle of a migration, and it completes without a byte lost."""
+
+import os
+import random
+
+import pytest
+
+from demo import guest as vm
+from demo.guest import Guest
+from demo.lab import Lab, until
+from tests.e2e.test_libvirt_migration import (
+    assert_heartbeat_goes_on,
+    assert_nothing_is_left,
+    assert_runs_only_on,
+    sha256_of_front,
+)
+from tests.e2e.unbreakable import MIB, PATIENCE, Storm, Streams, Tide, carried, leaves_nothing, metronome, seed, startup
+
+KILLS = int(os.environ.get("STORM_KILLS", "300"))  # of both daemons together
+TOTAL = int(os.environ.get("STORM_MIB", "4096")) * MIB
+ROUNDS = 15
+BEAT = 0.3  # seconds
+
+
+async def test_streams_come_through_a_storm() -> None:
+    async with Lab(libvirt=False, tls=False, holders=True) as lab:
+        source, target = lab.nodes
+        proxies = [node.proxy for node in lab.nodes]
+        storm = Storm(proxies, seed(), max([await startup(proxy) for proxy in proxies]))
+        for proxy in proxies:
+            await proxy.ready()
+        async with leaves_nothing(lab.nodes):
+            async with lab.migration(source, target, block=True) as uid:
+                tide = Tide()
+                streams = Streams(source, target, lab.vmi.read()["metadata"]["uid"], TOTAL, tide)
+
+                def killing(chance: random.Random) -> None:
+                    streams.shake(chance)
+                    tide.rise(min(1.0, (storm.kills + 1) / KILLS))
+
+                async with carried(streams):
+                    for number in range(ROUNDS):
+                        await storm.blow(round((number + 1) * KILLS / ROUNDS / 2) - storm.kills // 2, killing)
+                        streams.calm()
+                        await until(lambda: streams.are_settled, f"what is due: {streams}", PATIENCE)
+                    print(f"{storm.kills} kills, {streams.moved / TOTAL:.0%} of the bytes moved meanwhile")
+                    tide.end()
+                sent, received = await source.proxy.traffic(uid), await target.proxy.traffic(uid)
+                for channel in sent:
+                    expected = streams.expected(channel)
+                    assert sent[channel] == expected
+                    assert received[channel] == expected.reversed
+            assert storm.kills == KILLS
+
+
+@pytest.mark.parametrize("parallel", [pytest.param(0, id="copy-storage-all"), pytest.param(4, id="parallel")])
+async def test_a_running_guest_comes_through(parallel: int) -> None:
+    vm.check()
+    disk = not parallel
+    async with Lab(tls=False, holders=True) as lab:
+        source, target = lab.nodes
+        proxies = [node.proxy for node in lab.nodes]
+        for proxy in proxies:
+            await proxy.start()
+            assert (await proxy.status())["tls"]["mode"] == "plaintext"
+        descriptors = {node.name: node.proxy.descriptors() for node in lab.nodes}
+        async with Guest.boot(lab, source, disk=disk) as guest:
+            at_first = guest.hashes[0]
+            kills: list[int] = []
+            async with leaves_nothing(lab.nodes):
+                move = await guest.migrate(source, target, parallel=parallel, during=metronome(proxies, BEAT, kills))
+                print(f"{kills} kills while the guest migrated for {move.seconds:.1f} s")
+                assert min(kills) > 0
+                await assert_runs_only_on(target, lab)
+                await assert_heartbeat_goes_on(guest, *await guest.handover(source, target))
+                for node in lab.nodes:
+                    await assert_nothing_is_left(node, descriptors[node.name])
+                now = await guest.fresh_hashes()
+                assert (now.memory, now.disk) == (at_first.memory, at_first.disk)
+                if disk:
+                    assert now.disk == sha256_of_front(target.images / "disk")

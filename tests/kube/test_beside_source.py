@@ -1,0 +1,165 @@
+"""A source beside virt-handler: in the path as soon as virt-handler's sockets appear, and out of it again."""
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migproxy.portmap import Channel, source_socket_name
+from migproxy.tls import Plaintext
+from tests.kube.cluster import MERGE_PATCH, NODES, VMIS, Cluster, begin, end, start, vmi
+from tests.kube.world import LocalNode, eventually
+from tests.virt_handler import VirtHandler, shortened
+
+HERE, ADDRESS = NODES[0], "127.77.0.1"
+CHANNELS = (Channel.LIBVIRT, Channel.DIRECT)
+
+
+class Unready(Plaintext):
+    """Protection that is not to be had (yet)."""
+
+    problem: str | None = "KubeVirt's settings are not known yet"
+
+    def report(self) -> dict[str, Any]:
+        return {"mode": "none yet", "errors": {}, "problem": self.problem}
+
+
+class Scene:
+    """A migration from node01, whose target is a listener of the test's; virt-handler's steps are the test's, too."""
+
+    def __init__(self, kubernetes: Cluster, node: LocalNode, uid: str, target: socket.socket) -> None:
+        self.kubernetes, self.node, self.uid, self.target = kubernetes, node, uid, target
+        self.run_dir = node.launchers / uid
+        self.folder = self.run_dir / "kubevirt/migrationproxy"
+        self.virt_handler = VirtHandler(ADDRESS, self.run_dir, "libvirt/libvirt-sock", owner=(os.getuid(), os.getgid()))
+        address, port = target.getsockname()
+        self.leads_to = (address, {str(port): 0, str(port + 1): 49152})
+
+    async def change(self, body: dict[str, Any]) -> None:
+        await self.kubernetes.request("PATCH", f"{VMIS}/one", body, MERGE_PATCH)
+
+    def prepare(self) -> None:
+        """What virt-handler does when the target has published, or has published something else."""
+        for channel in CHANNELS:
+            self.virt_handler.remove(self.uid, channel)
+            self.virt_handler.bind(self.uid, channel, self.leads_to)
+            self.virt_handler.give(self.uid, channel)
+
+    def is_ours(self) -> bool:
+        """Whether every path leads to migproxy."""
+        try:
+            modes = [(self.folder / source_socket_name(self.uid, channel)).stat().st_mode for channel in CHANNELS]
+        except FileNotFoundError:
+            return False
+        return all(mode & stat.S_ISVTX for mode in modes)
+
+    async def connect(self) -> None:
+        """A connection by the libvirt channel's path arrives at the target."""
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX) as near:
+            near.setblocking(False)
+            with shortened(self.virt_handler.path(self.uid, Channel.LIBVIRT)) as path:
+                near.connect(path)
+            far, _ = await asyncio.wait_for(loop.sock_accept(self.target), 20)
+            with far:
+                await loop.sock_sendall(near, b"through")
+                assert await asyncio.wait_for(loop.sock_recv(far, 7), 20) == b"through"
+
+
+@pytest.fixture
+def protection() -> Unready:
+    made = Unready()
+    made.problem = None
+    return made
+
+
+@pytest.fixture
+async def scene(kubernetes: Cluster, tmp_path: Path, protection: Unready) -> AsyncIterator[Scene]:
+    await kubernetes.install_beside()
+    uid = (await kubernetes.request("POST", VMIS, vmi("one")))["metadata"]["uid"]
+    node = LocalNode(HERE, ADDRESS, tmp_path)
+    node.security = protection
+    node.boot_launcher(uid)
+    with socket.create_server(("127.77.0.3", 0)) as target:
+        target.setblocking(False)
+        async with node.run(kubernetes.kubeconfig(tmp_path, HERE), beside=True):
+            made = Scene(kubernetes, node, uid, target)
+            await made.change(begin("first"))
+            address, ports = made.leads_to
+            published = {"targetNodeAddress": address, "targetDirectMigrationNodePorts": ports}
+            await made.change({"status": {"migrationState": published}})
+            yield made
+            await made.virt_handler.close()
+
+
+def path(node: LocalNode) -> tuple[str | None, str | None]:
+    found = node.migration("one")
+    return found.get("path"), found.get("path_reason")
+
+
+async def test_source_is_in_the_path_as_soon_as_virt_handler_listens_and_whenever_it_does_again(scene: Scene) -> None:
+    scene.prepare()
+    await eventually(scene.is_ours, "our sockets over virt-handler's")
+    await eventually(lambda: path(scene.node) == ("migproxy", ""), "the path")
+    await scene.connect()
+    assert not scene.virt_handler.relayed
+    for _ in range(5):
+        await scene.virt_handler.end_source(scene.uid)
+        scene.prepare()
+        await eventually(scene.is_ours, "our sockets over virt-handler's new ones")
+    await scene.connect()
+    assert not scene.virt_handler.relayed
+    await scene.change(start())
+    await scene.change(end())
+    await scene.virt_handler.end_source(scene.uid)
+    await eventually(lambda: not scene.node.migrations(), "the end")
+    assert list(scene.folder.iterdir()) == []
+
+
+async def test_end_that_we_hear_of_first_leaves_virt_handlers_sockets_to_virt_handler(scene: Scene) -> None:
+    scene.prepare()
+    await eventually(scene.is_ours, "our sockets")
+    await scene.change(end())
+    await eventually(lambda: not scene.node.migrations(), "the end")
+    assert not scene.is_ours()
+    await scene.connect()
+    assert scene.virt_handler.relayed == {"source": 1}
+    await scene.virt_handler.end_source(scene.uid)
+    assert list(scene.folder.iterdir()) == []
+
+
+async def test_path_that_virt_handler_does_not_fill_is_filled_in_the_end(scene: Scene) -> None:
+    await eventually(scene.is_ours, "our sockets, for want of others")
+    scene.prepare()
+    await eventually(scene.is_ours, "our sockets over virt-handler's")
+    await scene.connect()
+
+
+async def test_draining_daemon_gives_virt_handlers_sockets_back(scene: Scene) -> None:
+    scene.prepare()
+    await eventually(scene.is_ours, "our sockets")
+    await asyncio.wait_for(scene.node.node.drain(), 30)
+    assert not scene.is_ours()
+    await scene.connect()
+    assert scene.virt_handler.relayed == {"source": 1}
+
+
+async def test_daemon_that_could_not_protect_a_connection_stays_out_of_the_path_until_it_can(
+    scene: Scene, protection: Unready
+) -> None:
+    scene.prepare()
+    await eventually(scene.is_ours, "our sockets")
+    protection.problem = "the certificate has expired"
+    await eventually(lambda: path(scene.node) == ("virt-handler", "unready"), "the path")
+    await eventually(lambda: not scene.is_ours(), "virt-handler's sockets")
+    await scene.connect()
+    assert scene.virt_handler.relayed == {"source": 1}
+    protection.problem = None
+    await eventually(scene.is_ours, "our sockets again")
+    await scene.connect()
+    assert scene.virt_handler.relayed == {"source": 1}

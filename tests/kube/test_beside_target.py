@@ -1,0 +1,304 @@
+"""A target beside virt-handler: its ports get into virt-handler's own write, or nothing of it is in the path."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migproxy.announcement import TARGET_ANNOTATION
+from migproxy.inventory.announcements import UNSUPPORTED
+from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, Refused, begin, end, start, vmi
+from tests.kube.world import LocalNode, eventually
+
+ADDRESS = "127.77.0.2"
+THEIRS = {"1001": 0, "1002": 49152}
+OURS = {"2001": 0, "2002": 49152}
+HERE = NODES[1]
+
+
+@pytest.fixture
+async def beside(kubernetes: Cluster) -> Cluster:
+    """The cluster with deploy/beside-virt-handler, and a VMI called one that migrates to node02."""
+    await kubernetes.install_beside()
+    await migrating(kubernetes)
+    await policy_in_force(kubernetes)
+    return kubernetes
+
+
+async def migrating(kubernetes: Cluster, name: str = "one", migration: str = "first") -> None:
+    await kubernetes.request("POST", VMIS, vmi(name))
+    await change(kubernetes, begin(migration), name)
+
+
+async def policy_in_force(kubernetes: Cluster) -> None:
+    """A real API server follows a new policy a moment after it was created."""
+    await migrating(kubernetes, "probe")
+    await announce(kubernetes, OURS, name="probe")
+    async with asyncio.timeout(30):
+        while (await published(kubernetes, "probe")).get("ports") != OURS:
+            await change(kubernetes, {"status": {"migrationState": {"targetDirectMigrationNodePorts": None}}}, "probe")
+            await publish(kubernetes, "probe")
+    await kubernetes.request("DELETE", f"{VMIS}/probe")
+
+
+async def change(kubernetes: Cluster, body: dict[str, Any], name: str = "one") -> None:
+    await kubernetes.request("PATCH", f"{VMIS}/{name}", body, MERGE_PATCH)
+
+
+async def publish(kubernetes: Cluster, name: str = "one", **state: Any) -> None:
+    """What virt-handler writes, once."""
+    values = {"targetNodeAddress": ADDRESS, "targetDirectMigrationNodePorts": THEIRS, **state}
+    patch = [
+        {"op": "add", "path": f"/status/migrationState/{field}", "value": value} for field, value in values.items()
+    ]
+    await kubernetes.request("PATCH", f"{VMIS}/{name}", patch, JSON_PATCH)
+
+
+async def announce(kubernetes: Cluster, ports: Any, name: str = "one", text: str | None = None) -> None:
+    """Announces with migproxy's own token."""
+    pairs = ",".join(f"{port}:{channel}" for port, channel in ports.items())
+    await as_migproxy(kubernetes, text or f"first {pairs} {ADDRESS}", name)
+
+
+async def as_migproxy(kubernetes: Cluster, text: str | None, name: str = "one", node: str = HERE) -> None:
+    body = {"metadata": {"annotations": {TARGET_ANNOTATION: text}}}
+    await kubernetes.request("PATCH", f"{VMIS}/{name}", body, MERGE_PATCH, token=kubernetes.token(node))
+
+
+async def published(kubernetes: Cluster, name: str = "one") -> dict[str, Any]:
+    state = (await kubernetes.request("GET", f"{VMIS}/{name}"))["status"]["migrationState"]
+    ports = dict(state.get("targetDirectMigrationNodePorts") or {})
+    return {"address": state.get("targetNodeAddress"), "ports": ports, "side": state.get("targetState")}
+
+
+async def announced(kubernetes: Cluster, name: str = "one") -> str | None:
+    annotations = (await kubernetes.request("GET", f"{VMIS}/{name}"))["metadata"].get("annotations") or {}
+    return annotations.get(TARGET_ANNOTATION)
+
+
+# The policy
+
+
+async def test_announced_ports_get_into_virt_handlers_own_write(beside: Cluster) -> None:
+    await announce(beside, OURS)
+    side = {"syncAddress": "10.0.0.1:9185", "nodeAddress": ADDRESS, "directMigrationNodePorts": THEIRS}
+    await publish(beside, targetState=side)
+    assert await published(beside) == {
+        "address": ADDRESS,
+        "ports": OURS,
+        "side": {**side, "directMigrationNodePorts": OURS},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        pytest.param(f"second 2001:0,2002:49152 {ADDRESS}", {}, id="another-migration"),
+        pytest.param("first 2001:0,2002:49152 127.77.0.9", {}, id="another-address"),
+        pytest.param(f"first 2001:0 {ADDRESS}", {}, id="a-channel-too-few"),
+        pytest.param(f"first 2001:0,2002:49152,2003:49153 {ADDRESS}", {}, id="a-channel-too-many"),
+        pytest.param(f"first 2001:0,2002:49153 {ADDRESS}", {}, id="another-channel"),
+        pytest.param("first 2001:0,2002:49152", {}, id="no-address"),
+        pytest.param("nonsense", {}, id="nonsense"),
+        pytest.param(
+            f"first 2001:0,2002:49152 {ADDRESS}", {"startTimestamp": "2026-08-01T12:00:00Z"}, id="already-started"
+        ),
+    ],
+)
+async def test_anything_else_leaves_virt_handlers_values_alone(beside: Cluster, text: str, state: Any) -> None:
+    await announce(beside, {}, text=text)
+    await publish(beside, **state)
+    assert (await published(beside))["ports"] == THEIRS
+
+
+async def test_late_announcement_changes_nothing_that_is_published(beside: Cluster) -> None:
+    await publish(beside)
+    await announce(beside, OURS)
+    await change(beside, {"metadata": {"labels": {"something": "else"}}})
+    await publish(beside)  # the same again, as virt-handler may
+    assert (await published(beside))["ports"] == THEIRS
+
+
+async def test_new_address_before_the_start_publishes_what_is_announced_for_it(beside: Cluster) -> None:
+    await announce(beside, OURS)
+    await publish(beside)
+    await publish(beside, targetNodeAddress="127.77.0.9", targetDirectMigrationNodePorts={"1003": 0, "1004": 49152})
+    assert (await published(beside))["ports"] == {"1003": 0, "1004": 49152}
+    await announce(beside, {}, text=f"first 2003:0,2004:49152 {ADDRESS}")
+    await publish(beside)
+    assert (await published(beside))["ports"] == {"2003": 0, "2004": 49152}
+
+
+# Who may announce
+
+
+async def test_only_migproxy_on_the_targets_node_may_announce(beside: Cluster) -> None:
+    body = {"metadata": {"annotations": {TARGET_ANNOTATION: f"first 22:0,23:49152 {ADDRESS}"}}}
+    with pytest.raises(Refused, match="only migproxy announces"):
+        await change(beside, body)
+    with pytest.raises(Refused, match="node of its token"):
+        await as_migproxy(beside, "first 2001:0 127.0.0.1", node=NODES[0])
+    await announce(beside, OURS)
+    with pytest.raises(Refused, match="only migproxy announces"):
+        await change(beside, body)
+    await change(beside, {"metadata": {"annotations": {TARGET_ANNOTATION: None}}})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"status": {"migrationState": {"targetNodeAddress": ADDRESS}}},
+        {"status": {"phase": "Failed"}},
+        {"spec": {"evictionStrategy": "None"}},
+        {"metadata": {"annotations": {"other": "x"}}},
+        {"metadata": {"annotations": {"kubevirt.io/latest-observed-api-version": None}}},
+        {"metadata": {"labels": {"other": "x"}}},
+    ],
+)
+async def test_migproxys_token_may_change_nothing_else(beside: Cluster, body: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match="migproxy changes no"):
+        await beside.request("PATCH", f"{VMIS}/one", body, MERGE_PATCH, token=beside.token(HERE))
+
+
+async def test_any_node_may_remove_what_is_stale(beside: Cluster) -> None:
+    await announce(beside, OURS)
+    await change(beside, start())
+    await as_migproxy(beside, None, node=NODES[0])
+    assert await announced(beside) is None
+
+
+# The daemon
+
+
+@asynccontextmanager
+async def target_node(kubernetes: Cluster, folder: Path) -> AsyncIterator[LocalNode]:
+    folder.mkdir(exist_ok=True)
+    made = LocalNode(HERE, ADDRESS, folder)
+    async with made.run(kubernetes.kubeconfig(folder, HERE), beside=True):
+        yield made
+
+
+def path(node: LocalNode, name: str = "one") -> tuple[str | None, str | None]:
+    found = node.migration(name)
+    return found.get("path"), found.get("path_reason")
+
+
+async def until_announced(kubernetes: Cluster) -> dict[str, int]:
+    async with asyncio.timeout(30):
+        while (text := await announced(kubernetes)) is None:
+            await asyncio.sleep(0.01)
+    pairs = text.split(" ")[1].split(",")
+    return {port: int(channel) for port, channel in (pair.split(":") for pair in pairs)}
+
+
+async def until_withdrawn(kubernetes: Cluster) -> None:
+    async with asyncio.timeout(30):
+        while await announced(kubernetes) is not None:
+            await asyncio.sleep(0.01)
+
+
+async def test_target_is_in_the_path_from_announcement_to_end(beside: Cluster, tmp_path: Path) -> None:
+    async with target_node(beside, tmp_path) as node:
+        ours = await until_announced(beside)
+        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the listeners")
+        await publish(beside)
+        assert (await published(beside))["ports"] == ours
+        await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+        await change(beside, start())
+        await eventually(lambda: node.migration("one")["state"] == "running", "the start")
+        assert node.tcp_ports() == {int(port) for port in ours}
+        await change(beside, end())
+        await eventually(lambda: not node.tcp_ports(), "the end of the listeners")
+        await until_withdrawn(beside)
+        (kept,) = node.node.report()["migrations"]
+        assert (kept["state"], kept["path"]) == ("ended", "migproxy")
+
+
+async def test_late_target_leaves_the_migration_to_virt_handler(beside: Cluster, tmp_path: Path) -> None:
+    await publish(beside)
+    async with target_node(beside, tmp_path) as node:
+        await eventually(lambda: path(node) == ("virt-handler", "late"), "the path")
+        assert not node.tcp_ports()
+        await change(beside, end())
+        await eventually(lambda: not node.migrations(), "the end")
+        (kept,) = node.node.report()["migrations"]
+        assert (kept["state"], kept["path"], kept["path_reason"]) == ("ended", "virt-handler", "late")
+    assert (await published(beside))["ports"] == THEIRS
+
+
+async def test_without_the_policy_nothing_of_ours_is_in_the_path(kubernetes: Cluster, tmp_path: Path) -> None:
+    await kubernetes.install_beside(policy=False)
+    await migrating(kubernetes)
+    async with target_node(kubernetes, tmp_path) as node:
+        await until_announced(kubernetes)
+        await publish(kubernetes)
+        await eventually(lambda: path(node) == ("virt-handler", "policy"), "the path")
+        await eventually(lambda: not node.tcp_ports(), "the end of the listeners")
+        await until_withdrawn(kubernetes)
+        assert path(node) == ("virt-handler", "policy")
+    assert (await published(kubernetes))["ports"] == THEIRS
+
+
+async def test_cluster_without_such_policies_is_served_as_a_source_alone(kubernetes: Cluster, tmp_path: Path) -> None:
+    if kubernetes.double is None:
+        pytest.skip("a real API server has them")
+    kubernetes.double.faults.older = True
+    await migrating(kubernetes)
+    async with target_node(kubernetes, tmp_path) as node:
+        await eventually(lambda: path(node) == ("virt-handler", "unsupported"), "the path")
+        await eventually(lambda: not node.tcp_ports(), "the end of the listeners")
+        assert node.node.report()["beside"] == {"unsupported": UNSUPPORTED}
+
+
+async def test_restarted_daemon_keeps_the_word_of_the_one_before(beside: Cluster, tmp_path: Path) -> None:
+    async with target_node(beside, tmp_path / "a") as node:
+        ours = await until_announced(beside)
+    assert await announced(beside)
+    async with target_node(beside, tmp_path / "b") as node:
+        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the same ports")
+        await publish(beside)
+        await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+    async with target_node(beside, tmp_path / "c") as node:
+        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the same ports again")
+        await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+
+
+async def test_draining_daemon_takes_its_announcement_back(beside: Cluster, tmp_path: Path) -> None:
+    async with target_node(beside, tmp_path) as node:
+        await until_announced(beside)
+        await asyncio.wait_for(node.node.drain(), 30)
+        assert await announced(beside) is None
+        assert not node.tcp_ports()
+    await publish(beside)
+    assert (await published(beside))["ports"] == THEIRS
+
+
+async def test_draining_daemon_serves_what_virt_handler_has_published(beside: Cluster, tmp_path: Path) -> None:
+    async with target_node(beside, tmp_path) as node:
+        ours = await until_announced(beside)
+        await publish(beside)
+        await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+        drained = asyncio.create_task(node.node.drain())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(drained), 0.5)
+        assert node.tcp_ports() == {int(port) for port in ours}
+        await change(beside, end())
+        await asyncio.wait_for(drained, 30)
+
+
+@pytest.mark.parametrize("text", [f"gone 2001:0,2002:49152 {ADDRESS}", "nonsense"])
+async def test_stale_announcement_is_removed(beside: Cluster, tmp_path: Path, text: str) -> None:
+    await change(beside, {"status": {"nodeName": HERE}, "metadata": {"labels": {"kubevirt.io/nodeName": HERE}}})
+    await announce(beside, {}, text=text)
+    await change(beside, {"metadata": {"labels": {"kubevirt.io/migrationTargetNodeName": None}}})
+    async with target_node(beside, tmp_path):
+        await until_withdrawn(beside)
+
+
+async def test_vmi_without_any_annotation_is_announced_on(beside: Cluster, tmp_path: Path) -> None:
+    await beside.request("PATCH", f"{VMIS}/one", [{"op": "remove", "path": "/metadata/annotations"}], JSON_PATCH)
+    async with target_node(beside, tmp_path):
+        await until_announced(beside)

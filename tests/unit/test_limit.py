@@ -1,0 +1,19 @@
+"""A flood of log lines is told in a few."""
+
+import asyncio
+
+import pytest
+
+from migproxy import logs
+
+
+async def test_the_first_lines_of_a_kind_are_written_and_the_others_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_SECONDS", 0.01)
+    told: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+    limit: logs.Limit[str] = logs.Limit(lambda kind, count: told.put_nowait((kind, count)))
+    assert [limit.admits("garbage") for _ in range(8)] == [True] * 5 + [False] * 3
+    assert limit.admits("expired")
+    assert await asyncio.wait_for(told.get(), 60) == ("garbage", 3)
+    assert limit.admits("garbage")
+    limit.close()
+    assert told.empty()

@@ -1,0 +1,177 @@
+"""What counts as hanging, and what the service manager hears of it."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from migproxy.health import Activity
+from migproxy.liveness import DISK_SECONDS, PUMP_SECONDS, Liveness, Reading, Stalls, read
+from migproxy.notify import Notifier
+from migproxy.service import Service, status_text
+from migproxy.splice import Pump, Splice
+
+MIB = 1 << 20
+
+
+class Wedged(Pump):
+    """A pump that has stopped moving bytes, until it is freed."""
+
+    def __init__(self, source: socket.socket, target: socket.socket) -> None:
+        super().__init__(source, target)
+        self.free = threading.Event()
+
+    def _move(self) -> None:
+        self.free.wait()
+
+
+@pytest.fixture
+def ends() -> Iterator[list[socket.socket]]:
+    """Two connections: the launcher's end, a pump's source, a pump's target, the reader's end."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(end) for pair in (socket.socketpair(), socket.socketpair()) for end in pair]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, for the test to set."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("readings", "wedged"),
+    [
+        pytest.param([(0, 5, True), (PUMP_SECONDS, 5, True)], True, id="could move all the time and moved nothing"),
+        pytest.param([(0, 5, True), (PUMP_SECONDS - 1, 5, True)], False, id="not for long enough"),
+        pytest.param([(0, 5, True), (9, 6, True), (PUMP_SECONDS, 6, True)], False, id="moved in between"),
+        pytest.param([(0, 5, True), (5, 5, False), (PUMP_SECONDS, 5, True)], False, id="had nothing to do in between"),
+        pytest.param([(0, 5, False), (600, 5, False)], False, id="idle, or its reader is slow"),
+        pytest.param(
+            [(0, 5, True), (9, 6, True), (9 + PUMP_SECONDS, 6, True)], True, id="moved once, and then no more"
+        ),
+        pytest.param([(0, 5, True), (PUMP_SECONDS, 5, True), (60, 6, True)], False, id="goes on after all"),
+    ],
+)
+def test_a_pump_is_wedged(readings: list[tuple[float, int, bool]], *, wedged: bool) -> None:
+    stalls = Stalls()
+    found: set[object] = set()
+    for now, moved, can_move in readings:
+        found = stalls.note({"pump": Reading(moved, can_move)}, now)
+    assert found == ({"pump"} if wedged else set())
+
+
+def test_a_pump_that_has_ended_is_forgotten() -> None:
+    stalls = Stalls()
+    stalls.note({"pump": Reading(5, True)}, 0)
+    stalls.note({}, 1)
+    assert stalls.note({"pump": Reading(5, True)}, PUMP_SECONDS) == set()
+
+
+def test_what_a_pump_can_move(ends: list[socket.socket]) -> None:
+    near, source, target, far = ends
+    pump = Wedged(source, target)
+    assert not read(pump).can_move, "nothing has arrived"
+    near.send(b"x")
+    assert read(pump).can_move
+    target.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            target.send(bytes(MIB))
+    assert not read(pump).can_move, "its reader takes nothing"
+    far.close()
+    assert read(pump).can_move, "it has an error to notice"
+
+
+def test_bytes_in_the_pipe_are_to_be_moved_too(ends: list[socket.socket]) -> None:
+    pump = Splice(ends[1], ends[2])
+    assert not read(pump).can_move
+    os.write(pump.pipe.writer, b"x")
+    assert read(pump).can_move
+    pump.close()
+
+
+def test_a_wedged_pump_starves_the_watchdog_and_says_whose_it_is(
+    ends: list[socket.socket], clock: list[float], manager: socket.socket
+) -> None:
+    near, source, target, _ = ends
+    pump = Wedged(source, target)
+    thread = threading.Thread(target=pump.run)
+    thread.start()
+    hanging = Liveness()
+    notifier = Notifier(str(manager.getsockname()), watchdog=20)
+    service = Service(
+        notifier,
+        hanging,
+        lambda: [("migration default/vm, source, channel direct", pump)],
+        lambda: Activity(1, 0, 0.0),
+    )
+    try:
+        near.send(b"x")
+        service.look()
+        assert "WATCHDOG=1" in heard(manager)
+        clock[0] += PUMP_SECONDS
+        service.look()
+        (problem,) = hanging.problems
+        assert problem.startswith("migration default/vm, source, channel direct: ")
+        said = heard(manager)
+        assert not [line for line in said if line.startswith("WATCHDOG")]
+        assert f"STATUS=hangs: {problem}" in said
+        source.recv(1)  # it gets on again
+        service.look()
+        assert hanging.problems == []
+        assert "WATCHDOG=1" in heard(manager)
+    finally:
+        pump.free.set()
+        thread.join()
+        notifier.close()
+
+
+def test_a_disk_that_hangs(clock: list[float]) -> None:
+    hanging = Liveness()
+    with hanging.writing("/run/migproxy/state.json"):
+        assert hanging.check([]) == []
+        clock[0] += DISK_SECONDS
+        (problem,) = hanging.check([])
+        assert "/run/migproxy/state.json" in problem
+    assert hanging.check([]) == []
+
+
+@pytest.mark.parametrize(
+    ("activity", "text"),
+    [
+        (Activity(0, 0, 0.0), "no migration is running"),
+        (Activity(1, 0, 0.0), "1 migration running, 0 B/s"),
+        (Activity(3, 2, 1.5 * 1024**3), "3 migrations running, 1.5 GiB/s, 2 prepared"),
+        (Activity(1, 0, 1024.0, draining=True), "1 migration running, 1.0 KiB/s, draining: no new one is taken"),
+        (Activity(0, 0, 0.0, problem="address: none"), "no migration is running, not ready: address: none"),
+    ],
+)
+def test_the_status_text(activity: Activity, text: str) -> None:
+    assert status_text(activity) == text
+
+
+def test_a_daemon_that_drains_asks_for_as_long_as_it_takes(manager: socket.socket) -> None:
+    notifier = Notifier(str(manager.getsockname()))
+    Service(notifier, Liveness(), list, lambda: Activity(1, 0, 0.0, draining=True)).look()
+    notifier.close()
+    (asked,) = (line for line in heard(manager) if line.startswith("EXTEND_TIMEOUT_USEC="))
+    assert int(asked.partition("=")[2]) > 2_000_000
+
+
+@pytest.fixture
+def manager(tmp_path: os.PathLike[str]) -> Iterator[socket.socket]:
+    """What hears a Notifier."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(f"{tmp_path}/notify")
+        sock.settimeout(10)
+        yield sock
+
+
+def heard(manager: socket.socket) -> list[str]:
+    return manager.recv(1 << 16).decode().splitlines()

@@ -1,0 +1,155 @@
+"""Where log lines go, and what the journal is told."""
+
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migproxy import logs
+
+
+def decode(data: bytes) -> dict[str, str]:
+    """Reads an entry as journald does (systemd's JOURNAL_NATIVE_PROTOCOL)."""
+    entry = {}
+    while data:
+        line, _, rest = data.partition(b"\n")
+        name, equals, value = line.partition(b"=")
+        if not equals:
+            (size,) = struct.unpack("<Q", rest[:8])
+            value, data = rest[8 : 8 + size], rest[8 + size :]
+            assert data[:1] == b"\n"
+            data = data[1:]
+        else:
+            data = rest
+        assert re.fullmatch(rb"[A-Z][A-Z0-9_]{0,63}", name), name
+        entry[name.decode()] = value.decode()
+    return entry
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text() | st.integers()))
+def test_whatever_is_logged_arrives_as_the_fields_it_was(event: dict[str, object]) -> None:
+    entry = logs.journal_entry({"event": "hello", "level": "info", **event})
+    assert decode(logs.encode(entry)) == {key: value.encode(errors="replace").decode() for key, value in entry.items()}
+
+
+def test_fields_have_the_names_that_people_ask_for() -> None:
+    event = {
+        "event": "connection closed",
+        "level": "warning",
+        "namespace": "default",
+        "name": "vm",
+        "migration_uid": "u1",
+    }
+    entry = logs.journal_entry({**event, "role": "source", "channel": "direct", "timestamp": "now"})
+    assert entry == {
+        "MESSAGE": "connection closed namespace=default name=vm migration_uid=u1 role=source channel=direct",
+        "EVENT": "connection closed",
+        "PRIORITY": "4",
+        "SYSLOG_IDENTIFIER": "migproxy",
+        "NAMESPACE": "default",
+        "VMI": "vm",
+        "MIGRATION_UID": "u1",
+        "ROLE": "source",
+        "CHANNEL": "direct",
+    }
+
+
+def test_an_option_cannot_take_the_place_of_a_line_s_own_fields() -> None:
+    entry = logs.journal_entry({"event": "hello", "level": "error", "priority": "0", "message": "other"})
+    assert (entry["PRIORITY"], entry["MESSAGE"].split()[0]) == ("3", "hello")
+
+
+def test_the_journal_is_recognised_by_the_descriptor_that_leads_there(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as file:
+        status = os.fstat(file.fileno())
+        there = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+        assert logs.leads_to_journal(there, file.fileno())
+        assert not logs.leads_to_journal({"JOURNAL_STREAM": "1:2"}, file.fileno()), "somebody redirected it"
+        assert not logs.leads_to_journal({}, file.fileno())
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Where the journal's lines arrive."""
+    monkeypatch.setattr(logs, "JOURNAL", str(tmp_path / "journal"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(logs.JOURNAL)
+        sock.settimeout(10)
+        yield sock
+
+
+@pytest.fixture
+def configured() -> Iterator[None]:
+    """Restores how this process logs."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    yield
+    structlog.configure(**before)
+    logs._journal().close()
+    logs._journal.cache_clear()
+
+
+def test_a_line_that_no_datagram_holds_is_sent_as_a_file(journal: socket.socket, configured: None) -> None:
+    logs.configure("journald", "info")
+    structlog.get_logger().info("large", what="x" * (1 << 22))
+    data, ancillary, _, _ = journal.recvmsg(1 << 16, socket.CMSG_SPACE(4))
+    assert data == b""
+    (memory,) = struct.unpack("i", ancillary[0][2])
+    with open(memory, "rb") as file:
+        file.seek(0)
+        assert decode(file.read())["WHAT"] == "x" * (1 << 22)
+
+
+def test_a_journal_that_is_gone_is_told_what_it_missed(
+    journal: socket.socket, configured: None, tmp_path: Path
+) -> None:
+    logs.configure("journald", "info")
+    log = structlog.get_logger()
+    Path(logs.JOURNAL).rename(tmp_path / "away")
+    log.info("one")
+    log.info("two")
+    (tmp_path / "away").rename(logs.JOURNAL)
+    log.info("three")
+    entry = decode(journal.recv(1 << 16))
+    assert (entry["EVENT"], entry["LINES_LOST"]) == ("three", "2")
+
+
+def test_loggers_follow_a_change(journal: socket.socket, configured: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json", "info")
+    log = structlog.get_logger()
+    bound = log.bind(name="vm")
+    log.debug("unheard")
+    logs.configure("journald", "debug")
+    bound.debug("heard")
+    assert decode(journal.recv(1 << 16))["VMI"] == "vm"
+    assert "heard" not in capsys.readouterr().err
+
+
+def test_an_exception_is_told_whole(journal: socket.socket, configured: None) -> None:
+    logs.configure("journald", "info")
+    try:
+        raise ValueError("why")
+    except ValueError:
+        structlog.get_logger().error("failed", exc_info=True)
+    entry = decode(journal.recv(1 << 16))
+    assert entry["EXCEPTION"].startswith("Traceback")
+    assert entry["EXCEPTION"].endswith("ValueError: why")
+
+
+def test_an_exception_tells_no_values_of_variables(configured: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json", "info")
+    key = "a private key"
+    try:
+        raise ValueError(len(key))
+    except ValueError:
+        structlog.get_logger().error("a defect", exc_info=True)
+    told = capsys.readouterr().err
+    assert "ValueError" in told
+    assert key not in told
