@@ -343,7 +343,8 @@ async def leaves_nothing(nodes: list[Node]) -> AsyncIterator[None]:
                 lambda node=node, at_first=at_first: holds_no_more(count(node), at_first),  # type: ignore[misc]
                 f"{at_first} descriptors again in {node.name}'s holder and daemon: {count(node)}, {held(node)}",
             )
-            assert defects(node) == []
+            if found := defects(node):
+                raise LabError(f"{node.name}'s daemon logged what it should not: {found}")
     except BaseException:
         for node in nodes:
             print(f"--- {node.name}", *node.proxy.log.read_text().splitlines()[-40:], sep="\n")

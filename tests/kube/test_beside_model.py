@@ -49,7 +49,6 @@ class World:
         address: virt-handler's address as that one knows it.
         ours: Where that one listens: how often virt-handler had moved by then, and the ports.
         lives: How many daemons of ours there have been.
-        restarts: How often one was killed.
     """
 
     vmi: str

@@ -272,7 +272,7 @@ async def test_status_of_a_daemon_that_does_not_answer_gives_up(nodes: Nodes) ->
 async def test_clients_that_say_nothing_do_not_keep_the_daemon_from_answering_or_ending(nodes: Nodes) -> None:
     await nodes.source.start()
     with connect(nodes.source.control), connect(nodes.source.control):
-        assert nodes.source.status()["ready"]
+        await until(lambda: nodes.source.status()["ready"], "readiness")
         nodes.source.signal(signal.SIGTERM)
         assert await nodes.source.ended(5) == 0
 

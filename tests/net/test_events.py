@@ -388,4 +388,4 @@ async def test_address_that_goes_is_told_and_everything_goes_on_when_it_returns(
     await run("ip", "address", "add", "10.9.0.2/24", "dev", "mig2")
     await vm.served()
     assert vm.path.read_bytes() == before
-    assert interfaces.target.status()["ready"]
+    await until(lambda: interfaces.target.status()["ready"], "the target to be ready")
