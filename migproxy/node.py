@@ -203,7 +203,8 @@ class Node:
     async def _sample(self) -> None:
         while True:
             await asyncio.sleep(1)
-            if self._beside() != self._known_beside:  # of which certificates tell nobody
+            # Of certificates, and of an inventory's trouble that is over, nobody tells.
+            if self._survivors or self._beside() != self._known_beside:
                 self._replan()
             for proxy in self._proxies():
                 proxy.sample()
@@ -223,7 +224,8 @@ class Node:
         # A daemon that has just started is not ready yet: what the one before left waits for that.
         unready = [key for key, item in self.bypassed.items() if item.reason is Reason.UNREADY]
         served = {(fingerprint(migration), role) for migration, role in (*planned, *self.held, *unready)}
-        if over := [self._survivors.pop(key) for key in list(self._survivors) if key not in served]:
+        ended = [key for key, survivor in self._survivors.items() if key not in served and self._is_over(survivor)]
+        if over := [self._survivors.pop(key) for key in ended]:
             ending = asyncio.create_task(self._end_survivors(over))
             self._endings.add(ending)
             ending.add_done_callback(self._endings.discard)
@@ -234,11 +236,15 @@ class Node:
         for key, item in planned.items():
             worker = self._workers.get(key)
             if worker is None or worker.wanted is None:
-                if self.draining:
+                if self.draining and (fingerprint(key[0]), key[1]) not in self._survivors:
                     continue
                 worker = self._workers[key] = _Worker(self, key, after=worker)
             worker.want(item)
         self._replan_at_next_start(now)
+
+    def _is_over(self, survivor: Survivor) -> bool:
+        """Whether a migration that nothing is planned for has ended; a VMI that cannot be read now says nothing."""
+        return survivor.migration.vmi_uid in self._vmis or not self._inventory.problems
 
     def _note_held(self, held: Mapping[Key, Held]) -> None:
         for (migration, role), item in held.items():
