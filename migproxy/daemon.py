@@ -50,6 +50,7 @@ as often: with 800 connections at full speed, the default of 5 ms costs a third 
 
 _UNRESUMABLE_PAUSE = 0.1  # seconds; their ends are many events, and nobody waits for the last one but this
 _SETTLE_SECONDS = 5.0  # that the holder may take to have everything
+_READY_SECONDS = 5.0  # that the inventory and the migration address may take
 
 _KUBEVIRT_OWNER = (107, 107)  # the qemu user and group of KubeVirt's launcher images
 
@@ -59,8 +60,8 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
 
     SIGTERM or SIGINT drains: no new migration is taken, running ones go on to their end or for
     `drain_timeout` seconds. A second one ends it at once. SIGUSR1 leaves running migrations to the daemon that is
-    started next, through systemd's descriptor store or `migproxy holder`. SIGHUP reads the
-    configuration again.
+    started next, through systemd's descriptor store or `migproxy holder`; it drains where that one could not start.
+    SIGHUP reads the configuration again.
 
     Args:
         settings: The options.
@@ -103,13 +104,17 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
                 running = asyncio.create_task(_run(node, cluster))
                 beside = [
                     asyncio.create_task(task)
-                    for task in (protection.watch(), service.run(), _reload(reloader, service, signals))
+                    for task in (
+                        protection.watch(),
+                        service.run(),
+                        _ready(node, service),
+                        _reload(reloader, service, signals),
+                    )
                 ]
-                service.ready()
                 try:
                     await _first(running, signals.first())
                     service.stopping()
-                    if signals.hands_over:
+                    if signals.hands_over and reloader.can_start_anew():
                         await _first(running, hand_over(reloader.settings.drain_timeout), signals.second())
                     await _drain(node, running, signals, reloader.settings.drain_timeout)
                 finally:
@@ -166,7 +171,7 @@ async def _survival(
         await _cancel(keeping)
         if store:
             await keeper.write()
-        if await store.settle(_SETTLE_SECONDS):
+        if store.problem is None and await store.settle(_SETTLE_SECONDS):
             log.info("handed over", **store.report())
             os._exit(0)
         log.error("cannot hand over, draining instead", error=store.problem or "the holder does not answer")
@@ -177,9 +182,10 @@ async def _survival(
     finally:
         await _cancel(keeping)
         if store:
-            store.remove_released(store.released)  # everything has ended in order: there is nothing to take over
-            with suppress(OSError):
-                os.unlink(path)
+            await keeper.write()  # everything has ended in order: there is nothing to take over
+            if await store.settle(_SETTLE_SECONDS):  # else the file tells the next daemon what is over
+                with suppress(OSError):
+                    os.unlink(path)
             store.close()
 
 
@@ -250,6 +256,14 @@ async def _run(node: Node, cluster: Cluster | None) -> None:
         following = tasks.create_task(cluster.run())
         await node.run()
         following.cancel()
+
+
+async def _ready(node: Node, service: Service) -> None:
+    """Says that migrations are served as soon as they are; what is not to be had soon is no failure to start."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_READY_SECONDS):
+            await node.knows_its_work.wait()
+    service.ready()
 
 
 async def _reload(reloader: Reloader, service: Service, signals: _Signals) -> None:

@@ -7,7 +7,6 @@ with a socket on which it sends everything that it holds.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ from contextlib import suppress
 
 import structlog
 
-from migproxy.sockets import make_way, raise_file_limit
+from migproxy.sockets import identity, make_way, raise_file_limit
 
 log = structlog.get_logger(__name__)
 
@@ -96,8 +95,8 @@ class Holder:
 
     def _store(self, name: str, fds: list[int]) -> list[int]:
         """Keeps them all where there is room for them, but for what it has already; returns what is not kept."""
-        known = {_file(fd) for fd in self._held.get(name, ())}
-        new = [fd for fd in fds if _file(fd) not in known]
+        known = {identity(fd) for fd in self._held.get(name, ())}
+        new = [fd for fd in fds if identity(fd) not in known]
         if not new:
             return fds
         if self._count + len(new) <= self._limit:
@@ -124,12 +123,6 @@ class Holder:
                 asked.sendmsg([f"FDNAME={name}".encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))])
             asked.send(b"FDRETURN=1")  # that this is all
             log.info("gave back", names=len(self._held), descriptors=self._count)
-
-
-def _file(fd: int) -> tuple[int, int, int]:
-    """What tells one open socket or pipe's end from all others."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
 
 
 def _listen(path: str) -> socket.socket:

@@ -88,7 +88,8 @@ _output = _Output()
 def _choose(style: Style) -> tuple[list[structlog.typing.Processor], Any]:
     if style == "journald" or (style == "auto" and leads_to_journal(os.environ, sys.stderr.fileno())):
         return [_as_entry], _journal().write
-    lines = structlog.PrintLogger(sys.stderr).msg
+    # A line is one write(2), so that a SIGKILL leaves none without its end: the next daemon's would follow on it.
+    lines = structlog.WriteLogger(sys.stderr).msg
     if style == "console" or (style == "auto" and sys.stderr.isatty()):
         return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())], lines
     # Without local variables: a key might be among them.
@@ -174,7 +175,8 @@ class _Journal:
 
     def _send(self, data: bytes) -> None:
         try:
-            self._socket.sendto(data, JOURNAL)
+            # One line waits for a journal that is slow; those after it do not.
+            self._socket.sendto(data, socket.MSG_DONTWAIT if self._lost else 0, JOURNAL)
         except OSError as error:
             if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
                 raise

@@ -241,7 +241,8 @@ class AddressWatcher:
         """Returns when something may have changed: whether that is the namespace itself."""
         while True:
             try:
-                await asyncio.wait_for(_rung(bell), self._namespace.look_seconds)
+                async with asyncio.timeout(self._namespace.look_seconds):
+                    await _rung(bell)
             except TimeoutError:
                 if await asyncio.to_thread(self._namespace.has_moved):
                     return True

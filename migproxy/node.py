@@ -75,6 +75,7 @@ class Node:
         address: This node's migration address as it is now, None until it is known.
         synchronised: Whether the inventory has told its whole state.
         draining: Whether no new migration is taken any more.
+        knows_its_work: Set once there is a plan: the inventory and the migration address are known.
         held: The migrations of this node that the plan has no proxy for now; what runs for them goes on.
         bypassed: Those that virt-handler's own proxy serves, and the first reason for that.
     """
@@ -109,6 +110,7 @@ class Node:
         self._endings: set[asyncio.Task[None]] = set()
         self._next_start: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
+        self.knows_its_work = asyncio.Event()
 
     async def run(self) -> None:
         """Reconciles until cancelled; then every proxy is closed."""
@@ -160,7 +162,8 @@ class Node:
         while any(worker.is_active for worker in self._workers.values()) or self._survivors:
             self._idle.clear()
             with suppress(TimeoutError):  # an idle migration that is not marked as started ends without an event
-                await asyncio.wait_for(self._idle.wait(), 1)
+                async with asyncio.timeout(1):
+                    await self._idle.wait()
 
     async def _end_survivors(self, survivors: Iterable[Survivor]) -> None:
         for survivor in survivors:
@@ -241,6 +244,7 @@ class Node:
                 worker = self._workers[key] = _Worker(self, key, after=worker)
             worker.want(item)
         self._replan_at_next_start(now)
+        self.knows_its_work.set()
 
     def _is_over(self, survivor: Survivor) -> bool:
         """Whether a migration that nothing is planned for has ended; a VMI that cannot be read now says nothing."""
@@ -572,7 +576,8 @@ class _Worker:
                 else:
                     retry = _FIRST_RETRY
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._changed.wait()
         finally:
             try:
                 if self.proxy is not None:

@@ -36,6 +36,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds between two attempts to di
 _HISTORY = 60  # seconds of rates that are kept for people to look at
 _TURN_SECONDS = 2.0  # a handshake takes milliseconds
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_NOT_THIS_TIME = {errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO, errno.EPERM}  # whoever asked has gone, or may not
 
 
 _BROKEN = {errno.ECONNRESET: "reset", errno.ETIMEDOUT: "timeout", errno.EPIPE: "closed"}
@@ -101,7 +102,8 @@ class _Turns:
         async def wait() -> None:
             if before is not None:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(before.wait(), _TURN_SECONDS)
+                    async with asyncio.timeout(_TURN_SECONDS):
+                        await before.wait()
 
         try:
             yield wait
@@ -297,14 +299,15 @@ class Proxy(ABC):
                 await self.around.store.handed_over()
                 accepted, _ = listener.accept()
             except OSError as error:
-                if error.errno in _OUT_OF_RESOURCES:
-                    self.log.error(
-                        "cannot accept connections",
-                        channel=channel.label,
-                        error=error.strerror,
-                        remedy="raise the limit of open files (ulimit -n, LimitNOFILE=)",
-                    )
-                    await asyncio.sleep(_ACCEPT_PAUSE)
+                if error.errno in _NOT_THIS_TIME:
+                    continue
+                remedy = (
+                    "raise the limit of open files (ulimit -n, LimitNOFILE=)"
+                    if error.errno in _OUT_OF_RESOURCES
+                    else "restart this daemon: whoever shares this listener has shut it down"
+                )
+                self.log.error("cannot accept connections", channel=channel.label, error=error.strerror, remedy=remedy)
+                await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
             accepted.setblocking(False)
             # At once: a connection that only this process has dies with it.

@@ -84,6 +84,14 @@ class OptionsSecurity:
         self._use(security(settings))
         self._settings = settings
 
+    def check(self, settings: Settings) -> None:
+        """Checks whether a daemon with other options could start.
+
+        Raises:
+            SecurityError: It could not.
+        """
+        security(settings)
+
     def _use(self, current: Security) -> None:
         current.errors = self.errors
         self._current = current
@@ -145,6 +153,9 @@ class ClusterSecurity(OptionsSecurity):
                 if settings.beside_virt_handler:  # whose proxy knows them, and serves until this daemon does
                     self.problem = "KubeVirt's settings are not known yet"
         self._settings = settings
+
+    def check(self, settings: Settings) -> None:
+        """It could: what it lacks, it waits for."""
 
     def apply(self, cluster: ClusterSettings) -> None:
         """Follows the cluster's settings, for connections from now on.

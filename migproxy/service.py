@@ -62,9 +62,15 @@ class Service:
         self._activity = activity
         self._told = ""
         self._known: set[str] = set()
+        self._is_ready = False
+        self._is_stopping = False
 
     def ready(self) -> None:
-        """Says that the daemon serves migrations: for the first time, or after `reloading`."""
+        """Says that the daemon serves migrations: for the first time, or after `reloading`.
+
+        `look` says it again and again, since a manager that is busy misses it, and would end the daemon.
+        """
+        self._is_ready = True
         self._tell(READY=1)
 
     def reloading(self) -> None:
@@ -73,6 +79,7 @@ class Service:
 
     def stopping(self) -> None:
         """Says that the daemon is about to end, as soon as what runs allows it."""
+        self._is_stopping = True
         self._tell(STOPPING=1)
 
     async def run(self) -> None:
@@ -92,7 +99,9 @@ class Service:
         activity = self._activity()
         text = f"hangs: {'; '.join(problems)}" if problems else status_text(activity)
         state: dict[str, object] = {} if problems else {"WATCHDOG": 1}
-        if activity.draining:
+        if self._is_ready and not self._is_stopping:
+            state["READY"] = 1
+        if self._is_stopping:
             state["EXTEND_TIMEOUT_USEC"] = int(_EXTENSION * 1e6)
         if text != self._told:
             state["STATUS"] = self._told = text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import fcntl
 import os
 import resource
 import socket
@@ -24,6 +25,7 @@ BACKLOG = 512
 _UNIX_BUFFER = 1 << 20  # bytes; the default of 208 KiB costs 10 % of the throughput
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; not among Python's constants
 _IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
+_TCP_ULP = 31  # linux/tcp.h
 _UNSPECIFIED = struct.pack("=H14x", socket.AF_UNSPEC)  # a sockaddr, which Python's own connect does not make
 _libc = ctypes.CDLL(None)
 
@@ -174,13 +176,19 @@ def reset(sock: socket.socket) -> None:
 def disconnect(tcp: socket.socket) -> None:
     """Resets a TCP connection at once where the kernel lets it, else when its last descriptor is closed.
 
-    It does not for kernel TLS (net/tls/tls_main.c), and Linux 6.4 and 6.5 not while a thread waits for the socket.
+    Linux 6.4 and 6.5 do not while a thread waits for the socket. Kernel TLS never does (net/tls/tls_main.c): there a
+    FIN is sent, which without a close_notify is no end of stream, but a truncation (RFC 8446, 6.1).
 
     Raises:
         OSError: It is closed.
     """
     tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    _libc.connect(tcp.fileno(), _UNSPECIFIED, len(_UNSPECIFIED))
+    if _libc.connect(tcp.fileno(), _UNSPECIFIED, len(_UNSPECIFIED)) and _is_tls(tcp):
+        tcp.shutdown(socket.SHUT_RDWR)
+
+
+def _is_tls(tcp: socket.socket) -> bool:
+    return tcp.getsockopt(socket.IPPROTO_TCP, _TCP_ULP, 16).startswith(b"tls")
 
 
 def make_way(path: str, kind: socket.SocketKind, who: str) -> None:
@@ -205,6 +213,12 @@ def make_way(path: str, kind: socket.SocketKind, who: str) -> None:
             os.unlink(path)
             return
     raise OSError(errno.EADDRINUSE, f"another {who} answers there; stop it, or give this one a socket of its own")
+
+
+def identity(fd: int) -> tuple[int, int, int]:
+    """What tells one open socket or pipe's end from all others: device, inode, and which end it is."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
 
 
 def quench(listener: socket.socket) -> None:

@@ -21,7 +21,7 @@ from migproxy.fdstore import Lease, Store
 from migproxy.ktls import offloaded
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel
-from migproxy.sockets import quench, reset
+from migproxy.sockets import identity, quench, reset
 from migproxy.splice import is_writer
 from migproxy.state import VERSION, ProxyState, RelayState, State, UnknownVersion
 
@@ -136,6 +136,7 @@ class Connection:
         unix: To the launcher, None where it was not dialled yet.
         tcp: To the other node, likewise.
         to_network, to_launcher: An end of the pipe of each direction.
+        is_ambiguous: There were several different ones of a kind, and nobody knows which belongs to it.
     """
 
     name: Name
@@ -144,6 +145,7 @@ class Connection:
     tcp: socket.socket | None = None
     to_network: int | None = None
     to_launcher: int | None = None
+    is_ambiguous: bool = False
 
     @property
     def pipes(self) -> tuple[int, int] | None:
@@ -163,11 +165,11 @@ class Connection:
             RELAY to go on with, or begin; SET_UP where nothing was relayed yet and the rest can be done anew; ABANDON
             where nothing was relayed and the other node dials anew; LOSE where bytes are missing.
         """
-        if before and not before.resumable:
+        if (before and not before.resumable) or self.is_ambiguous:
             return Fate.LOSE
         if self.unix and self.tcp and self.pipes:
             return Fate.RELAY
-        if self._may_have_moved:
+        if self._may_have_moved or self.to_network is not None or self.to_launcher is not None:
             return Fate.LOSE
         if self.name.role is Role.SOURCE or not encrypts:
             return Fate.SET_UP
@@ -247,9 +249,12 @@ def sort(stored: Mapping[str, list[int]], state: State | None, store: Store) -> 
             for fd in more:  # stored twice: the same open file
                 lease.fds.remove(fd)
                 os.close(fd)
-            listener = socket.socket(fileno=first)
-            listener.setblocking(False)
-            estate.listeners.append(Listener(name, listener, lease))
+            listener = Listener(name, socket.socket(fileno=first), lease)
+            listener.socket.setblocking(False)
+            if listens(listener.socket):
+                estate.listeners.append(listener)
+            else:  # shut down by a daemon whose last words have not reached the holder
+                listener.close()
         else:
             estate.connections.append(_connection(name, stored[text], lease))
     for estate in estates.values():
@@ -266,12 +271,19 @@ def _connection(name: Name, fds: Iterable[int], lease: Lease) -> Connection:
             found: socket.socket | int = sock
         else:
             part, found = "to_launcher" if is_writer(fd) else "to_network", fd
-        if getattr(made, part) is None:
+        known = getattr(made, part)
+        if known is None:
             setattr(made, part, found)
-        else:  # stored twice: the same open file
-            lease.fds.remove(fd)
-            os.close(found.detach() if isinstance(found, socket.socket) else found)
+            continue
+        # Stored twice; or a leg that was dialled anew, whose predecessor's removal has not reached the holder.
+        made.is_ambiguous = made.is_ambiguous or identity(_fileno(known)) != identity(fd)
+        lease.fds.remove(fd)
+        os.close(found.detach() if isinstance(found, socket.socket) else found)
     return made
+
+
+def _fileno(part: socket.socket | int) -> int:
+    return part.fileno() if isinstance(part, socket.socket) else part
 
 
 def close(fds: Iterable[int]) -> None:
@@ -282,5 +294,9 @@ def close(fds: Iterable[int]) -> None:
                 os.close(fd)
                 continue
             sock = socket.socket(fileno=fd)
-            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            (quench if listens else reset)(sock)
+            (quench if listens(sock) else reset)(sock)
+
+
+def listens(sock: socket.socket) -> bool:
+    """Whether a socket is a listener, and has not been shut down."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -195,7 +195,8 @@ class StateKeeper:
             await self.write()
             await asyncio.sleep(_PAUSE)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._store.changed.wait(), _REFRESH)
+                async with asyncio.timeout(_REFRESH):
+                    await self._store.changed.wait()
 
     async def write(self) -> None:
         """Writes once; what cannot be written is reported once."""

@@ -30,6 +30,7 @@ async def carry(lab: Lab, total: int, during: Callable[[Streams, Tide], Awaitabl
             print(f"{streams.moved / total:.0%} of the bytes moved meanwhile")
             tide.end()
         sent, received = await source.proxy.traffic(uid), await target.proxy.traffic(uid)
+        assert sent.keys() == received.keys() == {"libvirt", "direct", "block"}
         for channel in sent:
             assert sent[channel] == streams.expected(channel)
             assert received[channel] == streams.expected(channel).reversed

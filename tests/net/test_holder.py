@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from demo.lab import Holder, background, until
+from migproxy import control
 from migproxy.portmap import Channel
 from tests.certificates import Cluster
 from tests.net.nodes import (
@@ -467,3 +468,127 @@ async def test_slow_holder_is_told_and_holds_up_nobody(held: Held) -> None:
         await until(lambda: held.kept(held.source) == stored == 7, "the holder to have all, and nothing twice")
         await held.kill(held.source)
         await assert_carries(near, far)
+
+
+# What a daemon leaves that ends in order
+
+
+async def test_a_stop_leaves_nothing_in_the_holder_however_much_there_was(held: Held) -> None:
+    first = await held.start()
+    migrations = [first, *(held.nodes.migration(f"vm{number}") for number in range(20))]
+    for migration in migrations[1:]:
+        migration.begin()
+    for migration in migrations:
+        await migration.served(30)
+    for node in held.nodes.both:
+        assert await node.stop() == 0
+        assert held.kept(node) == 0
+        assert not held.state_file(node).exists()
+        await held.revive(node)
+    for migration in migrations:
+        await migration.served(30)
+
+
+async def test_a_stop_with_a_holder_that_takes_nothing_leaves_nothing_that_the_next_daemon_takes_for_alive(
+    held: Held,
+) -> None:
+    first = await held.start()
+    migrations = [first, *(held.nodes.migration(f"vm{number}") for number in range(8))]
+    for migration in migrations[1:]:
+        migration.begin()
+    for migration in migrations:
+        await migration.served(30)
+    holder = held.holders[held.target]
+    holder.signal(signal.SIGSTOP)
+    assert await held.target.stop() == 0
+    holder.signal(signal.SIGCONT)
+    await held.revive(held.target)
+    for migration in migrations:
+        await migration.served(30)
+
+
+async def test_what_was_taken_over_goes_on_while_its_vmi_cannot_be_read(held: Held) -> None:
+    vm = await held.start()
+    async with vm.connection() as (near, far):
+        await assert_carries(near, far)
+        whole = vm.path.read_text()
+        for node in held.nodes.both:
+            await node.stop(signal.SIGKILL)
+        vm.path.write_text("status: [")
+        for node in held.nodes.both:
+            await node.spawn(env=held.holders[node].environment)
+            await until(lambda node=node: has_read(node), "the daemon to have read what it can")  # type: ignore[misc]
+            await assert_logged(node, "connection resumed", channel="direct")
+        await asyncio.sleep(1.5)  # longer than the daemon's period: nothing is to happen, and nobody tells that
+        await assert_carries(near, far)
+        vm.path.write_text(whole)
+        await vm.served(30)
+        await assert_carries(near, far)
+    vm.end()
+    await vm.gone()
+
+
+def has_read(node: Daemon) -> bool:
+    """Whether a daemon knows what is in its folder, and what cannot be read there."""
+    with suppress(control.ControlError):
+        return node.status()["checks"]["synchronised"] is None
+    return False
+
+
+async def test_nothing_is_handed_over_to_a_daemon_that_would_not_start(held: Held) -> None:
+    config = held.nodes.directory / "options.toml"
+    config.write_text("")
+    vm = await held.start("--config", str(config), "--drain-timeout", "600")
+    vm.start()
+    async with vm.connection() as (near, far):
+        config.write_text("dial-timeout = -1\n")
+        held.source.signal(signal.SIGUSR1)
+        await assert_logged(
+            held.source, "the next daemon would not start: draining instead of handing over", "dial-timeout"
+        )
+        await assert_logged(held.source, "draining: no new migration is taken")
+        await assert_carries(near, far)
+        vm.end()
+        assert await held.source.ended(20) == 0
+
+
+async def test_user_space_tls_is_waited_for_when_the_rest_is_handed_over(held: Held, tmp_path: Path) -> None:
+    cluster = Cluster.make(tmp_path / "pki")
+    for node in held.nodes.both:
+        node._options.remove("--disable-tls")
+        node._options += ["--tls-dir", str(cluster.folder), "--ktls", "off"]
+    vm = await held.start("--drain-timeout", "600")
+    async with vm.connection() as (near, far):
+        held.source.signal(signal.SIGUSR1)
+        await assert_logged(held.source, "waiting for connections that cannot be handed over")
+        await assert_carries(near, far)
+    assert await held.source.ended(20) == 0
+    await assert_logged(held.source, "handed over")
+    await held.revive(held.source)
+    await vm.served()
+
+
+async def test_a_holder_that_answers_too_late_at_the_start_is_told_and_keeps_what_it_has(held: Held) -> None:
+    vm = await held.start()
+    holder = held.holders[held.source]
+    async with vm.connection() as (near, far):
+        await held.source.stop(signal.SIGKILL)
+        holder.signal(signal.SIGSTOP)
+        await held.source.spawn(env=holder.environment)
+        await until(lambda: "did not give back" in held.source.log.read_text(), "the daemon to say it", 40)
+        holder.signal(signal.SIGCONT)
+        await vm.served(30)
+        await held.reported(held.source, "did not give back")
+        await held.kill(held.source)
+        await assert_carries(near, far)
+
+
+async def test_a_holder_that_is_told_to_end_waits_for_the_daemon(held: Held) -> None:
+    await held.start()
+    holder = held.holders[held.source]
+    holder.signal(signal.SIGTERM)
+    await until(lambda: "waiting for the daemon" in holder.log.read_text(), "the holder to wait")
+    await held.kill(held.source)
+    assert await held.source.stop() == 0
+    await until(lambda: "stopped" in holder.log.read_text(), "the holder's end")
+    assert await holder.stop() == 0

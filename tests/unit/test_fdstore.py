@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from migproxy import fdstore
 from migproxy.fdstore import Store
 from migproxy.holder import Holder, HolderError
 from migproxy.notify import Notifier
@@ -74,13 +77,128 @@ async def test_a_holder_that_gives_up_in_the_middle_is_not_taken_for_one_that_ha
     store.close()
 
 
-async def test_a_manager_that_does_not_know_the_word_has_nothing_to_give(played: Played) -> None:
+async def test_a_manager_that_keeps_no_descriptors_protects_nothing_and_is_asked_no_more(played: Played) -> None:
     store = Store(Notifier(str(played.path)))
+    assert store
     thread = played.answer([])
     assert await store.take_back({}) == {}
     thread.join()
-    assert store.problem is None
+    assert store.problem == "the service manager keeps no descriptors"
+    assert not store
+    store.lease("name", played.socket.fileno()).release()
+    played.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        played.receive()
     store.close()
+
+
+class Kept:
+    """A real holder, which reads what it is sent only when it is told to."""
+
+    def __init__(self, path: Path) -> None:
+        self.holder = Holder(str(path), 1024)
+        self.store = Store(Notifier(str(path)))
+        self.messages = 0
+
+    @property
+    def names(self) -> dict[str, int]:
+        """How many descriptors it has under each name."""
+        return {name: len(fds) for name, fds in self.holder._held.items()}
+
+    async def reads(self) -> None:
+        """Lets it read everything, while the store goes on sending."""
+        self.holder._socket.setblocking(False)
+        while self.store._unsent or select.select([self.holder._socket], [], [], 0)[0]:
+            with suppress(BlockingIOError):
+                self.holder._handle()
+                self.messages += 1
+            await asyncio.sleep(0)
+
+    async def checks(self) -> None:
+        """Lets the store look after it once, while it reads."""
+        checking = asyncio.create_task(self.store._check())
+        async with asyncio.timeout(DEADLINE):
+            while not checking.done():
+                await self.reads()
+                await asyncio.sleep(0.001)
+        await checking
+
+    def close(self) -> None:
+        self.store.close()
+        for name in list(self.holder._held):
+            self.holder._remove(name)
+        self.holder._socket.close()
+
+
+@pytest.fixture
+async def kept(tmp_path: Path) -> AsyncIterator[Kept]:
+    made = Kept(tmp_path / "holder.sock")
+    yield made
+    made.close()
+
+
+async def test_a_holder_that_takes_nothing_costs_a_bounded_number_of_descriptors(kept: Kept) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    lasting = kept.store.lease("lasting", 0, 1)
+    for number in range(3000):
+        kept.store.lease(f"short {number}", 0, 1, 2).release(keep_record=False)
+    assert len(os.listdir("/proc/self/fd")) < before + 4 * 300
+    assert "slow" in (kept.store.problem or "")
+    await kept.reads()
+    for _ in range(2):
+        await kept.checks()
+    assert kept.store.problem is None
+    assert kept.names == {"lasting": len({os.fstat(fd).st_ino for fd in lasting.fds})}
+
+
+async def test_a_holder_that_was_slow_and_missed_nothing_is_given_nothing_again(kept: Kept) -> None:
+    leases = [kept.store.lease(f"name {number}", 0) for number in range(40)]
+    assert kept.store._unsent, "its queue is full"
+    kept.store._trouble(fdstore._SLOW)
+    await kept.checks()
+    assert kept.store.problem is None
+    assert kept.messages == len(leases) + 1  # and whether all has arrived
+
+
+async def test_what_a_holder_did_not_give_back_in_time_stays_a_problem(kept: Kept) -> None:
+    kept.holder._held["of the daemon before"] = [os.dup(0)]
+    kept.store._report_slow_return()
+    for _ in range(3):
+        await kept.checks()
+    assert "did not give back" in (kept.store.problem or "")
+    assert kept.names == {"of the daemon before": 1}
+
+
+async def test_a_slow_return_of_nothing_is_forgotten(kept: Kept) -> None:
+    kept.store._report_slow_return()
+    for _ in range(2):
+        await kept.checks()
+    assert kept.store.problem is None
+
+
+async def test_removals_that_a_dead_holders_successor_missed_reach_it(kept: Kept) -> None:
+    lease = kept.store.lease("over", 0)
+    await kept.reads()
+    kept.store._lost(ConnectionRefusedError())
+    lease.release(keep_record=False)
+    assert kept.names == {"over": 1}
+    for _ in range(2):
+        await kept.checks()
+    assert (kept.names, kept.store.problem) == ({}, None)
+
+
+async def test_settling_waits_until_the_holder_has_done_everything(kept: Kept) -> None:
+    leases = [kept.store.lease(f"name {number}", 0) for number in range(60)]
+    for lease in leases:
+        lease.release()
+    kept.store.remove_released(kept.store.released)
+    assert not await kept.store.settle(0.05)
+    settling = asyncio.create_task(kept.store.settle(DEADLINE))
+    while not settling.done():
+        await kept.reads()
+        await asyncio.sleep(0.001)
+    assert await settling
+    assert kept.names == {}
 
 
 async def test_a_relay_that_never_ran_ends_with_a_reset_and_is_with_the_holder_no_more(played: Played) -> None:

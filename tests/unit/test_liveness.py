@@ -156,12 +156,32 @@ def test_the_status_text(activity: Activity, text: str) -> None:
     assert status_text(activity) == text
 
 
-def test_a_daemon_that_drains_asks_for_as_long_as_it_takes(manager: socket.socket) -> None:
+@pytest.mark.parametrize("draining", [True, False])  # or waiting for what cannot be handed over
+def test_a_daemon_that_ends_asks_for_as_long_as_it_takes(manager: socket.socket, draining: bool) -> None:
     notifier = Notifier(str(manager.getsockname()))
-    Service(notifier, Liveness(), list, lambda: Activity(1, 0, 0.0, draining=True)).look()
+    service = Service(notifier, Liveness(), list, lambda: Activity(1, 0, 0.0, draining=draining))
+    service.stopping()
+    assert heard(manager) == ["STOPPING=1"]
+    service.look()
     notifier.close()
     (asked,) = (line for line in heard(manager) if line.startswith("EXTEND_TIMEOUT_USEC="))
     assert int(asked.partition("=")[2]) > 2_000_000
+
+
+def test_readiness_is_said_until_the_end_so_that_a_busy_manager_hears_it(manager: socket.socket) -> None:
+    notifier = Notifier(str(manager.getsockname()))
+    service = Service(notifier, Liveness(), list, lambda: Activity(0, 0, 0.0))
+    service.look()
+    assert "READY=1" not in heard(manager)
+    service.ready()
+    assert heard(manager) == ["READY=1"]
+    service.look()
+    assert "READY=1" in heard(manager)
+    service.stopping()
+    assert heard(manager) == ["STOPPING=1"]
+    service.look()
+    assert "READY=1" not in heard(manager)
+    notifier.close()
 
 
 @pytest.fixture

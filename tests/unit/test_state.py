@@ -1,5 +1,6 @@
 """The state file and the descriptors' names: whatever happens to the file, descriptors are never paired wrongly."""
 
+import asyncio
 import builtins
 import json
 import os
@@ -16,10 +17,12 @@ import pytest
 from migproxy import state as states
 from migproxy import survival
 from migproxy.fdstore import Store
+from migproxy.liveness import Liveness
 from migproxy.notify import Notifier
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel
 from migproxy.state import ChannelState, ProxyState, RelayState, State, StateError, UnknownVersion
+from migproxy.takeover import StateKeeper
 
 MIGRATIONS = [Migration("default", f"vm{number}", f"vmi-{number}", f"uid-{number}") for number in range(3)]
 
@@ -47,6 +50,23 @@ def a_state(*, sent: int = 1, boot: str | None = None) -> State:
         ),
         ended=frozenset({"over"}),
     )
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_what_keeps_the_file_ends_when_it_is_told_to_even_while_something_changes(
+    tmp_path: Path, turns: int
+) -> None:
+    store = Store(None)
+    keeper = StateKeeper(str(tmp_path / "state.json"), store, list, Liveness())
+    keeping = asyncio.create_task(keeper.run())
+    while not store.changed._waiters:
+        await asyncio.sleep(0.001)
+    store.changed.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    keeping.cancel()
+    await asyncio.wait([keeping], timeout=5)
+    assert keeping.cancelled()
 
 
 # The file
