@@ -231,8 +231,9 @@ async def test_replaced_socket_file_is_put_back(nodes: Nodes) -> None:
     await vm.served()
     path = vm.source_path(Channel.DIRECT)
 
-    path.unlink()
-    path.write_text("somebody else's")
+    other = path.with_name("other")
+    other.write_text("somebody else's")
+    other.rename(path)
 
     await until(path.is_socket, "our socket file")
     await vm.served()
