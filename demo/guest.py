@@ -229,7 +229,12 @@ class Guest:
 
     async def handover(self, source: Node, target: Node) -> tuple[Beat, Beat]:
         """The last heartbeat on the source of a migration and the first on its target, which it waits for."""
-        await until(lambda: self.beats[-1].node == target.name, f"a heartbeat on {target.name}")
+        try:
+            await until(lambda: self.beats[-1].node == target.name, f"a heartbeat on {target.name}")
+        except LabError as error:
+            state = (await target.virsh("domstate", DOMAIN, "--reason")).strip()
+            words = [f"{node.name}: {node.console.read_bytes()[-1000:]!r}" for node in (source, target)]
+            raise LabError(f"{error}: it is {state}; the consoles: {', '.join(words)}") from error
         before = [beat for beat in self.beats if beat.node == source.name][-1]
         for beat in self.beats:
             if beat.node == target.name and beat.number > before.number:
