@@ -199,6 +199,45 @@ def test_another_version_is_refused_as_such(tmp_path: Path, version: int) -> Non
         states.load(str(path))
 
 
+def test_a_file_that_an_earlier_release_wrote_means_what_it_meant(tmp_path: Path) -> None:
+    """It is never to be changed: a daemon of any later release of this version takes over from 0.1.0."""
+    path = tmp_path / "state.json"
+    path.write_text(WRITTEN_BY_0_1_0.replace("BOOT", states.boot_id()))
+    relay = RelayState(channel="direct", sent=3, received=4, wire_sent=5, wire_received=6, resumable=False)
+    channel = ChannelState(
+        connections=2,
+        failures={"reset": 1},
+        sent=7,
+        received=8,
+        spliced=(9, 10),
+        modes={"spliced": 11},
+        retransmits=12,
+    )
+    proxy = ProxyState(
+        namespace="default",
+        name="vm1",
+        vmi_uid="vmi-1",
+        migration_uid="uid-1",
+        role="target",
+        began=1.5,
+        channels={"libvirt": channel},
+        relays={"lease": relay},
+    )
+    assert states.load(str(path)) == State(boot=states.boot_id(), proxies=(proxy,), ended=frozenset({"over"}))
+    name = survival.parse_name("migproxy1.connection.target.direct.0123456789abcdef.0000-0001")
+    assert name == survival.Name(survival.Kind.CONNECTION, Role.TARGET, Channel.DIRECT, "0123456789abcdef", "0000-0001")
+    assert survival.fingerprint(Migration("default", "vm1", "vmi-1", "uid-1")) == "402c2344ce16b4c68165a40cb1cab26b"
+
+
+WRITTEN_BY_0_1_0 = (
+    '{"version":1,"boot":"BOOT","proxies":[{"namespace":"default","name":"vm1","vmi_uid":"vmi-1",'
+    '"migration_uid":"uid-1","role":"target","began":1.5,"channels":{"libvirt":{"connections":2,'
+    '"failures":{"reset":1},"sent":7,"received":8,"spliced":[9,10],"modes":{"spliced":11},"retransmits":12}},'
+    '"relays":{"lease":{"channel":"direct","sent":3,"received":4,"wire_sent":5,"wire_received":6,'
+    '"resumable":false}}}],"ended":["over"]}'
+)
+
+
 def test_another_boots_state_and_none_are_none(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     assert states.load(str(path)) is None
