@@ -8,7 +8,7 @@ from migproxy import logs
 
 
 async def test_the_first_lines_of_a_kind_are_written_and_the_others_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_SECONDS", 0.01)
+    monkeypatch.setattr(logs, "_LIMIT_SECONDS", 0.01)
     told: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
     limit: logs.Limit[str] = logs.Limit(lambda kind, count: told.put_nowait((kind, count)))
     assert [limit.admits("garbage") for _ in range(8)] == [True] * 5 + [False] * 3

@@ -69,13 +69,16 @@ async def shake(source: MutualTLS, target: MutualTLS) -> tuple[Transport | TLSEr
     """Lets two nodes shake hands; returns what the source and what the target made of it."""
     with connection() as (near, far):
 
-        async def target_side() -> Transport | TLSError:
-            result = await outcome(target.secure(far, server=True))
+        async def side(security: MutualTLS, sock: socket.socket, *, server: bool) -> Transport | TLSError:
+            result = await outcome(security.secure(sock, server=server))
             if isinstance(result, TLSError):
-                far.close()  # as its owner does
+                sock.close()  # as its owner does
             return result
 
-        return await asyncio.gather(outcome(source.secure(near, server=False)), target_side())
+        source_made, target_made = await asyncio.gather(
+            side(source, near, server=False), side(target, far, server=True)
+        )
+        return source_made, target_made
 
 
 def other(cluster: Cluster, folder: Path, **members: Issued) -> Cluster:
