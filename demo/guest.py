@@ -20,6 +20,7 @@ DOMAIN = "default_vmi-migratable"  # what KubeVirt calls it in libvirt: the VMI'
 DISK_MIB = 64
 TAIL_MIB = 8  # of the disk, which the guest rewrites all the time
 REMEDY = "run scripts/system-packages lab as root"
+_MIGRATION_SECONDS = 300  # of one that takes three on an idle machine
 
 _DOMAIN = """
 <domain type="qemu">
@@ -210,6 +211,9 @@ class Guest:
             parallel: the number of connections for the memory; 0 for one without multifd.
             watch: called a few times a second with libvirt's statistics of the job so far.
             during: a context that lasts as long as virsh runs.
+
+        Raises:
+            LabError: it failed, or does not end.
         """
         if self.disk:  # libvirt copies into a file that is there; it makes none outside of its storage pools
             with (target.images / "disk").open("wb") as disk:
@@ -220,7 +224,11 @@ class Guest:
             self._lab.say(f"{source.name}# {shlex.join(command)}")
             began = time.monotonic()
             async with background(_watch(source, job, watch)), during or nullcontext():
-                await source.exec(*command)
+                try:
+                    async with asyncio.timeout(_MIGRATION_SECONDS):
+                        await source.exec(*command)
+                except TimeoutError as error:
+                    raise LabError(f"{shlex.join(command)}: not done after {_MIGRATION_SECONDS} s: {job}") from error
             seconds = time.monotonic() - began
         # The disk's figures are reported only while the job runs; the others are final only after it.
         disk_job = {name: value for name, value in job.items() if name.startswith("disk_")}

@@ -218,26 +218,52 @@ class RunDir:
             The connected, non-blocking socket; the caller closes it.
 
         Raises:
-            LauncherError: Nothing is there, nobody listens, its queue is full, or it is no socket.
+            LauncherError: See `find`.
+        """
+        with self.find(relative) as connect:
+            sock = new_unix()
+            try:
+                connect(sock)
+            except LauncherError:
+                sock.close()
+                raise
+            return sock
+
+    @contextmanager
+    def find(self, relative: str) -> Iterator[Callable[[socket.socket], None]]:
+        """Finds a unix stream socket below this folder.
+
+        Returns:
+            What connects a socket of the caller's to it, without blocking, within the context; raises LauncherError
+            where nobody listens, or its queue is full.
+
+        Raises:
+            LauncherError: Nothing is there, or it is no socket.
         """
         path = f"{self.path}/{relative}"
         node = self.open_node(relative)
+
+        def connect(sock: socket.socket) -> None:
+            try:
+                sock.connect(f"/proc/self/fd/{node}")
+            except OSError as error:
+                raise LauncherError(
+                    f"{path}: {error.strerror or error}: the launcher does not take it (yet)"
+                ) from error
+
         try:
             mode = os.stat(node).st_mode
             if not stat.S_ISSOCK(mode):
                 kind = "a symbolic link: refused, never followed" if stat.S_ISLNK(mode) else "not a socket"
                 raise Untrusted(f"{path} is {kind}")
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            try:
-                sock.connect(f"/proc/self/fd/{node}")
-            except OSError as error:
-                sock.close()
-                raise LauncherError(
-                    f"{path}: {error.strerror or error}: the launcher does not take it (yet)"
-                ) from error
-            return sock
+            yield connect
         finally:
             os.close(node)
+
+
+def new_unix() -> socket.socket:
+    """Makes a non-blocking stream socket to dial a launcher with; the caller owns it."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
 
 def _usual_run(root: int, below: str) -> str:

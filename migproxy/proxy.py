@@ -8,8 +8,8 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -24,7 +24,7 @@ from migproxy.measure import Measures
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
 from migproxy.relay import Progress, Relay, Traffic
-from migproxy.sockets import TCPOptions, ready, reset, widen_unix
+from migproxy.sockets import TCPOptions, is_connected, ready, reset, widen_unix
 from migproxy.splice import Transport
 from migproxy.state import ProxyState, RelayState
 from migproxy.survival import Connection, Listener, connection_name, listener_name
@@ -142,6 +142,7 @@ class Proxy(ABC):
         self._turns: dict[Channel, _Turns] = {}
         self.inherited: list[Listener] = []
         self.begun: list[Connection] = []
+        self._storing = asyncio.Lock()
         self._failed_lines = Limit(self._log_more_failed)
         self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
 
@@ -348,13 +349,15 @@ class Proxy(ABC):
             try:
                 if accepted.family == socket.AF_UNIX:
                     await slot.enter_async_context(slots)
+                    await self._drop_unusable(legs, lease)
                     unix, transport = accepted, await self._to_network(channel, legs, lease)
                 else:
                     with self._turns[channel].take(remote) as turn:
                         transport = await self._from_network(remote, channel, legs)
                         await turn()
                         await slot.enter_async_context(slots)
-                        if not dialled:
+                        await self._drop_unusable(legs, lease)
+                        if len(legs) == 1:
                             legs.append(await self._reach(channel, lease, self._deadline()))
                     unix = legs[-1]
                 widen_unix(unix)
@@ -376,12 +379,25 @@ class Proxy(ABC):
             log.info("connection opened")
             await self._relay(relay, channel, log)
 
+    @asynccontextmanager
+    async def stored(self, leg: socket.socket, lease: Lease) -> AsyncIterator[socket.socket]:
+        """Hands a leg over before it is connected within the context; lets go of it and closes it if that fails.
+
+        A connection that dies with this process after the other side has taken it looks there like one that came and
+        went, beside the one that the next daemon makes: to QEMU, one of the migration's too many.
+        """
+        lease.add(leg.fileno())
+        try:
+            async with self._storing:  # which is fair: connections are made in the order in which they were asked for
+                await self.around.store.handed_over()
+            yield leg
+        except BaseException:
+            lease.forget(leg.fileno())
+            leg.close()
+            raise
+
     async def _to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
-        if len(legs) > 1 and not await self._is_usable(legs[-1]):
-            dead = legs.pop()
-            lease.forget(dead.fileno())
-            reset(dead)
         deadline, pause = self._deadline(), _FIRST_PAUSE
         while True:
             if len(legs) == 1:
@@ -401,10 +417,23 @@ class Proxy(ABC):
                 legs[-1] = transport.tcp
                 return transport
 
-    async def _is_usable(self, tcp: socket.socket) -> bool:
-        """Whether the connection that an earlier daemon dialled can be gone on with: not where it began a handshake."""
+    async def _drop_unusable(self, legs: list[socket.socket], lease: Lease) -> None:
+        """Lets go of the leg that an earlier daemon dialled, where this one cannot go on with it."""
+        if len(legs) > 1 and not await self._is_usable(legs[-1]):
+            dead = legs.pop()
+            lease.forget(dead.fileno())
+            reset(dead)
+
+    async def _is_usable(self, leg: socket.socket) -> bool:
+        """Whether a leg was connected, and carries no handshake yet that only the daemon before could finish."""
+        if leg.family == socket.AF_UNIX:
+            return is_connected(leg)
         if self.around.security.encrypts:
             return False
+        return await self._is_established(leg)
+
+    @staticmethod
+    async def _is_established(tcp: socket.socket) -> bool:
         info = tcpinfo.read(tcp)
         if info and info.state == tcpinfo.SYN_SENT:
             await ready(tcp.fileno(), writing=True)

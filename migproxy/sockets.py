@@ -151,6 +151,15 @@ async def ready(fd: int, *, writing: bool) -> None:
         remove(fd)
 
 
+def is_connected(unix: socket.socket) -> bool:
+    """Whether a unix socket has been connected, and its peer is still there."""
+    try:
+        unix.getpeername()
+    except OSError:
+        return False
+    return True
+
+
 def widen_unix(sock: socket.socket) -> None:
     """Gives a launcher's connection a send buffer that a pump fills in one call."""
     with suppress(PermissionError):

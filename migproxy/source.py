@@ -410,18 +410,12 @@ class Source(Proxy):
             sock = new_tcp(local, self.around.tcp)
         except OSError as error:
             raise OSError(f"cannot connect from {local}: {error.strerror}") from error
-        lease.add(sock.fileno())
         try:
-            await connect_tcp(sock, address, port)
+            async with self.stored(sock, lease):
+                await connect_tcp(sock, address, port)
         except OSError as error:
-            lease.forget(sock.fileno())
-            sock.close()
             why = os.strerror(error.errno) if error.errno else str(error)  # the loop's own words repeat the address
             raise OSError(f"{self.peer(channel)}: {why}") from error
-        except BaseException:
-            lease.forget(sock.fileno())
-            sock.close()
-            raise
         return sock
 
     async def close(self) -> None:

@@ -21,7 +21,7 @@ from migproxy.fdstore import Lease, Store
 from migproxy.ktls import offloaded
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel
-from migproxy.sockets import identity, quench, reset
+from migproxy.sockets import identity, is_connected, quench, reset
 from migproxy.splice import is_writer
 from migproxy.state import VERSION, ProxyState, RelayState, State, UnknownVersion
 
@@ -174,7 +174,8 @@ class Connection:
         if self.name.role is Role.SOURCE or not encrypts:
             return Fate.SET_UP
         # A target dials the launcher for nobody who has not authenticated.
-        return Fate.RELAY if self.unix and self.tcp and offloaded(self.tcp) == (True, True) else Fate.ABANDON
+        is_secured = self.tcp is not None and offloaded(self.tcp) == (True, True)
+        return Fate.RELAY if is_secured and self.unix and is_connected(self.unix) else Fate.ABANDON
 
     @property
     def _may_have_moved(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from migproxy.fdstore import Lease
-from migproxy.launcher import LauncherError, Untrusted
+from migproxy.launcher import LauncherError, Untrusted, new_unix
 from migproxy.plan import Role, TargetProxy
 from migproxy.portmap import Channel, IPAddress, PortMap, target_socket_path
 from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
@@ -221,12 +221,12 @@ class Target(Proxy):
     async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:
         # The launcher is looked up for each connection: its pod may have been replaced.
         try:
-            with self.around.launchers.open(self.plan.launcher) as run:
-                sock = run.connect(self._socket(channel))
+            with self.around.launchers.open(self.plan.launcher) as run, run.find(self._socket(channel)) as connect:
+                async with self.stored(new_unix(), lease) as sock:
+                    connect(sock)
+                    return sock
         except Untrusted as error:
             raise DialError(str(error)) from error
-        lease.add(sock.fileno())
-        return sock
 
     async def close(self) -> None:
         """Closes the listeners and ends every connection."""
