@@ -49,6 +49,11 @@ class Daemon:
         assert self._process, "the daemon runs"
         return self._process.pid
 
+    def protect(self, *options: str) -> None:
+        """Has it use mTLS from its next start on, with these options."""
+        self._options.remove("--disable-tls")
+        self._options += options
+
     async def start(self, *options: str, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
         """Starts it, with more options if need be, and waits until it has read the VMIs.
 

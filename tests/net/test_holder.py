@@ -231,8 +231,7 @@ async def test_handing_over_ends_at_once_and_leaves_everything_to_the_next(held:
 async def test_user_space_tls_ends_with_its_daemon_and_the_next_one_says_so(held: Held, tmp_path: Path) -> None:
     cluster = Cluster.make(tmp_path / "pki")
     for node in held.nodes.both:
-        node._options.remove("--disable-tls")
-        node._options += ["--tls-dir", str(cluster.folder), "--ktls", "off"]
+        node.protect("--tls-dir", str(cluster.folder), "--ktls", "off")
     vm = await held.start()
     async with vm.connection() as (near, far):
         await assert_carries(near, far)
@@ -557,8 +556,7 @@ async def test_nothing_is_handed_over_to_a_daemon_that_would_not_start(held: Hel
 async def test_user_space_tls_is_waited_for_when_the_rest_is_handed_over(held: Held, tmp_path: Path) -> None:
     cluster = Cluster.make(tmp_path / "pki")
     for node in held.nodes.both:
-        node._options.remove("--disable-tls")
-        node._options += ["--tls-dir", str(cluster.folder), "--ktls", "off"]
+        node.protect("--tls-dir", str(cluster.folder), "--ktls", "off")
     vm = await held.start("--drain-timeout", "600")
     async with vm.connection() as (near, far):
         held.source.signal(signal.SIGUSR1)

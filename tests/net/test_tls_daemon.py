@@ -34,7 +34,7 @@ def cluster(tmp_path: Path) -> Cluster:
 async def start(nodes: Nodes, *options: str) -> Migration:
     """Starts both daemons with mTLS, and a migration."""
     for node in nodes.both:
-        node._options.remove("--disable-tls")
+        node.protect()
     await nodes.start(source=options, target=options)
     migration = nodes.migration(block=False)
     migration.begin()
@@ -101,7 +101,7 @@ async def test_a_source_of_another_cluster_is_told_apart_on_both_sides(
 ) -> None:
     stranger = Cluster.make(tmp_path / "stranger")
     for node in nodes.both:
-        node._options.remove("--disable-tls")
+        node.protect()
     await nodes.source.start("--tls-dir", str(stranger.folder), "--ktls", "off")
     await nodes.target.start("--tls-dir", str(cluster.folder), "--ktls", "off")
     migration = nodes.migration(block=False)
@@ -166,7 +166,7 @@ async def target_of_the_tests_own(
     nodes: Nodes, cluster: Cluster, serve: Callable[[int, socket.socket], Awaitable[None]]
 ) -> AsyncIterator[Migration]:
     """A source's daemon, and in place of the target's, `serve` with the number of each connection."""
-    nodes.source._options.remove("--disable-tls")
+    nodes.source.protect()
     await nodes.source.start("--tls-dir", str(cluster.folder), "--ktls", "off")
     with socket.create_server(("127.0.0.9", 0)) as listener:
         listener.setblocking(False)

@@ -96,7 +96,7 @@ async def main() -> int:
         async with make_nodes() as plain, make_nodes("127.0.0.3", "127.0.0.4") as tls:
             await plain.start()
             for node in tls.both:
-                node._options.remove("--disable-tls")
+                node.protect()
             options = ("--tls-dir", str(cluster.folder), "--ktls", "off")
             await tls.start(source=options, target=options)
             migrations = {"plaintext": plain.migration(block=False), "mTLS": tls.migration(block=False)}
