@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from migproxy.health import Activity, WatchReporter
 from migproxy.inventory import Inventory, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.netif import AddressWatcher, MigrationAddress
-from migproxy.plan import Beside, Bypassed, Held, Migration, Reason, Role, SourceProxy, TargetProxy, make_plan
+from migproxy.plan import Beside, Bypassed, Held, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import IPAddress
 from migproxy.proxy import Proxy, ProxyError, Surroundings
 from migproxy.relay import Progress
@@ -103,7 +104,11 @@ class Node:
         self.bypassed: dict[Key, Bypassed] = {}
         self._announcements = announcements
         self._known_beside: Beside | None = None
+        # By the VMI's UID: what may stand on it by this daemon's doing, whatever the watch has told by now.
+        self._standing: dict[str, VMI] = {}
+        self._void: set[str] = set()  # those whose announcement is to go
         self._withdrawing: dict[str, asyncio.Task[None]] = {}
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # one request at a time for each
         self._ended: Retention[Key] = Retention(options.retention)
         self._survivors: dict[survival.Key, Survivor] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -213,12 +218,11 @@ class Node:
         if not self.synchronised or self.address is None:
             return
         now = datetime.now(UTC)
-        beside = self._known_beside = self._beside()
-        plan = make_plan(self._vmis.values(), self.options.name, self._own_addresses, now, beside)
+        self._known_beside = self._beside()
+        plan = self._plan(self._vmis.values(), now)
         self._note_held({(held.migration, held.role): held for held in plan.held})
         self._note_bypassed({(one.migration, one.role): one for one in plan.bypassed})
-        for uid in plan.stale:
-            self._withdraw(uid)
+        self._withdraw_void(plan)
         items: tuple[Planned, ...] = (*plan.sources, *plan.targets)
         planned = {(item.migration, item.role): item for item in items}
         # A daemon that has just started is not ready yet: what the one before left waits for that.
@@ -231,6 +235,8 @@ class Node:
             ending.add_done_callback(self._endings.discard)
         # Those that end come first: two migrations of one VMI have the same socket names.
         for key in [key for key in self._workers if key not in planned and key not in self.held]:
+            if key[1] is Role.TARGET and key[0].vmi_uid in self._void:
+                continue  # nobody may be sent to a listener that has closed: the announcement goes first
             if key[1] is Role.TARGET or key not in self.bypassed or not self._workers[key].is_active:
                 self._workers[key].want(None)
         for key, item in planned.items():
@@ -241,6 +247,9 @@ class Node:
                 worker = self._workers[key] = _Worker(self, key, after=worker)
             worker.want(item)
         self._replan_at_next_start(now)
+
+    def _plan(self, vmis: Iterable[VMI], now: datetime) -> Plan:
+        return make_plan(vmis, self.options.name, self._own_addresses, now, self._beside())
 
     def _is_over(self, survivor: Survivor) -> bool:
         """Whether a migration that nothing is planned for has ended; a VMI that cannot be read now says nothing."""
@@ -283,52 +292,65 @@ class Node:
             ended = rows.bypass(self.bypassed.pop(key)) | {"state": "ended"}
             self._ended.add(key, Ended(ended, Progress()))
 
-    def _withdraw(self, uid: str) -> None:
-        """Has the announcement on a VMI removed, as it is stale."""
-        if uid not in self._withdrawing:
-            task = self._withdrawing[uid] = asyncio.create_task(self._withdraw_stale(uid))
-            task.add_done_callback(lambda _: self._withdrawing.pop(uid))
+    def _withdraw_void(self, plan: Plan) -> None:
+        """Has every announcement removed that is of no use any more."""
+        targets = {one.migration.vmi_uid: one for one in plan.targets}
+        held = {one.migration.vmi_uid for one in plan.held if one.role is Role.TARGET}
+        self._void = {*plan.stale, *(self._standing.keys() - targets.keys() - held)}
+        if self.draining:
+            mine = [uid for uid, one in targets.items() if one.announce]
+            self._void.update(uid for uid in mine if uid in self._standing or self._vmis[uid].announced)
+        for uid in self._void - self._withdrawing.keys():
+            task = self._withdrawing[uid] = asyncio.create_task(self._withdraw(uid))
+            task.add_done_callback(lambda _, uid=uid: self._withdrawing.pop(uid))  # type: ignore[misc]
 
-    async def _withdraw_stale(self, uid: str) -> None:
+    def _is_void(self, vmi: VMI) -> bool:
+        """Whether what is announced on a VMI, as it stands in the API server, is to go."""
+        plan, standing = self._plan([vmi], datetime.now(UTC)), self._standing.get(vmi.uid)
+        if plan.stale or (self.draining and any(one.announce for one in plan.targets)):
+            return True
+        is_ours = standing is not None and standing.announced == vmi.announced
+        return is_ours and not plan.targets and all(one.role is Role.SOURCE for one in plan.held)
+
+    async def _withdraw(self, uid: str) -> None:
+        """Removes the announcement on a VMI, however often that must be tried, as long as it is to go."""
         assert self._announcements
-        vmi = self._vmis.get(uid)
-        try:
-            if vmi and await self._announcements.withdraw(vmi):
-                log.info("stale announcement removed", namespace=vmi.namespace, name=vmi.name, announced=vmi.announced)
-        except PublishError as error:
-            log.warning("stale announcement stays for now", error=str(error))
-            await asyncio.sleep(_LAST_RETRY)
+        last, retry = "", _FIRST_RETRY
+        while uid in self._void and (vmi := self._vmis.get(uid) or self._standing.get(uid)):
+            try:
+                async with self._turns[uid]:
+                    now = await self._announcements.withdraw(vmi, self._is_void)
+                    standing = self._standing.get(uid)
+                    if now is None or standing is None or now.announced != standing.announced:
+                        self._standing.pop(uid, None)
+            except PublishError as error:
+                if str(error) != last:
+                    log.warning("announcement stays for now", error=str(error))
+                last = str(error)
+            else:
+                if now is None or now.announced is None:
+                    log.info("nothing is announced any more", namespace=vmi.namespace, name=vmi.name)
+                if now and self._vmis.get(uid) is vmi:
+                    self._vmis[uid] = now  # the watch tells it later
+                self._replan()
+                for key, worker in self._workers.items():
+                    if key[0].vmi_uid == uid:
+                        worker.look_again()  # it may be announced anew by now
+            if uid in self._void:
+                await asyncio.sleep(retry)
+                retry = min(retry * 2, _LAST_RETRY)
 
     async def _step_out(self) -> None:
         """Leaves what has not begun to virt-handler; whoever was on the way to us by then is still served."""
         for worker in self._workers.values():
             if isinstance(worker.proxy, Source) and not worker.is_active:
                 worker.proxy.give_back()
-        await self._withdraw_all()
+        # Nobody may be sent to listeners that are about to close: what is announced goes before they do. What
+        # virt-handler has published meanwhile is served to its end.
+        self._replan()
+        while self._withdrawing:
+            await asyncio.wait(self._withdrawing.values())
         await asyncio.sleep(_FIRST_RETRY)
-
-    async def _withdraw_all(self) -> None:
-        """Nobody may be sent to listeners that are about to close: what is announced goes before they do.
-
-        What virt-handler has published meanwhile is served to its end.
-        """
-        assert self._announcements
-        while announced := [vmi for worker in self._workers.values() if (vmi := self._announced(worker))]:
-            for vmi in announced:
-                try:
-                    if await self._announcements.withdraw(vmi) and self._vmis.get(vmi.uid) is vmi:
-                        self._vmis[vmi.uid] = replace(vmi, announced=None)  # the watch tells it later
-                except PublishError as error:
-                    log.warning("announcement stays for now", error=str(error))
-            await asyncio.sleep(_FIRST_RETRY)
-
-    def _announced(self, worker: _Worker) -> VMI | None:
-        """The VMI of a worker whose ports are announced and not published."""
-        item = worker.wanted
-        if not isinstance(item, TargetProxy) or not item.announce:
-            return None
-        vmi = self._vmis.get(item.migration.vmi_uid)
-        return vmi if vmi and vmi.announced else None
 
     def _replan_at_next_start(self, now: datetime) -> None:
         """A start that lies ahead (another node's clock) changes the plan without an event."""
@@ -360,14 +382,21 @@ class Node:
         Raises:
             PublishError: It cannot be announced; says why.
         """
-        plan, address = target.plan, target.address
-        vmi = self._vmis.get(plan.migration.vmi_uid)
-        if self.draining or not plan.announce or vmi is None or address is None or self._announcements is None:
+        plan, address, uid = target.plan, target.address, target.plan.migration.vmi_uid
+        if address is None or self._announcements is None:
             return
         announcement = Announcement(plan.migration.migration_uid, target.ports, address)
-        if vmi.announced != str(announcement):
+        async with self._turns[uid]:
+            vmi = self._vmis.get(uid)
+            if self.draining or uid in self._void or not plan.announce or vmi is None:
+                return
+            announced = self._standing[uid] = replace(vmi, announced=str(announcement))
+            if vmi.announced == announced.announced:
+                return
             await self._announcements.announce(vmi, announcement)
-            target.log.info("announced", address=str(address), ports=target.ports.published())
+            if self._vmis.get(uid) is vmi:
+                self._vmis[uid] = announced  # the watch tells it later
+        target.log.info("announced", address=str(address), ports=target.ports.published())
 
     async def publish(self, target: Target) -> None:
         """Publishes where a target listens, unless the status says so already or the migration has started.

@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
+from migproxy import vmi as instances
 from migproxy.announcement import Announcement, parse_announcement
 from migproxy.inventory import PublishError
 from migproxy.inventory.announcements import Announcements
 from migproxy.kube.api import ApiError
-from migproxy.plan import Beside, TargetProxy, make_plan
-from migproxy.portmap import Channel, PortMap
-from migproxy.vmi import parse
+from migproxy.plan import Beside, Plan, TargetProxy, make_plan
+from migproxy.portmap import Channel, IPAddress, PortMap
 from tests.kube.apiserver import ApiDouble, Object, Refusal, Target, User, apply_json_patch
 from tests.kube.cluster import BESIDE, MANIFESTS, begin, end, start, vmi
 from tests.virt_handler import publication
@@ -148,7 +148,11 @@ class Connection:
         self.document = document
         self._server = server
 
-    async def request(self, _method: str, _path: str, _query: Any, body: Any, _content_type: str) -> Any:
+    async def request(
+        self, _method: str, _path: str, _query: Any = None, body: Any = None, _content_type: str = ""
+    ) -> Any:
+        if body is None:
+            return self.document
         try:
             self.document = self._server.patch(MIGPROXY, self.document, body)
         except Refusal as refusal:
@@ -231,9 +235,9 @@ class Model:
         """Makes its listeners as the plan has them, then announces or withdraws."""
         if not world.alive or world.known is None:
             return None
-        known = parse(json.loads(world.known))
+        known = instances.parse(json.loads(world.known))
         address = ip_address(world.address) if world.address else None
-        plan = make_plan([known], HERE, (), datetime.now(UTC), Beside(address))
+        plan = self._plan(known, address)
         item = next(iter(plan.targets), None)
         world = replace(world, ours=self._listeners(world, item) if item or not plan.held else world.ours)
         connection = Connection(self.server, world.document)
@@ -244,12 +248,16 @@ class Model:
                 if known.announced != str(announcement):
                     self.server.run(announcements.announce(known, announcement))
             elif plan.stale:
-                self.server.run(announcements.withdraw(known))
+                self.server.run(announcements.withdraw(known, lambda now: bool(self._plan(now, address).stale)))
         except PublishError:
             pass
         after = replace(world, vmi=dump(connection.document))
         assert after.published == world.published, "an announcement has changed what is published"
         return after
+
+    @staticmethod
+    def _plan(known: instances.VMI, address: IPAddress | None) -> Plan:
+        return make_plan([known], HERE, (), datetime.now(UTC), Beside(address))
 
     @staticmethod
     def _listeners(world: World, item: TargetProxy | None) -> tuple[int, PortMap] | None:

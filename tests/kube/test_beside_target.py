@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from migproxy.announcement import TARGET_ANNOTATION
 from migproxy.inventory.announcements import UNSUPPORTED
 from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, Refused, begin, end, start, vmi
+from tests.kube.gate import Gate
+from tests.kube.test_beside_source import Unready
 from tests.kube.world import LocalNode, eventually
 
 ADDRESS = "127.77.0.2"
@@ -174,11 +177,22 @@ async def test_any_node_may_remove_what_is_stale(beside: Cluster) -> None:
 
 
 @asynccontextmanager
-async def target_node(kubernetes: Cluster, folder: Path) -> AsyncIterator[LocalNode]:
+async def target_node(
+    kubernetes: Cluster, folder: Path, door: Gate | None = None, protection: Unready | None = None
+) -> AsyncIterator[LocalNode]:
     folder.mkdir(exist_ok=True)
     made = LocalNode(HERE, ADDRESS, folder)
-    async with made.run(kubernetes.kubeconfig(folder, HERE), beside=True):
+    if protection:
+        made.security = protection
+    async with made.run(kubernetes.kubeconfig(folder, HERE, door.url if door else None), beside=True):
         yield made
+
+
+@pytest.fixture
+def protection() -> Unready:
+    made = Unready()
+    made.problem = None
+    return made
 
 
 def path(node: LocalNode, name: str = "one") -> tuple[str | None, str | None]:
@@ -274,6 +288,74 @@ async def test_draining_daemon_takes_its_announcement_back(beside: Cluster, tmp_
         assert not node.tcp_ports()
     await publish(beside)
     assert (await published(beside))["ports"] == THEIRS
+
+
+@pytest.mark.parametrize("is_inside", [True, False], ids=["inside the request", "after it"])
+async def test_drain_takes_back_what_the_watch_has_not_told_of(
+    beside: Cluster, tmp_path: Path, door: Gate, is_inside: bool
+) -> None:
+    drained: list[asyncio.Task[None]] = []
+    async with target_node(beside, tmp_path, door) as node:
+
+        def interfere(request: web.Request) -> None:
+            if request.method == "PATCH" and not drained:
+                door.stall()
+                if is_inside:
+                    drained.append(asyncio.create_task(node.node.drain()))
+
+        await until_announced(beside)
+        await eventually(lambda: door.watches >= 2, "the watches")
+        door.refuse = interfere
+        await migrating(beside, "two")
+        async with asyncio.timeout(30):
+            while not drained and await announced(beside, "two") is None:
+                await asyncio.sleep(0.01)
+        await asyncio.wait_for(drained[0] if drained else node.node.drain(), 30)
+        assert [await announced(beside, name) for name in ("one", "two")] == [None, None]
+        assert not node.tcp_ports()
+        await publish(beside, "two")
+        assert (await published(beside, "two"))["ports"] == THEIRS
+
+
+@pytest.mark.parametrize("status", [503, 409, 422])
+async def test_listeners_close_only_once_the_announcement_is_gone_however_often_that_is_refused(
+    beside: Cluster, tmp_path: Path, door: Gate, protection: Unready, status: int
+) -> None:
+    refused = 0
+
+    def refuse(request: web.Request) -> int | None:
+        nonlocal refused
+        if request.method != "PATCH" or refused == 5:
+            return None
+        assert node.tcp_ports() == {int(port) for port in ours}
+        refused += 1
+        return status
+
+    async with target_node(beside, tmp_path, door, protection) as node:
+        ours = await until_announced(beside)
+        door.refuse = refuse
+        protection.problem = "the certificate has expired"
+        await eventually(lambda: refused == 5, "the attempts to withdraw")
+        await eventually(lambda: not node.tcp_ports(), "the end of the listeners")
+        assert await announced(beside) is None
+        assert path(node) == ("virt-handler", "unready")
+        protection.problem = None
+        await until_announced(beside)
+
+
+async def test_announcement_that_comes_true_while_it_is_being_withdrawn_is_served(
+    beside: Cluster, tmp_path: Path, door: Gate, protection: Unready
+) -> None:
+    async with target_node(beside, tmp_path, door, protection) as node:
+        ours = await until_announced(beside)
+        door.refuse = lambda request: 503 if request.method in ("GET", "PATCH") else None
+        protection.problem = "the certificate has expired"
+        await eventually(lambda: path(node) == ("virt-handler", "unready"), "the path")
+        await publish(beside)
+        door.refuse = lambda request: None
+        await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+        assert (await published(beside))["ports"] == ours
+        assert node.tcp_ports() == {int(port) for port in ours}
 
 
 async def test_draining_daemon_serves_what_virt_handler_has_published(beside: Cluster, tmp_path: Path) -> None:
