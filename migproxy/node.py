@@ -30,7 +30,7 @@ from migproxy.splice import Pump
 from migproxy.state import ProxyState
 from migproxy.survival import fingerprint
 from migproxy.takeover import Survivor
-from migproxy.target import PortRange, Target
+from migproxy.target import PortRange, Target, left_listening
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
 
@@ -277,9 +277,16 @@ class Node:
             return None
         state = self.address
         address = state.addresses[0] if state and state.addresses and not state.problem else None
-        return Beside(
-            address, self._announcements.unsupported, rows.certificate_problem(self._around.security.report())
-        )
+        unready = rows.certificate_problem(self._around.security.report())
+        return Beside(address, self._announcements.unsupported, unready, self._serving())
+
+    def _serving(self) -> dict[Migration, Announcement]:
+        """Where targets listen, and where those of the daemon before do that have no plan yet."""
+        left = (one for one in self._survivors.values() if one.role is Role.TARGET)
+        found = {one.migration: left_listening(one.migration, one.inherited) for one in left}
+        proxies = (worker.proxy for worker in self._workers.values())
+        found |= {one.migration: one.announcement for one in proxies if isinstance(one, Target)}
+        return {migration: announcement for migration, announcement in found.items() if announcement}
 
     def _note_bypassed(self, bypassed: Mapping[Key, Bypassed]) -> None:
         for key, item in bypassed.items():
@@ -382,13 +389,12 @@ class Node:
         Raises:
             PublishError: It cannot be announced; says why.
         """
-        plan, address, uid = target.plan, target.address, target.plan.migration.vmi_uid
-        if address is None or self._announcements is None:
+        announcement, uid = target.announcement, target.migration.vmi_uid
+        if announcement is None or self._announcements is None:
             return
-        announcement = Announcement(plan.migration.migration_uid, target.ports, address)
         async with self._turns[uid]:
             vmi = self._vmis.get(uid)
-            if self.draining or uid in self._void or not plan.announce or vmi is None:
+            if self.draining or uid in self._void or not target.plan.announce or vmi is None:
                 return
             announced = self._standing[uid] = replace(vmi, announced=str(announcement))
             if vmi.announced == announced.announced:
@@ -396,7 +402,7 @@ class Node:
             await self._announcements.announce(vmi, announcement)
             if self._vmis.get(uid) is vmi:
                 self._vmis[uid] = announced  # the watch tells it later
-        target.log.info("announced", address=str(address), ports=target.ports.published())
+        target.log.info("announced", address=str(announcement.address), ports=target.ports.published())
 
     async def publish(self, target: Target) -> None:
         """Publishes where a target listens, unless the status says so already or the migration has started.

@@ -1,7 +1,7 @@
 """What should run on a node: a pure function of the VMIs, the node's name and its migration addresses."""
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 
@@ -163,11 +163,14 @@ class Beside:
         address: that it will publish, as its network namespace has it now; None while that is not known.
         unsupported: why the cluster cannot put what is announced into what virt-handler publishes; None if it can.
         unready: why this daemon's connections would fail where virt-handler's would not; None if nothing says so.
+        serving: where this daemon listens, by migration: what is published of it stays served, whatever becomes of the
+            announcement.
     """
 
     address: IPAddress | None = None
     unsupported: str | None = None
     unready: str | None = None
+    serving: Mapping[Migration, Announcement] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,9 +317,11 @@ class _Planner:
         running, announced = migration.start is not None, _announced(vmi)
         address, published, is_settled = self.beside.address, None, False
         if _is_settled(migration, running, address):
-            if announced is None or not _is_published(migration, announced):
+            ours = (announced, self.beside.serving.get(_identity(vmi)))
+            kept = next((one for one in ours if one and _is_published(migration, one)), None)
+            if kept is None:
                 return Bypassed(_identity(vmi), Role.TARGET, *_why_bypassed(migration, announced))
-            address, published, is_settled = announced.address, announced.ports, True
+            address, published, is_settled = kept.address, kept.ports, True
         elif self.beside.unsupported:
             return Bypassed(_identity(vmi), Role.TARGET, Reason.UNSUPPORTED, self.beside.unsupported)
         elif why := self._unready(self.beside):

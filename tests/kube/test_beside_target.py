@@ -150,6 +150,19 @@ async def test_only_migproxy_on_the_targets_node_may_announce(beside: Cluster) -
     await change(beside, {"metadata": {"annotations": {TARGET_ANNOTATION: None}}})
 
 
+async def test_nobody_else_takes_an_announcement_away_from_its_publication_to_the_end(beside: Cluster) -> None:
+    body = {"metadata": {"annotations": {TARGET_ANNOTATION: None}}}
+    await announce(beside, OURS)
+    await publish(beside)
+    for state in ({}, start()):
+        await change(beside, state)
+        with pytest.raises(Refused, match="only migproxy takes that away"):
+            await change(beside, body)
+    await change(beside, end())
+    await change(beside, body)
+    assert await announced(beside) is None
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -229,6 +242,20 @@ async def test_target_is_in_the_path_from_announcement_to_end(beside: Cluster, t
         await until_withdrawn(beside)
         (kept,) = node.node.report()["migrations"]
         assert (kept["state"], kept["path"]) == ("ended", "migproxy")
+
+
+async def test_what_is_published_stays_served_though_the_announcement_is_taken_away(
+    beside: Cluster, tmp_path: Path
+) -> None:
+    async with target_node(beside, tmp_path) as node:
+        ours = await until_announced(beside)
+        await publish(beside)
+        await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+        await as_migproxy(beside, None, node=NODES[0])
+        await change(beside, start())
+        await eventually(lambda: node.migration("one")["state"] == "running", "the start")
+        assert node.tcp_ports() == {int(port) for port in ours}
+        assert path(node) == ("migproxy", "")
 
 
 async def test_late_target_leaves_the_migration_to_virt_handler(beside: Cluster, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from migproxy.announcement import Announcement
 from migproxy.plan import Beside, Held, Launcher, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import Channel, IPAddress, PortMap, source_socket_name
 from migproxy.vmi import VMI, InvalidVMI, parse
@@ -661,6 +662,20 @@ def test_what_was_announced_and_is_published_is_kept(running: dict[str, Any]) ->
     (proxy,) = made.targets
     assert (proxy.announce, proxy.published, proxy.running) == (False, TWO_PORTS, bool(running))
     assert not made.stale
+
+
+@pytest.mark.parametrize("running", [{}, STARTED])
+@pytest.mark.parametrize("announced", [None, "nonsense", f"other 1:0,2:49152 {OWN}"])
+def test_what_is_published_of_this_daemons_listeners_is_kept_though_the_announcement_is_gone(
+    running: dict[str, Any], announced: str | None
+) -> None:
+    migration = Migration("default", "vmi-migratable", UID, f"m-{UID}")
+    here = {migration: Announcement(f"m-{UID}", TWO_PORTS, OWN)}
+    for address in (OWN, None):
+        (proxy,) = target_beside(published(str(OWN), **running), announced, serving=here, address=address).targets
+        assert (proxy.announce, proxy.published, proxy.running) == (False, TWO_PORTS, bool(running))
+    theirs = published(str(OWN), {"1": 0, "2": 49152}, **running)
+    assert target_beside(theirs, announced, serving=here).bypassed[0].reason is Reason.LATE
 
 
 @pytest.mark.parametrize(
