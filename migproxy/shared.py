@@ -25,7 +25,7 @@ from typing import Final
 
 from migproxy.launcher import RunDir
 from migproxy.proxy import ProxyError
-from migproxy.source import SocketFile, SocketFolder
+from migproxy.source import SocketFile, SocketFolder, temporary_name
 
 PATIENCE: Final = 0.25
 """Seconds that a path is left to virt-handler when nothing stands there: it fills it within microseconds."""
@@ -55,24 +55,33 @@ class SharedFolder(SocketFolder):
         if self._mode_of(name) is not None:
             self._missing_since.pop(name, None)
             return True
-        now = time.monotonic()
+        now = self._now()
         return now - self._missing_since.setdefault(name, now) >= self.patience
 
-    def _put(self, temporary: str, name: str) -> None:
+    _now = staticmethod(time.monotonic)
+
+    def _put(self, temporary: str, name: str) -> bool:
         while True:
             try:
                 self._rename(temporary, name, _RENAME_EXCHANGE)
                 break
             except FileNotFoundError:
+                if not self.invites(name):  # virt-handler has removed it in this very moment, to listen there anew
+                    return False
+                with suppress(FileNotFoundError):  # of a virt-handler that has ended since: it would only refuse
+                    self._unlink(_aside(name))
                 with suppress(FileExistsError):  # virt-handler has filled it meanwhile
                     self._rename(temporary, name, _RENAME_NOREPLACE)
-                    return
+                    self._missing_since.pop(name, None)
+                    return True
+        self._missing_since.pop(name, None)
         try:
             self._keep(temporary, name)
         except (OSError, ProxyError):
             if _is_ours(self._mode_of(name)):
                 self._rename(temporary, name, _RENAME_EXCHANGE)
             raise
+        return True
 
     def _keep(self, displaced: str, name: str) -> None:
         """Puts aside what stood at a name, for when ours goes; a dead one of ours has no use any more."""
@@ -112,6 +121,15 @@ class SharedFolder(SocketFolder):
                 self._step_aside(name, aside)
         with suppress(OSError):
             self._unlink(aside)
+
+    def mend(self, name: str) -> None:
+        with suppress(OSError):
+            self._discard(temporary_name(name), name)
+        with suppress(OSError):
+            if _is_ours(self._mode_of(name)):
+                self._step_aside(name, _aside(name))
+        with suppress(OSError):
+            self._unlink(_aside(name))
 
     def _step_aside(self, name: str, aside: str) -> None:
         try:

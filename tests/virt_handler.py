@@ -131,10 +131,15 @@ class VirtHandler:
         """Listens at a path, which leads to the target from then on."""
         listeners = self.sources.setdefault(key, Listeners())
         listeners.leads_to = target
-        server = listeners.servers[channel] = socket.socket(socket.AF_UNIX)
-        with shortened(self.path(key, channel)) as path:
-            server.bind(path)
+        server = socket.socket(socket.AF_UNIX)
+        try:
+            with shortened(self.path(key, channel)) as path:
+                server.bind(path)
+        except OSError:
+            server.close()
+            raise
         server.listen()
+        listeners.servers[channel] = server
         address, ports = target
         port = next(int(port) for port, number in ports.items() if number == channel)
         self._serve(listeners, server, None, (address, port))
