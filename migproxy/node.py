@@ -16,15 +16,15 @@ import structlog
 from migproxy import rows, survival
 from migproxy.announcement import Announcement
 from migproxy.health import Activity, WatchReporter
-from migproxy.inventory import Inventory, PublishError
+from migproxy.inventory import Inventory, Overtaken, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.plan import Beside, Bypassed, Held, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
-from migproxy.portmap import IPAddress
+from migproxy.portmap import IPAddress, source_socket_name
 from migproxy.proxy import Proxy, ProxyError, Surroundings
 from migproxy.relay import Progress
 from migproxy.retention import Ended, Retention
-from migproxy.shared import SharedFolder
+from migproxy.shared import SharedFolder, mend
 from migproxy.source import SocketFolder, Source
 from migproxy.splice import Pump
 from migproxy.state import ProxyState
@@ -41,6 +41,7 @@ log = structlog.get_logger(__name__)
 
 _FIRST_RETRY = 0.05  # seconds; doubled up to the last
 _LAST_RETRY = 2.0
+_START_SECONDS = 10.0  # what a daemon needs to know is known in less, or will not be for a while
 _NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
 
 FAILED = "MigrationProxyFailed"
@@ -104,6 +105,7 @@ class Node:
         self.bypassed: dict[Key, Bypassed] = {}
         self._announcements = announcements
         self._known_beside: Beside | None = None
+        self._starts_until: float | None = time.monotonic() + _START_SECONDS if announcements else None
         # By the VMI's UID: what may stand on it by this daemon's doing, whatever the watch has told by now.
         self._standing: dict[str, VMI] = {}
         self._void: set[str] = set()  # those whose announcement is to go
@@ -122,6 +124,7 @@ class Node:
                 tasks.create_task(self._follow_addresses())
                 tasks.create_task(self._follow_inventory())
                 tasks.create_task(self._sample())
+                tasks.create_task(self._await_start())
                 if self._announcements:
                     tasks.create_task(self._announcements.run(self._replan))
         except ExceptionGroup as several:
@@ -214,6 +217,12 @@ class Node:
             for proxy in self._proxies():
                 proxy.sample()
 
+    async def _await_start(self) -> None:
+        while self._starts_until:
+            await asyncio.sleep(_FIRST_RETRY)
+            if self._beside() != self._known_beside:
+                self._replan()
+
     def _replan(self) -> None:
         if not self.synchronised or self.address is None:
             return
@@ -221,12 +230,15 @@ class Node:
         self._known_beside = self._beside()
         plan = self._plan(self._vmis.values(), now)
         self._note_held({(held.migration, held.role): held for held in plan.held})
-        self._note_bypassed({(one.migration, one.role): one for one in plan.bypassed})
+        bypassed = {(one.migration, one.role): one for one in plan.bypassed}
+        # A source's connections go on, although new ones could not be made.
+        kept = {k for k in bypassed.keys() & self._workers.keys() if k[1] is Role.SOURCE and self._workers[k].is_active}
+        self._note_bypassed({key: item for key, item in bypassed.items() if key not in kept})
         self._withdraw_void(plan)
         items: tuple[Planned, ...] = (*plan.sources, *plan.targets)
         planned = {(item.migration, item.role): item for item in items}
         # A daemon that has just started is not ready yet: what the one before left waits for that.
-        unready = [key for key, item in self.bypassed.items() if item.reason is Reason.UNREADY]
+        unready = [key for key, item in bypassed.items() if item.reason is Reason.UNREADY]
         served = {(fingerprint(migration), role) for migration, role in (*planned, *self.held, *unready)}
         ended = [key for key, survivor in self._survivors.items() if key not in served and self._is_over(survivor)]
         if over := [self._survivors.pop(key) for key in ended]:
@@ -234,10 +246,9 @@ class Node:
             self._endings.add(ending)
             ending.add_done_callback(self._endings.discard)
         # Those that end come first: two migrations of one VMI have the same socket names.
-        for key in [key for key in self._workers if key not in planned and key not in self.held]:
-            if key[1] is Role.TARGET and key[0].vmi_uid in self._void:
-                continue  # nobody may be sent to a listener that has closed: the announcement goes first
-            if key[1] is Role.TARGET or key not in self.bypassed or not self._workers[key].is_active:
+        for key in self._workers.keys() - planned.keys() - self.held.keys() - kept:
+            # Nobody may be sent to a listener that has closed: the announcement goes first.
+            if key[1] is Role.SOURCE or key[0].vmi_uid not in self._void:
                 self._workers[key].want(None)
         for key, item in planned.items():
             worker = self._workers.get(key)
@@ -258,6 +269,7 @@ class Node:
     def _note_held(self, held: Mapping[Key, Held]) -> None:
         for (migration, role), item in held.items():
             if self.held.get((migration, role)) != item:
+                self._mend((migration, role))
                 about = {"migration": str(migration), "role": str(role), "reason": item.reason}
                 if item.error:
                     log.error("migration cannot be served", **about)
@@ -278,7 +290,10 @@ class Node:
         state = self.address
         address = state.addresses[0] if state and state.addresses and not state.problem else None
         unready = rows.certificate_problem(self._around.security.report())
-        return Beside(address, self._announcements.unsupported, unready, self._serving())
+        if self._starts_until and ((address and not unready) or time.monotonic() > self._starts_until):
+            self._starts_until = None
+        can_dial, starting = bool(state and state.addresses), self._starts_until is not None
+        return Beside(address, self._announcements.unsupported, unready, self._serving(), can_dial, starting)
 
     def _serving(self) -> dict[Migration, Announcement]:
         """Where targets listen, and where those of the daemon before do that have no plan yet."""
@@ -291,13 +306,35 @@ class Node:
     def _note_bypassed(self, bypassed: Mapping[Key, Bypassed]) -> None:
         for key, item in bypassed.items():
             if key not in self.bypassed:
+                self._mend(key)
+                worker = self._workers.get(key)
+                if item.reason is Reason.LATE and worker and worker.problem:
+                    reason = Reason.LATE if worker.was_overtaken else Reason.FAILED
+                    item = replace(item, reason=reason, why=f"{item.why}: {worker.problem}")
                 self.bypassed[key] = item
                 log.warning("migration goes by virt-handler", migration=str(key[0]), reason=item.reason, why=item.why)
                 if vmi := self._vmis.get(item.migration.vmi_uid):
-                    self._inventory.note(vmi, BYPASSED, f"migration target on {self.options.name}: {item.why}")
+                    self._inventory.note(vmi, BYPASSED, f"migration {item.role} on {self.options.name}: {item.why}")
         for key in self.bypassed.keys() - bypassed.keys():
             ended = rows.bypass(self.bypassed.pop(key)) | {"state": "ended"}
             self._ended.add(key, Ended(ended, Progress()))
+
+    def _mend(self, key: Key) -> None:
+        """Looks after a source that virt-handler serves, once: a daemon that was killed may have left its sockets."""
+        migration, role = key
+        vmi = self._vmis.get(migration.vmi_uid)
+        is_served = key in self._workers or (fingerprint(migration), role) in self._survivors
+        if role is Role.TARGET or not self.is_beside or is_served or vmi is None:
+            return
+        for item in make_plan([vmi], self.options.name, (), datetime.now(UTC)).sources:
+            names = [source_socket_name(item.key, channel) for channel in item.ports]
+            try:
+                with self._around.launchers.open(item.launcher) as run:
+                    mend(run, self.options.socket_owner, names)
+            except (LauncherError, ProxyError) as error:
+                log.info(
+                    "cannot look for sockets of a daemon before this one", migration=str(migration), error=str(error)
+                )
 
     def _withdraw_void(self, plan: Plan) -> None:
         """Has every announcement removed that is of no use any more."""
@@ -553,12 +590,14 @@ class _Worker:
         wanted: The latest plan, None to end; however many came since, only the last one counts.
         proxy: What runs, None before the first attempt.
         problem: What keeps the proxy from being as wanted.
+        was_overtaken: Whether that is only that the VMI had changed.
     """
 
     def __init__(self, node: Node, key: Key, after: _Worker | None) -> None:
         self.wanted: Planned | None = None
         self.proxy: Source | Target | None = None
         self.problem: str | None = None
+        self.was_overtaken = False
         self._failing_since: float | None = None
         self._noted: str | None = None
         self._node = node
@@ -620,6 +659,7 @@ class _Worker:
         try:
             await self._reconcile(item)
         except (LauncherError, ProxyError, PublishError) as error:
+            self.was_overtaken = isinstance(error, Overtaken)
             self._fail(str(error))
         except Exception as error:  # noqa: BLE001 - a defect of ours must not end another migration
             self._fail(f"unexpected {type(error).__name__}: {error}", unexpected=True)
@@ -678,5 +718,8 @@ class _Worker:
         if proxy is not None:
             report |= rows.traffic(proxy)
         if proxy is not None and self._node.is_beside:
-            report |= {"path": "migproxy" if proxy.is_in_path else None, "path_reason": ""}
+            if isinstance(proxy, Source) and problem and not proxy.is_in_path:
+                report |= {"path": "virt-handler", "path_reason": str(Reason.FAILED), "path_why": problem}
+            else:
+                report |= {"path": "migproxy" if proxy.is_in_path else None, "path_reason": ""}
         return report

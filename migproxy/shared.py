@@ -20,6 +20,7 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
@@ -156,6 +157,25 @@ class SharedFolder(SocketFolder):
             number = ctypes.get_errno()
             why = "the file system cannot exchange two files" if number == errno.EINVAL else os.strerror(number)
             raise OSError(number, why)
+
+
+def mend(run: RunDir, owner: tuple[int, int] | None, names: Iterable[str]) -> None:
+    """Gives virt-handler's sockets back where a daemon that was killed has left its own: those lead to nobody.
+
+    Args:
+        run: The launcher's /var/run.
+        owner: See `SocketFolder`.
+        names: Of the sockets.
+
+    Raises:
+        LauncherError, ProxyError: The folder cannot be had.
+    """
+    folder = SharedFolder(run, owner)
+    try:
+        for name in names:
+            folder.mend(name)
+    finally:
+        folder.close()
 
 
 def _aside(name: str) -> str:

@@ -190,10 +190,13 @@ class Target(Proxy):
                 try:
                     return listen_tcp(address, port, tcp)
                 except PortTaken as error:
-                    if self.plan.running:
+                    if self.plan.running or self._is_promised:
+                        since = (
+                            "the migration has started with it" if self.plan.running else "virt-handler published it"
+                        )
                         raise ProxyError(
-                            f"channel {channel.label}: {error.strerror}, and the migration has started with it: "
-                            f"end whatever listens there (ss -ltnp sport = {port})"
+                            f"channel {channel.label}: {error.strerror}, and {since}: end whatever "
+                            f"listens there (ss -ltnp sport = {port})"
                         ) from error
                     self.log.warning("published port is taken, choosing another", channel=channel.label, port=port)
             for candidate in self._range.candidates():

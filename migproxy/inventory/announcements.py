@@ -10,7 +10,7 @@ from typing import Any, Final
 import structlog
 
 from migproxy.announcement import TARGET_ANNOTATION, Announcement
-from migproxy.inventory import PublishError
+from migproxy.inventory import Overtaken, PublishError
 from migproxy.kube.api import JSON_PATCH, ApiError, ApiServer
 from migproxy.vmi import VMI, InvalidVMI, parse
 
@@ -31,10 +31,6 @@ _REFUSED: Final = (409, 422)
 _ANNOTATIONS: Final = "/metadata/annotations"
 _ANNOTATION: Final = f"{_ANNOTATIONS}/{TARGET_ANNOTATION.replace('~', '~0').replace('/', '~1')}"
 _MIGRATION: Final = "/status/migrationState"
-
-
-class Overtaken(PublishError):
-    """Nothing was announced, as the VMI is not what it was thought to be."""
 
 
 class Announcements:

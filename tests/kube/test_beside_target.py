@@ -1,6 +1,7 @@
 """A target beside virt-handler: its ports get into virt-handler's own write, or nothing of it is in the path."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from aiohttp import web
 
 from migproxy.announcement import TARGET_ANNOTATION
 from migproxy.inventory.announcements import UNSUPPORTED
+from migproxy.node import BYPASSED
 from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, Refused, begin, end, start, vmi
 from tests.kube.gate import Gate
 from tests.kube.test_beside_source import Unready
@@ -305,6 +307,61 @@ async def test_restarted_daemon_keeps_the_word_of_the_one_before(beside: Cluster
     async with target_node(beside, tmp_path / "c") as node:
         await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the same ports again")
         await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+
+
+async def test_restarted_daemon_waits_for_what_it_needs_to_know_before_it_gives_an_announcement_up(
+    beside: Cluster, tmp_path: Path, protection: Unready
+) -> None:
+    async with target_node(beside, tmp_path / "a") as node:
+        ours = await until_announced(beside)
+    text = await announced(beside)
+    protection.problem = "KubeVirt's settings are not known yet"
+    async with target_node(beside, tmp_path / "b", protection=protection) as node:
+        await eventually(lambda: node.migration("one").get("state") == "waiting", "the wait")
+        await asyncio.sleep(0.3)
+        assert await announced(beside) == text
+        protection.problem = None
+        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the same ports", 0.9)
+        assert await announced(beside) == text
+    events = await beside.request("GET", "/api/v1/namespaces/default/events")
+    assert not [one for one in events["items"] if one["reason"] == BYPASSED]
+
+
+async def test_daemon_that_never_gets_ready_leaves_migrations_to_virt_handler(
+    beside: Cluster, tmp_path: Path, protection: Unready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("migproxy.node._START_SECONDS", 0.3)
+    protection.problem = "KubeVirt's settings are not known yet"
+    async with target_node(beside, tmp_path, protection=protection) as node:
+        await eventually(lambda: path(node) == ("virt-handler", "unready"), "the path", 5)
+
+
+async def test_port_that_is_published_and_taken_is_an_error_and_no_reason_to_take_another(
+    beside: Cluster, tmp_path: Path
+) -> None:
+    async with target_node(beside, tmp_path / "a") as node:
+        ours = await until_announced(beside)
+        await publish(beside)
+    port = int(next(iter(ours)))
+    with socket.create_server((ADDRESS, port)):
+        async with target_node(beside, tmp_path / "b") as node:
+            problem = f"port {port} is in use on {ADDRESS}, and virt-handler published it"
+            await eventually(lambda: problem in (node.migration("one").get("error") or ""), "the error")
+            assert node.tcp_ports() == {port}
+    async with target_node(beside, tmp_path / "c") as node:
+        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the ports")
+
+
+@pytest.mark.parametrize(("status", "reason"), [(503, "failed"), (403, "failed"), (409, "late")])
+async def test_announcement_that_fails_is_the_reason_that_is_told(
+    beside: Cluster, tmp_path: Path, door: Gate, status: int, reason: str
+) -> None:
+    door.refuse = lambda request: status if request.method == "PATCH" else None
+    async with target_node(beside, tmp_path, door) as node:
+        await eventually(lambda: node.migration("one").get("state") == "error", "the error")
+        await publish(beside)
+        await eventually(lambda: path(node) == ("virt-handler", reason), "the path")
+        assert f"announce: {status}" in node.migration("one")["path_why"]
 
 
 async def test_draining_daemon_takes_its_announcement_back(beside: Cluster, tmp_path: Path) -> None:
