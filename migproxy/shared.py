@@ -46,6 +46,8 @@ class SharedFolder(SocketFolder):
     """
 
     mode = 0o1660
+    is_shared = True
+    longest_pause = 0.02  # virt-handler makes its sockets anew, one after the other, and then asks the launcher
     patience = PATIENCE
 
     def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:

@@ -25,7 +25,6 @@ _FOLDER_CHANGES = (
     Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MOVE_SELF | Mask.DELETE_SELF | Mask.ONLYDIR
 )
 _CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
-_MAX_PAUSE = 1.0  # seconds between two times that a socket file is put back, when somebody insists
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,8 @@ class SocketFolder:
         path: Its path, for messages only.
         owner: User and group that libvirt and QEMU run as in the pod, or they could not connect.
         mode: Of a socket file: its owner's and group's alone.
+        is_shared: Whether somebody else puts sockets there by right, so that replacing one is no surprise.
+        longest_pause: Seconds between two times that a socket file is put back, when somebody insists.
         patience: Seconds after which a name is looked at again that `invites` said no to; None: it never does.
 
     Args:
@@ -65,6 +66,8 @@ class SocketFolder:
     """
 
     mode = 0o660
+    is_shared = False
+    longest_pause = 1.0
     patience: float | None = None
 
     def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:
@@ -392,11 +395,11 @@ class Source(Proxy):
                 self.problem = None
                 if not put_back:
                     continue
-                if self._folders is SocketFolder:
-                    self.log.warning("socket files put back that somebody removed or replaced", names=put_back)
-                else:
+                if self._folders.is_shared:
                     self.log.info("socket files put over virt-handler's", names=put_back)
-            pause = min(max(pause * 2, 0.01), _MAX_PAUSE) if time.monotonic() - began < _CALM else 0.0
+                else:
+                    self.log.warning("socket files put back that somebody removed or replaced", names=put_back)
+            pause = min(max(pause * 2, 0.01), self._folders.longest_pause) if time.monotonic() - began < _CALM else 0.0
             await asyncio.sleep(pause)
 
     async def _await_change(self) -> None:

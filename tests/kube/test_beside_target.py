@@ -98,6 +98,13 @@ async def test_announced_ports_get_into_virt_handlers_own_write(beside: Cluster)
     }
 
 
+@pytest.mark.parametrize("side", [{}, {"syncAddress": "10.0.0.1:9185", "nodeAddress": ADDRESS}])
+async def test_target_state_that_has_no_ports_gets_none(beside: Cluster, side: dict[str, str]) -> None:
+    await announce(beside, OURS)
+    await publish(beside, targetState=side)
+    assert await published(beside) == {"address": ADDRESS, "ports": OURS, "side": side}
+
+
 @pytest.mark.parametrize(
     ("text", "state"),
     [
@@ -106,6 +113,8 @@ async def test_announced_ports_get_into_virt_handlers_own_write(beside: Cluster)
         pytest.param(f"first 2001:0 {ADDRESS}", {}, id="a-channel-too-few"),
         pytest.param(f"first 2001:0,2002:49152,2003:49153 {ADDRESS}", {}, id="a-channel-too-many"),
         pytest.param(f"first 2001:0,2002:49153 {ADDRESS}", {}, id="another-channel"),
+        pytest.param(f"first 2001:0,2002:0 {ADDRESS}", {}, id="a-channel-twice"),
+        pytest.param(f"first 2001:0,2001:49152 {ADDRESS}", {}, id="a-port-twice"),
         pytest.param("first 2001:0,2002:49152", {}, id="no-address"),
         pytest.param("nonsense", {}, id="nonsense"),
         pytest.param(
@@ -179,6 +188,12 @@ async def test_nobody_else_takes_an_announcement_away_from_its_publication_to_th
 async def test_migproxys_token_may_change_nothing_else(beside: Cluster, body: dict[str, Any]) -> None:
     with pytest.raises(Refused, match="migproxy changes no"):
         await beside.request("PATCH", f"{VMIS}/one", body, MERGE_PATCH, token=beside.token(HERE))
+
+
+async def test_nothing_is_announced_after_the_start(beside: Cluster) -> None:
+    await change(beside, start())
+    with pytest.raises(Refused, match="not after the start"):
+        await announce(beside, OURS)
 
 
 async def test_any_node_may_remove_what_is_stale(beside: Cluster) -> None:
