@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -110,7 +110,7 @@ class Node:
         self._standing: dict[str, VMI] = {}
         self._void: set[str] = set()  # those whose announcement is to go
         self._withdrawing: dict[str, asyncio.Task[None]] = {}
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # one request at a time for each
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # one request at a time for each
         self._ended: Retention[Key] = Retention(options.retention)
         self._survivors: dict[survival.Key, Survivor] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -292,7 +292,7 @@ class Node:
         unready = rows.certificate_problem(self._around.security.report())
         if self._starts_until and ((address and not unready) or time.monotonic() > self._starts_until):
             self._starts_until = None
-        can_dial, starting = bool(state and state.addresses), self._starts_until is not None
+        can_dial, starting = bool(state and state.addresses), bool(self._starts_until) and not self.draining
         return Beside(address, self._announcements.unsupported, unready, self._serving(), can_dial, starting)
 
     def _serving(self) -> dict[Migration, Announcement]:
@@ -345,8 +345,7 @@ class Node:
             mine = [uid for uid, one in targets.items() if one.announce]
             self._void.update(uid for uid in mine if uid in self._standing or self._vmis[uid].announced)
         for uid in self._void - self._withdrawing.keys():
-            task = self._withdrawing[uid] = asyncio.create_task(self._withdraw(uid))
-            task.add_done_callback(lambda _, uid=uid: self._withdrawing.pop(uid))  # type: ignore[misc]
+            self._withdrawing[uid] = asyncio.create_task(self._withdraw(uid))
 
     def _is_void(self, vmi: VMI) -> bool:
         """Whether what is announced on a VMI, as it stands in the API server, is to go."""
@@ -360,29 +359,32 @@ class Node:
         """Removes the announcement on a VMI, however often that must be tried, as long as it is to go."""
         assert self._announcements
         last, retry = "", _FIRST_RETRY
-        while uid in self._void and (vmi := self._vmis.get(uid) or self._standing.get(uid)):
-            try:
-                async with self._turns[uid]:
-                    now = await self._announcements.withdraw(vmi, self._is_void)
-                    standing = self._standing.get(uid)
-                    if now is None or standing is None or now.announced != standing.announced:
-                        self._standing.pop(uid, None)
-            except PublishError as error:
-                if str(error) != last:
-                    log.warning("announcement stays for now", error=str(error))
-                last = str(error)
-            else:
-                if now is None or now.announced is None:
-                    log.info("nothing is announced any more", namespace=vmi.namespace, name=vmi.name)
-                if now and self._vmis.get(uid) is vmi:
-                    self._vmis[uid] = now  # the watch tells it later
-                self._replan()
-                for key, worker in self._workers.items():
-                    if key[0].vmi_uid == uid:
-                        worker.look_again()  # it may be announced anew by now
-            if uid in self._void:
-                await asyncio.sleep(retry)
-                retry = min(retry * 2, _LAST_RETRY)
+        try:
+            while uid in self._void and (vmi := self._vmis.get(uid) or self._standing.get(uid)):
+                try:
+                    async with self._turns.setdefault(uid, asyncio.Lock()):
+                        now = await self._announcements.withdraw(vmi, self._is_void)
+                        standing = self._standing.get(uid)
+                        if now is None or standing is None or now.announced != standing.announced:
+                            self._standing.pop(uid, None)
+                except PublishError as error:
+                    if str(error) != last:
+                        log.warning("announcement stays for now", error=str(error))
+                    last = str(error)
+                else:
+                    if now is None or now.announced is None:
+                        log.info("nothing is announced any more", namespace=vmi.namespace, name=vmi.name)
+                    if now and self._vmis.get(uid) is vmi:
+                        self._vmis[uid] = now  # the watch tells it later
+                    self._replan()
+                    for key, worker in self._workers.items():
+                        if key[0].vmi_uid == uid:
+                            worker.look_again()  # it may be announced anew by now
+                if uid in self._void:
+                    await asyncio.sleep(retry)
+                    retry = min(retry * 2, _LAST_RETRY)
+        finally:
+            del self._withdrawing[uid]  # at once: what is found to be void from now on gets another task
 
     async def _step_out(self) -> None:
         """Leaves what has not begun to virt-handler; whoever was on the way to us by then is still served."""
@@ -429,7 +431,7 @@ class Node:
         announcement, uid = target.announcement, target.migration.vmi_uid
         if announcement is None or self._announcements is None:
             return
-        async with self._turns[uid]:
+        async with self._turns.setdefault(uid, asyncio.Lock()):
             vmi = self._vmis.get(uid)
             if self.draining or uid in self._void or not target.plan.announce or vmi is None:
                 return

@@ -342,6 +342,18 @@ async def test_restarted_daemon_waits_for_what_it_needs_to_know_before_it_gives_
     assert not [one for one in events["items"] if one["reason"] == BYPASSED]
 
 
+async def test_drain_of_a_daemon_that_has_just_started_takes_back_what_the_one_before_announced(
+    beside: Cluster, tmp_path: Path, protection: Unready
+) -> None:
+    async with target_node(beside, tmp_path / "a"):
+        await until_announced(beside)
+    protection.problem = "KubeVirt's settings are not known yet"
+    async with target_node(beside, tmp_path / "b", protection=protection) as node:
+        await eventually(lambda: node.migration("one").get("state") == "waiting", "the wait")
+        await asyncio.wait_for(node.node.drain(), 30)
+        assert await announced(beside) is None
+
+
 async def test_daemon_that_never_gets_ready_leaves_migrations_to_virt_handler(
     beside: Cluster, tmp_path: Path, protection: Unready, monkeypatch: pytest.MonkeyPatch
 ) -> None:
