@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,8 +12,14 @@ import pytest
 from aiohttp import web
 
 from migproxy.announcement import TARGET_ANNOTATION
+from migproxy.fdstore import Lease
 from migproxy.inventory.announcements import UNSUPPORTED
 from migproxy.node import BYPASSED
+from migproxy.plan import Migration, Role
+from migproxy.portmap import Channel
+from migproxy.state import ProxyState
+from migproxy.survival import Estate, Kind, Listener, Name, fingerprint
+from migproxy.takeover import Survivor
 from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, Refused, begin, end, start, vmi
 from tests.kube.gate import Gate
 from tests.kube.test_beside_source import Unready
@@ -495,3 +502,37 @@ async def test_vmi_without_any_annotation_is_announced_on(beside: Cluster, tmp_p
     await beside.request("PATCH", f"{VMIS}/one", [{"op": "remove", "path": "/metadata/annotations"}], JSON_PATCH)
     async with target_node(beside, tmp_path):
         await until_announced(beside)
+
+
+async def test_what_a_killed_daemon_served_is_gone_on_with_though_the_announcement_is_taken_away(
+    beside: Cluster, tmp_path: Path
+) -> None:
+    with socket.socket() as libvirt, socket.socket() as direct:
+        for sock in (libvirt, direct):
+            sock.bind((ADDRESS, 0))
+            sock.listen()
+        ports = {str(libvirt.getsockname()[1]): 0, str(direct.getsockname()[1]): 49152}
+        await announce(beside, ports)
+        await publish(beside)
+        await as_migproxy(beside, None, node=NODES[0])
+        uid = (await beside.request("GET", f"{VMIS}/one"))["metadata"]["uid"]
+        migration = Migration("default", "one", uid, "first")
+        names = [
+            Name(Kind.LISTENER, Role.TARGET, channel, fingerprint(migration), "1-1")
+            for channel in (Channel.LIBVIRT, Channel.DIRECT)
+        ]
+        async with target_node(beside, tmp_path) as node:
+            listeners = [
+                Listener(name, sock, Lease(str(name))) for name, sock in zip(names, (libvirt, direct), strict=True)
+            ]
+            state = ProxyState(
+                namespace="default", name="one", vmi_uid=uid, migration_uid="first", role=Role.TARGET, began=time.time()
+            )
+            key = (fingerprint(migration), Role.TARGET)
+            node.node.take_over({key: Survivor(key, Estate(state, listeners), node.node._around)})
+            await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+            await eventually(lambda: "channels" in node.migration("one"), "the proxy")
+            assert node.tcp_ports() == {int(port) for port in ports}
+            assert [one["listening"] for one in node.migration("one")["channels"]] == [
+                f"{ADDRESS}:{port}" for port in ports
+            ]
