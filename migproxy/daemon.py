@@ -328,7 +328,9 @@ def _make_node(
         NodeOptions(settings.node_name, port_range(settings), owner, settings.libvirt_socket, settings.retention),
         around,
         inputs.inventory,
-        AddressWatcher(settings.migration_interface, override, pod_ip, namespace),
+        AddressWatcher(
+            settings.migration_interface, override, pod_ip, namespace, as_virt_handler=settings.beside_virt_handler
+        ),
         watcher,
         inputs.announcements,
     )

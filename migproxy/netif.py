@@ -99,11 +99,16 @@ def is_global_unicast(address: IPAddress) -> bool:
     )
 
 
-def usable_addresses(interface: Interface) -> tuple[IPAddress, ...]:
+def usable_addresses(interface: Interface, *, as_virt_handler: bool = False) -> tuple[IPAddress, ...]:
     """The global-unicast addresses that can be bound, best first.
 
     An address under or past a failed duplicate address detection cannot be bound. Deprecated ones come last,
     secondary (IPv4) and temporary (IPv6) ones after those that are there to stay.
+
+    Args:
+        interface: whose.
+        as_virt_handler: in the kernel's order, and none at all where the first one cannot be bound: virt-handler
+            publishes that one, whatever its flags are.
     """
     unusable = IFA_F_TENTATIVE | IFA_F_DADFAILED
     usable = [
@@ -111,6 +116,9 @@ def usable_addresses(interface: Interface) -> tuple[IPAddress, ...]:
         for one in interface.addresses
         if is_global_unicast(one.address) and (not one.flags & unusable or one.flags & IFA_F_OPTIMISTIC)
     ]
+    if as_virt_handler:
+        first = next((one for one in interface.addresses if is_global_unicast(one.address)), None)
+        return tuple(dict.fromkeys(one.address for one in usable)) if first in usable else ()
     usable.sort(key=lambda one: (bool(one.flags & IFA_F_DEPRECATED), bool(one.flags & IFA_F_SECONDARY)))
     return tuple(dict.fromkeys(one.address for one in usable))
 
@@ -122,6 +130,7 @@ def choose(
     override: IPAddress | None = None,
     pod_ip: IPAddress | None = None,
     foreign: Collection[IPAddress] = (),
+    as_virt_handler: bool = False,
 ) -> MigrationAddress:
     """Decide which address is the migration address.
 
@@ -131,11 +140,12 @@ def choose(
         override: --migration-address, which beats everything.
         pod_ip: used where the interface does not exist, and only there.
         foreign: those of override and pod_ip that are not addresses of this node.
+        as_virt_handler: see `usable_addresses`.
     """
     if override is not None:
         return _given(override, "--migration-address", foreign)
     if interface is not None:
-        return _of_interface(name, interface)
+        return _of_interface(name, interface, usable_addresses(interface, as_virt_handler=as_virt_handler))
     if pod_ip is not None:
         return _given(pod_ip, "--pod-ip", foreign)
     return MigrationAddress(
@@ -155,9 +165,8 @@ def _given(address: IPAddress, option: str, foreign: Collection[IPAddress]) -> M
     return MigrationAddress((), option, problem)
 
 
-def _of_interface(name: str, interface: Interface) -> MigrationAddress:
+def _of_interface(name: str, interface: Interface, usable: tuple[IPAddress, ...]) -> MigrationAddress:
     source = f"interface {name}"
-    usable = usable_addresses(interface)
     if not interface.is_up:
         return MigrationAddress((), source, f"interface {name} is down: ip link set {name} up")
     if usable:
@@ -165,7 +174,7 @@ def _of_interface(name: str, interface: Interface) -> MigrationAddress:
     candidates = [one for one in interface.addresses if is_global_unicast(one.address)]
     if not candidates:
         problem = f"interface {name} has no global-unicast address: give it one (ip address add ... dev {name})"
-    elif all(one.flags & IFA_F_DADFAILED for one in candidates):
+    elif candidates[0].flags & IFA_F_DADFAILED:
         problem = f"another host has the address {candidates[0].address} of interface {name}: change one of them"
     else:
         problem = (
@@ -183,6 +192,7 @@ class AddressWatcher:
         override: --migration-address.
         pod_ip: --pod-ip, unless the namespace knows better.
         namespace: whose.
+        as_virt_handler: see `usable_addresses`.
     """
 
     def __init__(
@@ -191,7 +201,10 @@ class AddressWatcher:
         override: IPAddress | None = None,
         pod_ip: IPAddress | None = None,
         namespace: NetworkNamespace | None = None,
+        *,
+        as_virt_handler: bool = False,
     ) -> None:
+        self._as_virt_handler = as_virt_handler
         self._namespace = namespace or NetworkNamespace()
         self._interface = interface
         self._override = override
@@ -258,6 +271,7 @@ class AddressWatcher:
             override=self._override,
             pod_ip=pod_ip,
             foreign={address for address in given if not _is_own(address, self._namespace)},
+            as_virt_handler=self._as_virt_handler,
         )
         return replace(state, namespace=self._namespace.identity)
 

@@ -169,7 +169,7 @@ def _of_process(name: str) -> Place:
     Whatever runs in a pod may call itself as it likes, and would draw the node's migrations into its own network:
     only processes of this one's user, PID namespace and user namespace count, where no ordinary pod is.
     """
-    found = {os.stat(f"/proc/{pid}/ns/net").st_ino: pid for pid in _trusted(name)}
+    found = dict(_trusted(name))
     if not found:
         raise NamespaceError(f"no process called {name} runs on this node (yet), or this pod lacks hostPID: true")
     if len(found) > 1:
@@ -179,13 +179,13 @@ def _of_process(name: str) -> Place:
     return Place(f"/proc/{pid}/ns/net", _pod_ip(pid), lambda: _is_called(pid, name))
 
 
-def _trusted(name: str) -> Iterator[int]:
+def _trusted(name: str) -> Iterator[tuple[int, int]]:
+    """Yields the network namespace (inode) and the PID of each."""
     for entry in os.listdir("/proc"):
         # A process may end, or deny to be looked into, at any moment: it is not the one then.
         with suppress(OSError):
             if entry.isdecimal() and _is_called(int(entry), name) and _is_of_this_node(entry):
-                os.stat(f"/proc/{entry}/ns/net")
-                yield int(entry)
+                yield os.stat(f"/proc/{entry}/ns/net").st_ino, int(entry)
 
 
 def _is_of_this_node(pid: str) -> bool:

@@ -9,27 +9,28 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import structlog
 
 from migproxy import rows, survival
 from migproxy.announcement import Announcement
 from migproxy.health import Activity, WatchReporter
-from migproxy.inventory import Inventory, PublishError
+from migproxy.inventory import Inventory, Overtaken, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.netif import AddressWatcher, MigrationAddress
-from migproxy.plan import Beside, Bypassed, Held, Migration, Reason, Role, SourceProxy, TargetProxy, make_plan
-from migproxy.portmap import IPAddress
+from migproxy.plan import Beside, Bypassed, Held, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
+from migproxy.portmap import IPAddress, source_socket_name
 from migproxy.proxy import Proxy, ProxyError, Surroundings
 from migproxy.relay import Progress
 from migproxy.retention import Ended, Retention
-from migproxy.shared import SharedFolder
+from migproxy.shared import SharedFolder, mend
 from migproxy.source import SocketFolder, Source
 from migproxy.splice import Pump
 from migproxy.state import ProxyState
 from migproxy.survival import fingerprint
 from migproxy.takeover import Survivor
-from migproxy.target import PortRange, Target
+from migproxy.target import PortRange, Target, left_listening
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
 
@@ -40,6 +41,7 @@ log = structlog.get_logger(__name__)
 
 _FIRST_RETRY = 0.05  # seconds; doubled up to the last
 _LAST_RETRY = 2.0
+_START_SECONDS = 10.0  # what a daemon needs to know is known in less, or will not be for a while
 _NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
 
 FAILED = "MigrationProxyFailed"
@@ -104,7 +106,12 @@ class Node:
         self.bypassed: dict[Key, Bypassed] = {}
         self._announcements = announcements
         self._known_beside: Beside | None = None
+        self._starts_until: float | None = time.monotonic() + _START_SECONDS if announcements else None
+        # By the VMI's UID: what may stand on it by this daemon's doing, whatever the watch has told by now.
+        self._standing: dict[str, VMI] = {}
+        self._void: set[str] = set()  # those whose announcement is to go
         self._withdrawing: dict[str, asyncio.Task[None]] = {}
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # one request at a time for each
         self._ended: Retention[Key] = Retention(options.retention)
         self._survivors: dict[survival.Key, Survivor] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -119,6 +126,7 @@ class Node:
                 tasks.create_task(self._follow_addresses())
                 tasks.create_task(self._follow_inventory())
                 tasks.create_task(self._sample())
+                tasks.create_task(self._await_start())
                 if self._announcements:
                     tasks.create_task(self._announcements.run(self._replan))
         except ExceptionGroup as several:
@@ -212,20 +220,28 @@ class Node:
             for proxy in self._proxies():
                 proxy.sample()
 
+    async def _await_start(self) -> None:
+        while self._starts_until:
+            await asyncio.sleep(_FIRST_RETRY)
+            if self._beside() != self._known_beside:
+                self._replan()
+
     def _replan(self) -> None:
         if not self.synchronised or self.address is None:
             return
         now = datetime.now(UTC)
-        beside = self._known_beside = self._beside()
-        plan = make_plan(self._vmis.values(), self.options.name, self._own_addresses, now, beside)
+        self._known_beside = self._beside()
+        plan = self._plan(self._vmis.values(), now)
         self._note_held({(held.migration, held.role): held for held in plan.held})
-        self._note_bypassed({(one.migration, one.role): one for one in plan.bypassed})
-        for uid in plan.stale:
-            self._withdraw(uid)
+        bypassed = {(one.migration, one.role): one for one in plan.bypassed}
+        # A source's connections go on, although new ones could not be made.
+        kept = {k for k in bypassed.keys() & self._workers.keys() if k[1] is Role.SOURCE and self._workers[k].is_active}
+        self._note_bypassed({key: item for key, item in bypassed.items() if key not in kept})
+        self._withdraw_void(plan)
         items: tuple[Planned, ...] = (*plan.sources, *plan.targets)
         planned = {(item.migration, item.role): item for item in items}
         # A daemon that has just started is not ready yet: what the one before left waits for that.
-        unready = [key for key, item in self.bypassed.items() if item.reason is Reason.UNREADY]
+        unready = [key for key, item in bypassed.items() if item.reason is Reason.UNREADY]
         served = {(fingerprint(migration), role) for migration, role in (*planned, *self.held, *unready)}
         ended = [key for key, survivor in self._survivors.items() if key not in served and self._is_over(survivor)]
         if over := [self._survivors.pop(key) for key in ended]:
@@ -233,8 +249,9 @@ class Node:
             self._endings.add(ending)
             ending.add_done_callback(self._endings.discard)
         # Those that end come first: two migrations of one VMI have the same socket names.
-        for key in [key for key in self._workers if key not in planned and key not in self.held]:
-            if key[1] is Role.TARGET or key not in self.bypassed or not self._workers[key].is_active:
+        for key in self._workers.keys() - planned.keys() - self.held.keys() - kept:
+            # Nobody may be sent to a listener that has closed: the announcement goes first.
+            if key[1] is Role.SOURCE or key[0].vmi_uid not in self._void:
                 self._workers[key].want(None)
         for key, item in planned.items():
             worker = self._workers.get(key)
@@ -246,6 +263,9 @@ class Node:
         self._replan_at_next_start(now)
         self.knows_its_work.set()
 
+    def _plan(self, vmis: Iterable[VMI], now: datetime) -> Plan:
+        return make_plan(vmis, self.options.name, self._own_addresses, now, self._beside())
+
     def _is_over(self, survivor: Survivor) -> bool:
         """Whether a migration that nothing is planned for has ended; a VMI that cannot be read now says nothing."""
         return survivor.migration.vmi_uid in self._vmis or not self._inventory.problems
@@ -253,6 +273,7 @@ class Node:
     def _note_held(self, held: Mapping[Key, Held]) -> None:
         for (migration, role), item in held.items():
             if self.held.get((migration, role)) != item:
+                self._mend((migration, role))
                 about = {"migration": str(migration), "role": str(role), "reason": item.reason}
                 if item.error:
                     log.error("migration cannot be served", **about)
@@ -272,67 +293,114 @@ class Node:
             return None
         state = self.address
         address = state.addresses[0] if state and state.addresses and not state.problem else None
-        return Beside(
-            address, self._announcements.unsupported, rows.certificate_problem(self._around.security.report())
-        )
+        unready = rows.certificate_problem(self._around.security.report())
+        if self._starts_until and ((address and not unready) or time.monotonic() > self._starts_until):
+            self._starts_until = None
+        can_dial, starting = bool(state and state.addresses), bool(self._starts_until) and not self.draining
+        return Beside(address, self._announcements.unsupported, unready, self._serving(), can_dial, starting)
+
+    def _serving(self) -> dict[Migration, Announcement]:
+        """Where targets listen, and where those of the daemon before do that have no plan yet."""
+        left = (one for one in self._survivors.values() if one.role is Role.TARGET)
+        found = {one.migration: left_listening(one.migration, one.inherited) for one in left}
+        proxies = (worker.proxy for worker in self._workers.values())
+        found |= {one.migration: one.announcement for one in proxies if isinstance(one, Target)}
+        return {migration: announcement for migration, announcement in found.items() if announcement}
 
     def _note_bypassed(self, bypassed: Mapping[Key, Bypassed]) -> None:
         for key, item in bypassed.items():
             if key not in self.bypassed:
+                self._mend(key)
+                worker = self._workers.get(key)
+                if item.reason is Reason.LATE and worker and worker.problem:
+                    reason = Reason.LATE if worker.was_overtaken else Reason.FAILED
+                    item = replace(item, reason=reason, why=f"{item.why}: {worker.problem}")
                 self.bypassed[key] = item
                 log.warning("migration goes by virt-handler", migration=str(key[0]), reason=item.reason, why=item.why)
                 if vmi := self._vmis.get(item.migration.vmi_uid):
-                    self._inventory.note(vmi, BYPASSED, f"migration target on {self.options.name}: {item.why}")
+                    self._inventory.note(vmi, BYPASSED, f"migration {item.role} on {self.options.name}: {item.why}")
         for key in self.bypassed.keys() - bypassed.keys():
             ended = rows.bypass(self.bypassed.pop(key)) | {"state": "ended"}
             self._ended.add(key, Ended(ended, Progress()))
 
-    def _withdraw(self, uid: str) -> None:
-        """Has the announcement on a VMI removed, as it is stale."""
-        if uid not in self._withdrawing:
-            task = self._withdrawing[uid] = asyncio.create_task(self._withdraw_stale(uid))
-            task.add_done_callback(lambda _: self._withdrawing.pop(uid))
+    def _mend(self, key: Key) -> None:
+        """Looks after a source that virt-handler serves, once: a daemon that was killed may have left its sockets."""
+        migration, role = key
+        vmi = self._vmis.get(migration.vmi_uid)
+        is_served = key in self._workers or (fingerprint(migration), role) in self._survivors
+        if role is Role.TARGET or not self.is_beside or is_served or vmi is None:
+            return
+        for item in make_plan([vmi], self.options.name, (), datetime.now(UTC)).sources:
+            names = [source_socket_name(item.key, channel) for channel in item.ports]
+            try:
+                with self._around.launchers.open(item.launcher) as run:
+                    mend(run, self.options.socket_owner, names)
+            except (LauncherError, ProxyError) as error:
+                log.info(
+                    "cannot look for sockets of a daemon before this one", migration=str(migration), error=str(error)
+                )
 
-    async def _withdraw_stale(self, uid: str) -> None:
+    def _withdraw_void(self, plan: Plan) -> None:
+        """Has every announcement removed that is of no use any more."""
+        targets = {one.migration.vmi_uid: one for one in plan.targets}
+        held = {one.migration.vmi_uid for one in plan.held if one.role is Role.TARGET}
+        self._void = {*plan.stale, *(self._standing.keys() - targets.keys() - held)}
+        if self.draining:
+            mine = [uid for uid, one in targets.items() if one.announce]
+            self._void.update(uid for uid in mine if uid in self._standing or self._vmis[uid].announced)
+        for uid in self._void - self._withdrawing.keys():
+            self._withdrawing[uid] = asyncio.create_task(self._withdraw(uid))
+
+    def _is_void(self, vmi: VMI) -> bool:
+        """Whether what is announced on a VMI, as it stands in the API server, is to go."""
+        plan, standing = self._plan([vmi], datetime.now(UTC)), self._standing.get(vmi.uid)
+        if plan.stale or (self.draining and any(one.announce for one in plan.targets)):
+            return True
+        is_ours = standing is not None and standing.announced == vmi.announced
+        return is_ours and not plan.targets and all(one.role is Role.SOURCE for one in plan.held)
+
+    async def _withdraw(self, uid: str) -> None:
+        """Removes the announcement on a VMI, however often that must be tried, as long as it is to go."""
         assert self._announcements
-        vmi = self._vmis.get(uid)
+        last, retry = "", _FIRST_RETRY
         try:
-            if vmi and await self._announcements.withdraw(vmi):
-                log.info("stale announcement removed", namespace=vmi.namespace, name=vmi.name, announced=vmi.announced)
-        except PublishError as error:
-            log.warning("stale announcement stays for now", error=str(error))
-            await asyncio.sleep(_LAST_RETRY)
+            while uid in self._void and (vmi := self._vmis.get(uid) or self._standing.get(uid)):
+                try:
+                    async with self._turns.setdefault(uid, asyncio.Lock()):
+                        now = await self._announcements.withdraw(vmi, self._is_void)
+                        standing = self._standing.get(uid)
+                        if now is None or standing is None or now.announced != standing.announced:
+                            self._standing.pop(uid, None)
+                except PublishError as error:
+                    if str(error) != last:
+                        log.warning("announcement stays for now", error=str(error))
+                    last = str(error)
+                else:
+                    if now is None or now.announced is None:
+                        log.info("nothing is announced any more", namespace=vmi.namespace, name=vmi.name)
+                    if now and self._vmis.get(uid) is vmi:
+                        self._vmis[uid] = now  # the watch tells it later
+                    self._replan()
+                    for key, worker in self._workers.items():
+                        if key[0].vmi_uid == uid:
+                            worker.look_again()  # it may be announced anew by now
+                if uid in self._void:
+                    await asyncio.sleep(retry)
+                    retry = min(retry * 2, _LAST_RETRY)
+        finally:
+            del self._withdrawing[uid]  # at once: what is found to be void from now on gets another task
 
     async def _step_out(self) -> None:
         """Leaves what has not begun to virt-handler; whoever was on the way to us by then is still served."""
         for worker in self._workers.values():
             if isinstance(worker.proxy, Source) and not worker.is_active:
                 worker.proxy.give_back()
-        await self._withdraw_all()
+        # Nobody may be sent to listeners that are about to close: what is announced goes before they do. What
+        # virt-handler has published meanwhile is served to its end.
+        self._replan()
+        while self._withdrawing:
+            await asyncio.wait(self._withdrawing.values())
         await asyncio.sleep(_FIRST_RETRY)
-
-    async def _withdraw_all(self) -> None:
-        """Nobody may be sent to listeners that are about to close: what is announced goes before they do.
-
-        What virt-handler has published meanwhile is served to its end.
-        """
-        assert self._announcements
-        while announced := [vmi for worker in self._workers.values() if (vmi := self._announced(worker))]:
-            for vmi in announced:
-                try:
-                    if await self._announcements.withdraw(vmi) and self._vmis.get(vmi.uid) is vmi:
-                        self._vmis[vmi.uid] = replace(vmi, announced=None)  # the watch tells it later
-                except PublishError as error:
-                    log.warning("announcement stays for now", error=str(error))
-            await asyncio.sleep(_FIRST_RETRY)
-
-    def _announced(self, worker: _Worker) -> VMI | None:
-        """The VMI of a worker whose ports are announced and not published."""
-        item = worker.wanted
-        if not isinstance(item, TargetProxy) or not item.announce:
-            return None
-        vmi = self._vmis.get(item.migration.vmi_uid)
-        return vmi if vmi and vmi.announced else None
 
     def _replan_at_next_start(self, now: datetime) -> None:
         """A start that lies ahead (another node's clock) changes the plan without an event."""
@@ -364,14 +432,20 @@ class Node:
         Raises:
             PublishError: It cannot be announced; says why.
         """
-        plan, address = target.plan, target.address
-        vmi = self._vmis.get(plan.migration.vmi_uid)
-        if self.draining or not plan.announce or vmi is None or address is None or self._announcements is None:
+        announcement, uid = target.announcement, target.migration.vmi_uid
+        if announcement is None or self._announcements is None:
             return
-        announcement = Announcement(plan.migration.migration_uid, target.ports, address)
-        if vmi.announced != str(announcement):
+        async with self._turns.setdefault(uid, asyncio.Lock()):
+            vmi = self._vmis.get(uid)
+            if self.draining or uid in self._void or not target.plan.announce or vmi is None:
+                return
+            announced = self._standing[uid] = replace(vmi, announced=str(announcement))
+            if vmi.announced == announced.announced:
+                return
             await self._announcements.announce(vmi, announcement)
-            target.log.info("announced", address=str(address), ports=target.ports.published())
+            if self._vmis.get(uid) is vmi:
+                self._vmis[uid] = announced  # the watch tells it later
+        target.log.info("announced", address=str(announcement.address), ports=target.ports.published())
 
     async def publish(self, target: Target) -> None:
         """Publishes where a target listens, unless the status says so already or the migration has started.
@@ -522,12 +596,14 @@ class _Worker:
         wanted: The latest plan, None to end; however many came since, only the last one counts.
         proxy: What runs, None before the first attempt.
         problem: What keeps the proxy from being as wanted.
+        was_overtaken: Whether that is only that the VMI had changed.
     """
 
     def __init__(self, node: Node, key: Key, after: _Worker | None) -> None:
         self.wanted: Planned | None = None
         self.proxy: Source | Target | None = None
         self.problem: str | None = None
+        self.was_overtaken = False
         self._failing_since: float | None = None
         self._noted: str | None = None
         self._node = node
@@ -590,6 +666,7 @@ class _Worker:
         try:
             await self._reconcile(item)
         except (LauncherError, ProxyError, PublishError) as error:
+            self.was_overtaken = isinstance(error, Overtaken)
             self._fail(str(error))
         except Exception as error:  # noqa: BLE001 - a defect of ours must not end another migration
             self._fail(f"unexpected {type(error).__name__}: {error}", unexpected=True)
@@ -648,5 +725,8 @@ class _Worker:
         if proxy is not None:
             report |= rows.traffic(proxy)
         if proxy is not None and self._node.is_beside:
-            report |= {"path": "migproxy" if proxy.is_in_path else None, "path_reason": ""}
+            if isinstance(proxy, Source) and problem and not proxy.is_in_path:
+                report |= {"path": "virt-handler", "path_reason": str(Reason.FAILED), "path_why": problem}
+            else:
+                report |= {"path": "migproxy" if proxy.is_in_path else None, "path_reason": ""}
         return report

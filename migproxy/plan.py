@@ -1,7 +1,7 @@
 """What should run on a node: a pure function of the VMIs, the node's name and its migration addresses."""
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 
@@ -134,8 +134,10 @@ class Reason(StrEnum):
     """Why a migration does not go through migproxy, beside virt-handler; a label of a metric."""
 
     LATE = "late"
+    FAILED = "failed"
     POLICY = "policy"
     ADDRESS = "address"
+    CHANNELS = "channels"
     UNSUPPORTED = "unsupported"
     UNREADY = "unready"
     STARTED = "started"
@@ -163,11 +165,19 @@ class Beside:
         address: that it will publish, as its network namespace has it now; None while that is not known.
         unsupported: why the cluster cannot put what is announced into what virt-handler publishes; None if it can.
         unready: why this daemon's connections would fail where virt-handler's would not; None if nothing says so.
+        serving: where this daemon listens, by migration: what is published of it stays served, whatever becomes of the
+            announcement.
+        can_dial: connections can be made from here, from an address known before where there is none now.
+        starting: this daemon has just been started: what is not known yet will be in a moment, and what the one before
+            it has announced stays.
     """
 
     address: IPAddress | None = None
     unsupported: str | None = None
     unready: str | None = None
+    serving: Mapping[Migration, Announcement] = field(default_factory=dict)
+    can_dial: bool = False
+    starting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +218,9 @@ def make_plan(
     sources = [proxy for proxy in decisions if isinstance(proxy, SourceProxy)]
     held = [*refused, *(held for held in decisions if isinstance(held, Held))]
     bypassed = [one for one in decisions if isinstance(one, Bypassed)]
-    wanted = {one.migration.vmi_uid for one in targets}
+    wanted = {one.migration.vmi_uid for one in targets} | {
+        one.migration.vmi_uid for one in held if one.role is Role.TARGET
+    }
     return Plan(
         sources=tuple(sorted(sources, key=_by_migration)),
         targets=tuple(sorted(targets, key=_by_migration)),
@@ -269,10 +281,11 @@ class _Planner:
             return Held(_identity(vmi), role, str(hold), hold.error)
 
     def _source(self, vmi: VMI, migration: MigrationState) -> SourceProxy | Bypassed:
-        if self.beside and migration.start is None and (why := self._unready(self.beside)):
-            return Bypassed(_identity(vmi), Role.SOURCE, Reason.UNREADY, why)
         launcher, key = self._launcher(vmi), _checked(vmi.source_key(), "the VMI's UID")
         address, ports = _published_to_source(vmi, migration)
+        beside = None if migration.start else self.beside
+        if beside and (why := self._unready(beside, beside.can_dial or beside.address is not None)):
+            return Bypassed(_identity(vmi), Role.SOURCE, Reason.UNREADY, why)
         return SourceProxy(
             migration=_identity(vmi),
             launcher=launcher,
@@ -314,12 +327,14 @@ class _Planner:
         running, announced = migration.start is not None, _announced(vmi)
         address, published, is_settled = self.beside.address, None, False
         if _is_settled(migration, running, address):
-            if announced is None or not _is_published(migration, announced):
+            ours = (announced, self.beside.serving.get(_identity(vmi)))
+            kept = next((one for one in ours if one and _is_published(migration, one)), None)
+            if kept is None:
                 return Bypassed(_identity(vmi), Role.TARGET, *_why_bypassed(migration, announced))
-            address, published, is_settled = announced.address, announced.ports, True
+            address, published, is_settled = kept.address, kept.ports, True
         elif self.beside.unsupported:
             return Bypassed(_identity(vmi), Role.TARGET, Reason.UNSUPPORTED, self.beside.unsupported)
-        elif why := self._unready(self.beside):
+        elif why := self._unready(self.beside, address is not None):
             return Bypassed(_identity(vmi), Role.TARGET, Reason.UNREADY, why)
         elif announced and announced.address == address:
             published = announced.ports  # by a daemon before this one, whose word is kept
@@ -338,8 +353,12 @@ class _Planner:
         )
 
     @staticmethod
-    def _unready(beside: Beside) -> str | None:
-        return beside.unready or ("virt-handler's migration address is not known" if beside.address is None else None)
+    def _unready(beside: Beside, has_address: bool) -> str | None:
+        """Why virt-handler's proxy is to serve what has not begun; None where nothing is against ours."""
+        why = beside.unready or (None if has_address else "virt-handler's migration address is not known")
+        if why and beside.starting:
+            raise _Hold(f"just started: {why}", error=False)
+        return why
 
     def _launcher(self, vmi: VMI) -> Launcher:
         pods = sorted(pod for pod, node in vmi.active_pods.items() if node == self.node)
@@ -417,8 +436,12 @@ def _why_bypassed(migration: MigrationState, announced: Announcement | None) -> 
     if announced is None:
         return Reason.LATE, "virt-handler had published its own ports when this node was ready to announce"
     if not _same_address(migration.target_node_address, announced.address):
-        published = migration.target_node_address
-        return Reason.ADDRESS, f"virt-handler published {published}, and this node had announced {announced.address}"
+        address = migration.target_node_address
+        return Reason.ADDRESS, f"virt-handler published {address}, and this node had announced {announced.address}"
+    published = salvage_port_map(migration.target_ports) or PortMap.of({})
+    if set(published) != set(announced.ports):
+        theirs, ours = (", ".join(channel.label for channel in one) for one in (published, announced.ports))
+        return Reason.CHANNELS, f"virt-handler published the channels {theirs}, and this node had announced {ours}"
     return Reason.POLICY, (
         "virt-handler's own ports were published although others had been announced: is the MutatingAdmissionPolicy "
         "migproxy-target applied, with its binding?"

@@ -20,12 +20,13 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
 from migproxy.launcher import RunDir
 from migproxy.proxy import ProxyError
-from migproxy.source import SocketFile, SocketFolder
+from migproxy.source import SocketFile, SocketFolder, temporary_name
 
 PATIENCE: Final = 0.25
 """Seconds that a path is left to virt-handler when nothing stands there: it fills it within microseconds."""
@@ -45,6 +46,8 @@ class SharedFolder(SocketFolder):
     """
 
     mode = 0o1660
+    is_shared = True
+    longest_pause = 0.02  # virt-handler makes its sockets anew, one after the other, and then asks the launcher
     patience = PATIENCE
 
     def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:
@@ -55,24 +58,33 @@ class SharedFolder(SocketFolder):
         if self._mode_of(name) is not None:
             self._missing_since.pop(name, None)
             return True
-        now = time.monotonic()
+        now = self._now()
         return now - self._missing_since.setdefault(name, now) >= self.patience
 
-    def _put(self, temporary: str, name: str) -> None:
+    _now = staticmethod(time.monotonic)
+
+    def _put(self, temporary: str, name: str) -> bool:
         while True:
             try:
                 self._rename(temporary, name, _RENAME_EXCHANGE)
                 break
             except FileNotFoundError:
+                if not self.invites(name):  # virt-handler has removed it in this very moment, to listen there anew
+                    return False
+                with suppress(FileNotFoundError):  # of a virt-handler that has ended since: it would only refuse
+                    self._unlink(_aside(name))
                 with suppress(FileExistsError):  # virt-handler has filled it meanwhile
                     self._rename(temporary, name, _RENAME_NOREPLACE)
-                    return
+                    self._missing_since.pop(name, None)
+                    return True
+        self._missing_since.pop(name, None)
         try:
             self._keep(temporary, name)
         except (OSError, ProxyError):
             if _is_ours(self._mode_of(name)):
                 self._rename(temporary, name, _RENAME_EXCHANGE)
             raise
+        return True
 
     def _keep(self, displaced: str, name: str) -> None:
         """Puts aside what stood at a name, for when ours goes; a dead one of ours has no use any more."""
@@ -113,6 +125,15 @@ class SharedFolder(SocketFolder):
         with suppress(OSError):
             self._unlink(aside)
 
+    def mend(self, name: str) -> None:
+        with suppress(OSError):
+            self._discard(temporary_name(name), name)
+        with suppress(OSError):
+            if _is_ours(self._mode_of(name)):
+                self._step_aside(name, _aside(name))
+        with suppress(OSError):
+            self._unlink(_aside(name))
+
     def _step_aside(self, name: str, aside: str) -> None:
         try:
             self._rename(aside, name, _RENAME_EXCHANGE)
@@ -138,6 +159,25 @@ class SharedFolder(SocketFolder):
             number = ctypes.get_errno()
             why = "the file system cannot exchange two files" if number == errno.EINVAL else os.strerror(number)
             raise OSError(number, why)
+
+
+def mend(run: RunDir, owner: tuple[int, int] | None, names: Iterable[str]) -> None:
+    """Gives virt-handler's sockets back where a daemon that was killed has left its own: those lead to nobody.
+
+    Args:
+        run: The launcher's /var/run.
+        owner: See `SocketFolder`.
+        names: Of the sockets.
+
+    Raises:
+        LauncherError, ProxyError: The folder cannot be had.
+    """
+    folder = SharedFolder(run, owner)
+    try:
+        for name in names:
+            folder.mend(name)
+    finally:
+        folder.close()
 
 
 def _aside(name: str) -> str:

@@ -25,7 +25,6 @@ _FOLDER_CHANGES = (
     Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MOVE_SELF | Mask.DELETE_SELF | Mask.ONLYDIR
 )
 _CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
-_MAX_PAUSE = 1.0  # seconds between two times that a socket file is put back, when somebody insists
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,8 @@ class SocketFolder:
         path: Its path, for messages only.
         owner: User and group that libvirt and QEMU run as in the pod, or they could not connect.
         mode: Of a socket file: its owner's and group's alone.
+        is_shared: Whether somebody else puts sockets there by right, so that replacing one is no surprise.
+        longest_pause: Seconds between two times that a socket file is put back, when somebody insists.
         patience: Seconds after which a name is looked at again that `invites` said no to; None: it never does.
 
     Args:
@@ -65,6 +66,8 @@ class SocketFolder:
     """
 
     mode = 0o660
+    is_shared = False
+    longest_pause = 1.0
     patience: float | None = None
 
     def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:
@@ -118,13 +121,16 @@ class SocketFolder:
         """Whether a socket file is to be put at a name now."""
         return True
 
-    def place(self, name: str) -> SocketFile:
+    def place(self, name: str) -> SocketFile | None:
         """Puts a listening socket at `name`, atomically, over whatever stands there: nobody finds the name empty.
+
+        Returns:
+            None where the name does not invite it any more.
 
         Raises:
             ProxyError: It cannot be done; says why.
         """
-        temporary = ".migproxy-" + hashlib.sha256(name.encode()).hexdigest()[:16]
+        temporary = temporary_name(name)
         path = f"{self.path}/{name}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -133,24 +139,30 @@ class SocketFolder:
             listener.bind(f"/proc/self/fd/{self.fd}/{temporary}")
             identity = self._prepare(temporary, path)
             listener.listen(BACKLOG)
-            self._put(temporary, name)
+            if self._put(temporary, name):
+                return SocketFile(listener, identity)
         except OSError as error:
-            listener.close()
-            with suppress(OSError):
-                self._discard(temporary, name)
+            self._drop(listener, temporary, name)
             raise ProxyError(f"{path} cannot be put in place: {error.strerror}") from error
         except ProxyError:
-            listener.close()
+            self._drop(listener, temporary, name)
             raise
-        return SocketFile(listener, identity)
+        self._drop(listener, temporary, name)
+        return None
+
+    def _drop(self, listener: socket.socket, temporary: str, name: str) -> None:
+        listener.close()
+        with suppress(OSError):
+            self._discard(temporary, name)
 
     def _discard(self, temporary: str, name: str) -> None:
         """Clears the temporary name of what a daemon left that was killed."""
         with suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=self.fd)
 
-    def _put(self, temporary: str, name: str) -> None:
+    def _put(self, temporary: str, name: str) -> bool:
         os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        return True
 
     def _prepare(self, temporary: str, path: str) -> tuple[int, int]:
         node = os.open(temporary, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
@@ -178,6 +190,14 @@ class SocketFolder:
             with suppress(OSError):
                 os.unlink(name, dir_fd=self.fd)
 
+    def mend(self, name: str) -> None:
+        """Clears what a daemon left at a name that was killed, where no socket file of this one's is put."""
+
+
+def temporary_name(name: str) -> str:
+    """Where a socket file is made before it is put at `name`."""
+    return ".migproxy-" + hashlib.sha256(name.encode()).hexdigest()[:16]
+
 
 class _Place:
     """One channel's socket file, with the listener that its name leads to and the one before.
@@ -192,8 +212,11 @@ class _Place:
         self.file: SocketFile | None = None
         self._accepting: list[_Accepting] = []
 
-    async def put(self, folder: SocketFolder, proxy: Proxy) -> None:
+    async def put(self, folder: SocketFolder, proxy: Proxy) -> bool:
         """Puts a new socket file in place and accepts from it; where an earlier daemon's stands, that one.
+
+        Returns:
+            Whether it is in place: not where the name does not invite it any more.
 
         Raises:
             ProxyError: It cannot be put there; what was accepting goes on.
@@ -205,20 +228,30 @@ class _Place:
             else:
                 inherited.close()
         if self.file is not None and folder.holds(self.name, self.file):
-            return
-        file = folder.place(self.name)
-        self._accept(file, proxy.lease_listener(self.channel, file.listener, file.identity), proxy)
+            return True
+        placed = folder.place(self.name)
+        if placed is None:
+            return False
+        self._accept(placed, proxy.lease_listener(self.channel, placed.listener, placed.identity), proxy)
         await self._close(self._accepting[:-2])
+        return True
 
     def _accept(self, file: SocketFile, lease: Lease, proxy: Proxy) -> None:
         self.file = file
         task = asyncio.create_task(proxy.accept(file.listener, self.channel))
         self._accepting.append(_Accepting(file.listener, lease, task))
 
+    def leave(self, folder: SocketFolder) -> None:
+        """Takes the file away, if it is ours; what arrives by it already is still accepted."""
+        if self.file is not None:
+            folder.remove(self.name, self.file)
+        else:
+            folder.mend(self.name)
+
     async def remove(self, folder: SocketFolder | None) -> None:
         """Takes the file away, if it is ours, and stops accepting."""
-        if folder is not None and self.file is not None:
-            folder.remove(self.name, self.file)
+        if folder is not None:
+            self.leave(folder)
         self.file = None
         await self._close(self._accepting)
 
@@ -334,12 +367,12 @@ class Source(Proxy):
             return []
         assert self._folder is not None
         missing = self._missing(self._folder)
-        placed = [place for place in missing if self._folder.invites(place.name)]
-        for place in placed:
-            if not self._gives_back:
-                await place.put(self._folder, self)
+        placed = []
+        for place in [place for place in missing if self._folder.invites(place.name)]:
+            if not self._gives_back and await place.put(self._folder, self):
+                placed.append(place.name)
         self._is_placed = self._is_placed or len(placed) == len(missing)
-        return [place.name for place in placed]
+        return placed
 
     def _missing(self, folder: SocketFolder) -> list[_Place]:
         return [p for p in self._places.values() if p.file is None or not folder.holds(p.name, p.file)]
@@ -362,11 +395,11 @@ class Source(Proxy):
                 self.problem = None
                 if not put_back:
                     continue
-                if self._folders is SocketFolder:
-                    self.log.warning("socket files put back that somebody removed or replaced", names=put_back)
-                else:
+                if self._folders.is_shared:
                     self.log.info("socket files put over virt-handler's", names=put_back)
-            pause = min(max(pause * 2, 0.01), _MAX_PAUSE) if time.monotonic() - began < _CALM else 0.0
+                else:
+                    self.log.warning("socket files put back that somebody removed or replaced", names=put_back)
+            pause = min(max(pause * 2, 0.01), self._folders.longest_pause) if time.monotonic() - began < _CALM else 0.0
             await asyncio.sleep(pause)
 
     async def _await_change(self) -> None:
@@ -398,8 +431,8 @@ class Source(Proxy):
         self.retire()
         self._gives_back = True
         for place in self._places.values():
-            if self._folder is not None and place.file is not None:
-                self._folder.remove(place.name, place.file)
+            if self._folder is not None:
+                place.leave(self._folder)
 
     async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:
         address, port = self.plan.address, self.plan.ports.get(channel)

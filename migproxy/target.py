@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
+from migproxy.announcement import Announcement
 from migproxy.fdstore import Lease
 from migproxy.launcher import LauncherError, Untrusted, new_unix
-from migproxy.plan import Role, TargetProxy
+from migproxy.plan import Migration, Role, TargetProxy
 from migproxy.portmap import Channel, IPAddress, PortMap, target_socket_path
 from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
 from migproxy.sockets import PortTaken, listen_tcp, quench
@@ -92,6 +93,11 @@ class Target(Proxy):
     def ports(self) -> PortMap:
         """The ports that it listens on."""
         return PortMap.of({channel: listener.port for channel, listener in self._listeners.items()})
+
+    @property
+    def announcement(self) -> Announcement | None:
+        """Where it listens, as it is announced; None before it does."""
+        return Announcement(self.migration.migration_uid, self.ports, self.address) if self.address else None
 
     async def apply(self, plan: TargetProxy, address: IPAddress) -> None:
         """Makes the listeners equal to the plan; connections that are open go on as they are.
@@ -184,10 +190,13 @@ class Target(Proxy):
                 try:
                     return listen_tcp(address, port, tcp)
                 except PortTaken as error:
-                    if self.plan.running:
+                    if self.plan.running or self._is_promised:
+                        since = (
+                            "the migration has started with it" if self.plan.running else "virt-handler published it"
+                        )
                         raise ProxyError(
-                            f"channel {channel.label}: {error.strerror}, and the migration has started with it: "
-                            f"end whatever listens there (ss -ltnp sport = {port})"
+                            f"channel {channel.label}: {error.strerror}, and {since}: end whatever "
+                            f"listens there (ss -ltnp sport = {port})"
                         ) from error
                     self.log.warning("published port is taken, choosing another", channel=channel.label, port=port)
             for candidate in self._range.candidates():
@@ -234,6 +243,14 @@ class Target(Proxy):
         for listener in listeners.values():
             await listener.close()
         await super().close()
+
+
+def left_listening(migration: Migration, listeners: Iterable[Listener]) -> Announcement | None:
+    """Where the listeners are that an earlier daemon left of a target, as it had announced them; None without any."""
+    names = {one.name.channel: one.socket.getsockname() for one in listeners}
+    ports = PortMap.of({channel: name[1] for channel, name in names.items()})
+    address = next((ip_address(name[0]) for name in names.values()), None)
+    return Announcement(migration.migration_uid, ports, address) if address else None
 
 
 def _identity(sock: socket.socket) -> tuple[int, int]:

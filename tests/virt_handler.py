@@ -20,7 +20,7 @@ import signal
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 
 import aiohttp
 
+from migproxy.pki import CLIENT_NAMES, SERVER_NAMES
 from migproxy.portmap import Channel, channels_for, source_socket_name, target_socket_path
 
 JSON_PATCH = "application/json-patch+json"
@@ -131,10 +132,15 @@ class VirtHandler:
         """Listens at a path, which leads to the target from then on."""
         listeners = self.sources.setdefault(key, Listeners())
         listeners.leads_to = target
-        server = listeners.servers[channel] = socket.socket(socket.AF_UNIX)
-        with shortened(self.path(key, channel)) as path:
-            server.bind(path)
+        server = socket.socket(socket.AF_UNIX)
+        try:
+            with shortened(self.path(key, channel)) as path:
+                server.bind(path)
+        except OSError:
+            server.close()
+            raise
         server.listen()
+        listeners.servers[channel] = server
         address, ports = target
         port = next(int(port) for port, number in ports.items() if number == channel)
         self._serve(listeners, server, None, (address, port))
@@ -227,12 +233,16 @@ class VirtHandler:
         try:
             near = await _open_accepted(accepted, self._server_tls if path is not None else None)
             writers.append(near[1])
+            if path is not None and self._server_tls:
+                _check_name(near[1], CLIENT_NAMES)
             if path is not None:
                 far = await asyncio.open_unix_connection(path, limit=1 << 20)
             else:
                 name = "" if self._client_tls else None
                 far = await asyncio.open_connection(*peer, ssl=self._client_tls, server_hostname=name, limit=1 << 20)
             writers.append(far[1])
+            if path is None and self._client_tls:
+                _check_name(far[1], SERVER_NAMES)
             pumps = [asyncio.create_task(_pump(near[0], far[1])), asyncio.create_task(_pump(far[0], near[1]))]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -254,6 +264,14 @@ async def _open_accepted(
     protocol = asyncio.StreamReaderProtocol(reader)
     transport, _ = await loop.connect_accepted_socket(lambda: protocol, accepted, ssl=tls)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+def _check_name(writer: asyncio.StreamWriter, names: Collection[str]) -> None:
+    """KubeVirt's certificates have no names but the common one: whose it is."""
+    subject = writer.get_extra_info("peercert")["subject"]
+    found = [value for part in subject for kind, value in part if kind == "commonName"]
+    if not set(found) & set(names):
+        raise ConnectionAbortedError(f"the peer is {found}, none of {names}")
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

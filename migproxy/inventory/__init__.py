@@ -6,7 +6,7 @@ from typing import Protocol
 from migproxy.portmap import IPAddress, PortMap
 from migproxy.vmi import VMI
 
-__all__ = ["Inventory", "InventoryError", "PublishError"]
+__all__ = ["Inventory", "InventoryError", "Overtaken", "PublishError"]
 
 
 class InventoryError(Exception):
@@ -15,6 +15,10 @@ class InventoryError(Exception):
 
 class PublishError(Exception):
     """A target's address and ports could not be published; the message says why and what to do."""
+
+
+class Overtaken(PublishError):
+    """They could not, because the VMI is not what it was thought to be: the inventory is about to tell."""
 
 
 class Inventory(Protocol):

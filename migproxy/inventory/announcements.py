@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import structlog
 
 from migproxy.announcement import TARGET_ANNOTATION, Announcement
-from migproxy.inventory import PublishError
+from migproxy.inventory import Overtaken, PublishError
 from migproxy.kube.api import JSON_PATCH, ApiError, ApiServer
-from migproxy.vmi import VMI
+from migproxy.vmi import VMI, InvalidVMI, parse
 
 log = structlog.get_logger(__name__)
 
@@ -92,56 +93,60 @@ class Announcements:
             announcement: What to announce.
 
         Raises:
-            PublishError: It could not be; or the VMI has changed, which the inventory is about to tell.
+            Overtaken: The VMI is not what it was thought to be, which the inventory is about to tell.
+            PublishError: It could not be, or nobody knows whether it was.
         """
         patch = [*_tests(vmi), {"op": "add", "path": _ANNOTATION, "value": str(announcement)}]
+        # Beside a change, a VMI without any annotation refuses: nothing can be added to what is not there.
+        first = {"op": "add", "path": _ANNOTATIONS, "value": {TARGET_ANNOTATION: str(announcement)}}
+        alone = {"op": "test", "path": _ANNOTATIONS, "value": None}
         try:
-            await self._patch(vmi, patch)
+            try:
+                await self._patch(vmi, patch)
+            except ApiError as error:
+                if error.status not in _REFUSED:
+                    raise
+                await self._patch(vmi, [*_tests(vmi, annotated=False), alone, first])
         except ApiError as error:
-            if error.status not in _REFUSED:
-                raise PublishError(f"VMI {vmi.namespace}/{vmi.name}: cannot announce: {_remedied(error)}") from error
-            # Beside a change, a VMI without any annotation refuses: nothing can be added to what is not there.
-            first = {"op": "add", "path": _ANNOTATIONS, "value": {TARGET_ANNOTATION: str(announcement)}}
-            alone = {"op": "test", "path": _ANNOTATIONS, "value": None}
-            await self._only(vmi, [*_tests(vmi, annotated=False), alone, first])
+            who = f"VMI {vmi.namespace}/{vmi.name}"
+            if error.status in _REFUSED:
+                raise Overtaken(f"{who}: it changed while this node was about to announce: {error}") from error
+            raise PublishError(f"{who}: cannot announce: {_remedied(error)}") from error
 
-    async def withdraw(self, vmi: VMI) -> bool:
-        """Removes the announcement on a VMI.
+    async def withdraw(self, vmi: VMI, is_void: Callable[[VMI], bool]) -> VMI | None:
+        """Removes what is announced on a VMI as it stands in the API server, whatever the inventory has told of it.
 
         Args:
-            vmi: As the inventory told it.
+            vmi: Which.
+            is_void: Asked about the VMI as it stands there, where something is announced: whether that is to go.
 
         Returns:
-            Whether none stands there any more; False where the VMI has changed, which the inventory is about to tell.
+            The VMI as it stands there then; None where it is gone.
 
         Raises:
-            PublishError: It could not be removed.
+            PublishError: It could not be removed, or changed in that very moment: try again.
         """
-        if vmi.announced is None:
-            return True
         try:
-            await self._patch(vmi, [*_tests(vmi), {"op": "remove", "path": _ANNOTATION}])
-        except ApiError as error:
-            if error.status == 404:
-                return True
-            if error.status in _REFUSED:
-                return False
+            now = parse(await self._api.request("GET", _path(vmi)))
+            if now.uid != vmi.uid:
+                return None
+            if now.announced is None or not is_void(now):
+                return now
+            await self._patch(now, [*_tests(now), {"op": "remove", "path": _ANNOTATION}])
+        except (ApiError, InvalidVMI) as error:
+            if isinstance(error, ApiError) and error.status == 404:
+                return None
             raise PublishError(
                 f"VMI {vmi.namespace}/{vmi.name}: cannot withdraw what is announced: {_remedied(error)}"
             ) from error
-        return True
-
-    async def _only(self, vmi: VMI, patch: list[dict[str, Any]]) -> None:
-        try:
-            await self._patch(vmi, patch)
-        except ApiError as error:
-            raise PublishError(
-                f"VMI {vmi.namespace}/{vmi.name}: it changed while this node was about to announce: {_remedied(error)}"
-            ) from error
+        return replace(now, announced=None)
 
     async def _patch(self, vmi: VMI, patch: list[dict[str, Any]]) -> None:
-        path = f"/apis/kubevirt.io/v1/namespaces/{vmi.namespace}/virtualmachineinstances/{vmi.name}"
-        await self._api.request("PATCH", path, None, patch, JSON_PATCH)
+        await self._api.request("PATCH", _path(vmi), None, patch, JSON_PATCH)
+
+
+def _path(vmi: VMI) -> str:
+    return f"/apis/kubevirt.io/v1/namespaces/{vmi.namespace}/virtualmachineinstances/{vmi.name}"
 
 
 def _tests(vmi: VMI, *, annotated: bool = True) -> list[dict[str, Any]]:
@@ -159,7 +164,7 @@ def _tests(vmi: VMI, *, annotated: bool = True) -> list[dict[str, Any]]:
     return [{"op": "test", "path": path, "value": value} for path, value in values.items()]
 
 
-def _remedied(error: ApiError) -> str:
-    if error.status == 403:
+def _remedied(error: Exception) -> str:
+    if isinstance(error, ApiError) and error.status == 403:
         return f"{error} (apply deploy/beside-virt-handler again: its ClusterRole and policy allow it)"
     return str(error)

@@ -257,20 +257,21 @@ class ApiDouble:
         ]
 
     def _mutate(self, user: User, target: Target, before: Object, after: Object) -> Object:
-        """Applies what mutating policies have to change; with failurePolicy Ignore, one that fails changes nothing."""
+        """Applies what mutating policies have to change; with Ignore, a mutation that fails is left out."""
         for policy, _ in [] if self.faults.older else self._policies_for("mutating", target):
             try:
-                changed = after
-                values = self._values(policy, user, before, changed)
-                for mutation in policy["spec"]["mutations"] if values else ():
-                    assert values
-                    values["object"] = changed
-                    patch = self._expression(mutation["jsonPatch"]["expression"])(values)
-                    changed = apply_json_patch(changed, json.loads(json.dumps(patch, cls=CELJSONEncoder)))
+                values = self._values(policy, user, before, after)
             except Refusal:
                 assert policy["spec"]["failurePolicy"] == "Ignore"
-            else:
-                after = changed
+                continue
+            for mutation in policy["spec"]["mutations"] if values else ():
+                assert values
+                values["object"] = after
+                try:
+                    patch = self._expression(mutation["jsonPatch"]["expression"])(values)
+                    after = apply_json_patch(after, json.loads(json.dumps(patch, cls=CELJSONEncoder)))
+                except Refusal:
+                    assert policy["spec"]["failurePolicy"] == "Ignore"
         return after
 
     def _admit(self, user: User, target: Target, before: Object, after: Object) -> None:

@@ -1,16 +1,23 @@
 """A source beside virt-handler: in the path as soon as virt-handler's sockets appear, and out of it again."""
 
 import asyncio
+import errno
 import os
 import socket
 import stat
+import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
+from migproxy.launcher import RunDir
+from migproxy.node import BYPASSED
 from migproxy.portmap import Channel, source_socket_name
+from migproxy.shared import SharedFolder
 from migproxy.tls import Plaintext
 from tests.kube.cluster import MERGE_PATCH, NODES, VMIS, Cluster, begin, end, start, vmi
 from tests.kube.world import LocalNode, eventually
@@ -58,8 +65,25 @@ class Scene:
             return False
         return all(mode & stat.S_ISVTX for mode in modes)
 
+    async def publish(self) -> None:
+        """What the target's node writes."""
+        address, ports = self.leads_to
+        published = {"targetNodeAddress": address, "targetDirectMigrationNodePorts": ports}
+        await self.change({"status": {"migrationState": published}})
+
+    async def events(self, reason: str) -> list[str]:
+        """What Events of that reason say."""
+        found = await self.kubernetes.request("GET", "/api/v1/namespaces/default/events")
+        return [one["message"] for one in found["items"] if one["reason"] == reason]
+
     async def connect(self) -> None:
         """A connection by the libvirt channel's path arrives at the target."""
+        async with self.connection() as (near, far):
+            await through(near, far)
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[tuple[socket.socket, socket.socket]]:
+        """A connection by the libvirt channel's path, and its other end at the target."""
         loop = asyncio.get_running_loop()
         with socket.socket(socket.AF_UNIX) as near:
             near.setblocking(False)
@@ -67,8 +91,14 @@ class Scene:
                 near.connect(path)
             far, _ = await asyncio.wait_for(loop.sock_accept(self.target), 20)
             with far:
-                await loop.sock_sendall(near, b"through")
-                assert await asyncio.wait_for(loop.sock_recv(far, 7), 20) == b"through"
+                yield near, far
+
+
+async def through(near: socket.socket, far: socket.socket) -> None:
+    """What is sent arrives."""
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(near, b"through")
+    assert await asyncio.wait_for(loop.sock_recv(far, 7), 20) == b"through"
 
 
 @pytest.fixture
@@ -90,9 +120,7 @@ async def scene(kubernetes: Cluster, tmp_path: Path, protection: Unready) -> Asy
         async with node.run(kubernetes.kubeconfig(tmp_path, HERE), beside=True):
             made = Scene(kubernetes, node, uid, target)
             await made.change(begin("first"))
-            address, ports = made.leads_to
-            published = {"targetNodeAddress": address, "targetDirectMigrationNodePorts": ports}
-            await made.change({"status": {"migrationState": published}})
+            await made.publish()
             yield made
             await made.virt_handler.close()
 
@@ -108,10 +136,15 @@ async def test_source_is_in_the_path_as_soon_as_virt_handler_listens_and_wheneve
     await eventually(lambda: path(scene.node) == ("migproxy", ""), "the path")
     await scene.connect()
     assert not scene.virt_handler.relayed
-    for _ in range(5):
+    seconds = []
+    for _ in range(9):
         await scene.virt_handler.end_source(scene.uid)
         scene.prepare()
+        began = time.monotonic()
         await eventually(scene.is_ours, "our sockets over virt-handler's new ones")
+        seconds.append(time.monotonic() - began)
+    # An event brings it about, not a look now and then: virt-handler asks the launcher some ten milliseconds later.
+    assert median(seconds) < 0.05
     await scene.connect()
     assert not scene.virt_handler.relayed
     await scene.change(start())
@@ -161,5 +194,66 @@ async def test_daemon_that_could_not_protect_a_connection_stays_out_of_the_path_
     assert scene.virt_handler.relayed == {"source": 1}
     protection.problem = None
     await eventually(scene.is_ours, "our sockets again")
+    await scene.connect()
+    assert scene.virt_handler.relayed == {"source": 1}
+
+
+async def test_connections_of_a_source_go_on_though_it_could_make_no_new_ones(
+    scene: Scene, protection: Unready
+) -> None:
+    scene.prepare()
+    await eventually(scene.is_ours, "our sockets")
+    async with scene.connection() as (near, far):
+        protection.problem = "the certificate has expired"
+        await eventually(lambda: scene.node.node.report()["tls"]["problem"] is not None, "the problem")
+        await asyncio.sleep(1.2)  # it looks once in a second
+        await through(near, far)
+        assert scene.is_ours()
+        assert path(scene.node) == ("migproxy", "")
+
+
+async def test_event_says_that_a_migrations_source_is_left_to_virt_handler(scene: Scene, protection: Unready) -> None:
+    protection.problem = "the certificate has expired"
+    await eventually(lambda: path(scene.node) == ("virt-handler", "unready"), "the path")
+    async with asyncio.timeout(30):
+        while not (told := await scene.events(BYPASSED)):
+            await asyncio.sleep(0.05)
+    assert told == [f"migration source on {HERE}: the certificate has expired"]
+
+
+async def test_sockets_of_a_killed_daemon_make_way_for_virt_handlers_where_this_one_is_not_ready(
+    scene: Scene, protection: Unready
+) -> None:
+    await scene.change(end(failed=True))
+    await eventually(lambda: not scene.node.migrations(), "the end")
+    protection.problem = "the certificate has expired"
+    scene.prepare()
+    with RunDir(str(scene.run_dir), "") as run:
+        folder = SharedFolder(run, None)
+        for channel in CHANNELS:
+            placed = folder.place(source_socket_name(scene.uid, channel))
+            assert placed
+            placed.listener.close()
+        folder.close()
+    assert scene.is_ours()
+    await scene.change({"status": {"migrationState": None}})
+    await scene.change(begin("second"))
+    await scene.publish()
+    await eventually(lambda: not scene.is_ours(), "virt-handler's sockets")
+    await scene.connect()
+    assert scene.virt_handler.relayed == {"source": 1}
+    assert len(list(scene.folder.iterdir())) == len(CHANNELS)
+
+
+async def test_source_whose_sockets_cannot_be_put_over_virt_handlers_says_so(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "the file system cannot exchange two files")
+
+    monkeypatch.setattr(SharedFolder, "_rename", refuse)
+    scene.prepare()
+    await eventually(lambda: path(scene.node) == ("virt-handler", "failed"), "the path")
+    assert "cannot exchange two files" in scene.node.migration("one")["path_why"]
     await scene.connect()
     assert scene.virt_handler.relayed == {"source": 1}

@@ -1,16 +1,28 @@
 """A target beside virt-handler: its ports get into virt-handler's own write, or nothing of it is in the path."""
 
 import asyncio
+import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from migproxy.announcement import TARGET_ANNOTATION
+from migproxy.fdstore import Lease
 from migproxy.inventory.announcements import UNSUPPORTED
+from migproxy.node import BYPASSED
+from migproxy.plan import Migration, Role
+from migproxy.portmap import Channel
+from migproxy.state import ProxyState
+from migproxy.survival import Estate, Kind, Listener, Name, fingerprint
+from migproxy.takeover import Survivor
 from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, Refused, begin, end, start, vmi
+from tests.kube.gate import Gate
+from tests.kube.test_beside_source import Unready
 from tests.kube.world import LocalNode, eventually
 
 ADDRESS = "127.77.0.2"
@@ -93,6 +105,13 @@ async def test_announced_ports_get_into_virt_handlers_own_write(beside: Cluster)
     }
 
 
+@pytest.mark.parametrize("side", [{}, {"syncAddress": "10.0.0.1:9185", "nodeAddress": ADDRESS}])
+async def test_target_state_that_has_no_ports_gets_none(beside: Cluster, side: dict[str, str]) -> None:
+    await announce(beside, OURS)
+    await publish(beside, targetState=side)
+    assert await published(beside) == {"address": ADDRESS, "ports": OURS, "side": side}
+
+
 @pytest.mark.parametrize(
     ("text", "state"),
     [
@@ -101,6 +120,8 @@ async def test_announced_ports_get_into_virt_handlers_own_write(beside: Cluster)
         pytest.param(f"first 2001:0 {ADDRESS}", {}, id="a-channel-too-few"),
         pytest.param(f"first 2001:0,2002:49152,2003:49153 {ADDRESS}", {}, id="a-channel-too-many"),
         pytest.param(f"first 2001:0,2002:49153 {ADDRESS}", {}, id="another-channel"),
+        pytest.param(f"first 2001:0,2002:0 {ADDRESS}", {}, id="a-channel-twice"),
+        pytest.param(f"first 2001:0,2001:49152 {ADDRESS}", {}, id="a-port-twice"),
         pytest.param("first 2001:0,2002:49152", {}, id="no-address"),
         pytest.param("nonsense", {}, id="nonsense"),
         pytest.param(
@@ -147,6 +168,19 @@ async def test_only_migproxy_on_the_targets_node_may_announce(beside: Cluster) -
     await change(beside, {"metadata": {"annotations": {TARGET_ANNOTATION: None}}})
 
 
+async def test_nobody_else_takes_an_announcement_away_from_its_publication_to_the_end(beside: Cluster) -> None:
+    body = {"metadata": {"annotations": {TARGET_ANNOTATION: None}}}
+    await announce(beside, OURS)
+    await publish(beside)
+    for state in ({}, start()):
+        await change(beside, state)
+        with pytest.raises(Refused, match="only migproxy takes that away"):
+            await change(beside, body)
+    await change(beside, end())
+    await change(beside, body)
+    assert await announced(beside) is None
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -163,6 +197,12 @@ async def test_migproxys_token_may_change_nothing_else(beside: Cluster, body: di
         await beside.request("PATCH", f"{VMIS}/one", body, MERGE_PATCH, token=beside.token(HERE))
 
 
+async def test_nothing_is_announced_after_the_start(beside: Cluster) -> None:
+    await change(beside, start())
+    with pytest.raises(Refused, match="not after the start"):
+        await announce(beside, OURS)
+
+
 async def test_any_node_may_remove_what_is_stale(beside: Cluster) -> None:
     await announce(beside, OURS)
     await change(beside, start())
@@ -174,11 +214,22 @@ async def test_any_node_may_remove_what_is_stale(beside: Cluster) -> None:
 
 
 @asynccontextmanager
-async def target_node(kubernetes: Cluster, folder: Path) -> AsyncIterator[LocalNode]:
+async def target_node(
+    kubernetes: Cluster, folder: Path, door: Gate | None = None, protection: Unready | None = None
+) -> AsyncIterator[LocalNode]:
     folder.mkdir(exist_ok=True)
     made = LocalNode(HERE, ADDRESS, folder)
-    async with made.run(kubernetes.kubeconfig(folder, HERE), beside=True):
+    if protection:
+        made.security = protection
+    async with made.run(kubernetes.kubeconfig(folder, HERE, door.url if door else None), beside=True):
         yield made
+
+
+@pytest.fixture
+def protection() -> Unready:
+    made = Unready()
+    made.problem = None
+    return made
 
 
 def path(node: LocalNode, name: str = "one") -> tuple[str | None, str | None]:
@@ -215,6 +266,20 @@ async def test_target_is_in_the_path_from_announcement_to_end(beside: Cluster, t
         await until_withdrawn(beside)
         (kept,) = node.node.report()["migrations"]
         assert (kept["state"], kept["path"]) == ("ended", "migproxy")
+
+
+async def test_what_is_published_stays_served_though_the_announcement_is_taken_away(
+    beside: Cluster, tmp_path: Path
+) -> None:
+    async with target_node(beside, tmp_path) as node:
+        ours = await until_announced(beside)
+        await publish(beside)
+        await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+        await as_migproxy(beside, None, node=NODES[0])
+        await change(beside, start())
+        await eventually(lambda: node.migration("one")["state"] == "running", "the start")
+        assert node.tcp_ports() == {int(port) for port in ours}
+        assert path(node) == ("migproxy", "")
 
 
 async def test_late_target_leaves_the_migration_to_virt_handler(beside: Cluster, tmp_path: Path) -> None:
@@ -266,6 +331,73 @@ async def test_restarted_daemon_keeps_the_word_of_the_one_before(beside: Cluster
         await eventually(lambda: path(node) == ("migproxy", ""), "the path")
 
 
+async def test_restarted_daemon_waits_for_what_it_needs_to_know_before_it_gives_an_announcement_up(
+    beside: Cluster, tmp_path: Path, protection: Unready
+) -> None:
+    async with target_node(beside, tmp_path / "a") as node:
+        ours = await until_announced(beside)
+    text = await announced(beside)
+    protection.problem = "KubeVirt's settings are not known yet"
+    async with target_node(beside, tmp_path / "b", protection=protection) as node:
+        await eventually(lambda: node.migration("one").get("state") == "waiting", "the wait")
+        await asyncio.sleep(0.3)
+        assert await announced(beside) == text
+        protection.problem = None
+        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the same ports", 0.9)
+        assert await announced(beside) == text
+    events = await beside.request("GET", "/api/v1/namespaces/default/events")
+    assert not [one for one in events["items"] if one["reason"] == BYPASSED]
+
+
+async def test_drain_of_a_daemon_that_has_just_started_takes_back_what_the_one_before_announced(
+    beside: Cluster, tmp_path: Path, protection: Unready
+) -> None:
+    async with target_node(beside, tmp_path / "a"):
+        await until_announced(beside)
+    protection.problem = "KubeVirt's settings are not known yet"
+    async with target_node(beside, tmp_path / "b", protection=protection) as node:
+        await eventually(lambda: node.migration("one").get("state") == "waiting", "the wait")
+        await asyncio.wait_for(node.node.drain(), 30)
+        assert await announced(beside) is None
+
+
+async def test_daemon_that_never_gets_ready_leaves_migrations_to_virt_handler(
+    beside: Cluster, tmp_path: Path, protection: Unready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("migproxy.node._START_SECONDS", 0.3)
+    protection.problem = "KubeVirt's settings are not known yet"
+    async with target_node(beside, tmp_path, protection=protection) as node:
+        await eventually(lambda: path(node) == ("virt-handler", "unready"), "the path", 5)
+
+
+async def test_port_that_is_published_and_taken_is_an_error_and_no_reason_to_take_another(
+    beside: Cluster, tmp_path: Path
+) -> None:
+    async with target_node(beside, tmp_path / "a") as node:
+        ours = await until_announced(beside)
+        await publish(beside)
+    port = int(next(iter(ours)))
+    with socket.create_server((ADDRESS, port)):
+        async with target_node(beside, tmp_path / "b") as node:
+            problem = f"port {port} is in use on {ADDRESS}, and virt-handler published it"
+            await eventually(lambda: problem in (node.migration("one").get("error") or ""), "the error")
+            assert node.tcp_ports() == {port}
+    async with target_node(beside, tmp_path / "c") as node:
+        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the ports")
+
+
+@pytest.mark.parametrize(("status", "reason"), [(503, "failed"), (403, "failed"), (409, "late")])
+async def test_announcement_that_fails_is_the_reason_that_is_told(
+    beside: Cluster, tmp_path: Path, door: Gate, status: int, reason: str
+) -> None:
+    door.refuse = lambda request: status if request.method == "PATCH" else None
+    async with target_node(beside, tmp_path, door) as node:
+        await eventually(lambda: node.migration("one").get("state") == "error", "the error")
+        await publish(beside)
+        await eventually(lambda: path(node) == ("virt-handler", reason), "the path")
+        assert f"announce: {status}" in node.migration("one")["path_why"]
+
+
 async def test_draining_daemon_takes_its_announcement_back(beside: Cluster, tmp_path: Path) -> None:
     async with target_node(beside, tmp_path) as node:
         await until_announced(beside)
@@ -274,6 +406,74 @@ async def test_draining_daemon_takes_its_announcement_back(beside: Cluster, tmp_
         assert not node.tcp_ports()
     await publish(beside)
     assert (await published(beside))["ports"] == THEIRS
+
+
+@pytest.mark.parametrize("is_inside", [True, False], ids=["inside the request", "after it"])
+async def test_drain_takes_back_what_the_watch_has_not_told_of(
+    beside: Cluster, tmp_path: Path, door: Gate, is_inside: bool
+) -> None:
+    drained: list[asyncio.Task[None]] = []
+    async with target_node(beside, tmp_path, door) as node:
+
+        def interfere(request: web.Request) -> None:
+            if request.method == "PATCH" and not drained:
+                door.stall()
+                if is_inside:
+                    drained.append(asyncio.create_task(node.node.drain()))
+
+        await until_announced(beside)
+        await eventually(lambda: door.watches >= 2, "the watches")
+        door.refuse = interfere
+        await migrating(beside, "two")
+        async with asyncio.timeout(30):
+            while not drained and await announced(beside, "two") is None:
+                await asyncio.sleep(0.01)
+        await asyncio.wait_for(drained[0] if drained else node.node.drain(), 30)
+        assert [await announced(beside, name) for name in ("one", "two")] == [None, None]
+        assert not node.tcp_ports()
+        await publish(beside, "two")
+        assert (await published(beside, "two"))["ports"] == THEIRS
+
+
+@pytest.mark.parametrize("status", [503, 409, 422])
+async def test_listeners_close_only_once_the_announcement_is_gone_however_often_that_is_refused(
+    beside: Cluster, tmp_path: Path, door: Gate, protection: Unready, status: int
+) -> None:
+    refused = 0
+
+    def refuse(request: web.Request) -> int | None:
+        nonlocal refused
+        if request.method != "PATCH" or refused == 5:
+            return None
+        assert node.tcp_ports() == {int(port) for port in ours}
+        refused += 1
+        return status
+
+    async with target_node(beside, tmp_path, door, protection) as node:
+        ours = await until_announced(beside)
+        door.refuse = refuse
+        protection.problem = "the certificate has expired"
+        await eventually(lambda: refused == 5, "the attempts to withdraw")
+        await eventually(lambda: not node.tcp_ports(), "the end of the listeners")
+        assert await announced(beside) is None
+        assert path(node) == ("virt-handler", "unready")
+        protection.problem = None
+        await until_announced(beside)
+
+
+async def test_announcement_that_comes_true_while_it_is_being_withdrawn_is_served(
+    beside: Cluster, tmp_path: Path, door: Gate, protection: Unready
+) -> None:
+    async with target_node(beside, tmp_path, door, protection) as node:
+        ours = await until_announced(beside)
+        door.refuse = lambda request: 503 if request.method in ("GET", "PATCH") else None
+        protection.problem = "the certificate has expired"
+        await eventually(lambda: path(node) == ("virt-handler", "unready"), "the path")
+        await publish(beside)
+        door.refuse = lambda request: None
+        await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+        assert (await published(beside))["ports"] == ours
+        assert node.tcp_ports() == {int(port) for port in ours}
 
 
 async def test_draining_daemon_serves_what_virt_handler_has_published(beside: Cluster, tmp_path: Path) -> None:
@@ -302,3 +502,37 @@ async def test_vmi_without_any_annotation_is_announced_on(beside: Cluster, tmp_p
     await beside.request("PATCH", f"{VMIS}/one", [{"op": "remove", "path": "/metadata/annotations"}], JSON_PATCH)
     async with target_node(beside, tmp_path):
         await until_announced(beside)
+
+
+async def test_what_a_killed_daemon_served_is_gone_on_with_though_the_announcement_is_taken_away(
+    beside: Cluster, tmp_path: Path
+) -> None:
+    with socket.socket() as libvirt, socket.socket() as direct:
+        for sock in (libvirt, direct):
+            sock.bind((ADDRESS, 0))
+            sock.listen()
+        ports = {str(libvirt.getsockname()[1]): 0, str(direct.getsockname()[1]): 49152}
+        await announce(beside, ports)
+        await publish(beside)
+        await as_migproxy(beside, None, node=NODES[0])
+        uid = (await beside.request("GET", f"{VMIS}/one"))["metadata"]["uid"]
+        migration = Migration("default", "one", uid, "first")
+        names = [
+            Name(Kind.LISTENER, Role.TARGET, channel, fingerprint(migration), "1-1")
+            for channel in (Channel.LIBVIRT, Channel.DIRECT)
+        ]
+        async with target_node(beside, tmp_path) as node:
+            listeners = [
+                Listener(name, sock, Lease(str(name))) for name, sock in zip(names, (libvirt, direct), strict=True)
+            ]
+            state = ProxyState(
+                namespace="default", name="one", vmi_uid=uid, migration_uid="first", role=Role.TARGET, began=time.time()
+            )
+            key = (fingerprint(migration), Role.TARGET)
+            node.node.take_over({key: Survivor(key, Estate(state, listeners), node.node._around)})
+            await eventually(lambda: path(node) == ("migproxy", ""), "the path")
+            await eventually(lambda: "channels" in node.migration("one"), "the proxy")
+            assert node.tcp_ports() == {int(port) for port in ports}
+            assert [one["listening"] for one in node.migration("one")["channels"]] == [
+                f"{ADDRESS}:{port}" for port in ports
+            ]

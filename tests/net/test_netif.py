@@ -68,6 +68,26 @@ def test_the_first_usable_address_in_the_kernels_order(addresses: list[Any], exp
 
 
 @pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        ([("fd00::3", IFA_F_DEPRECATED), ("fd00::2", IFA_F_SECONDARY), "fd00::1"], ["fd00::3", "fd00::2", "fd00::1"]),
+        (["169.254.0.1", ("10.1.1.2", IFA_F_SECONDARY), "10.1.1.1"], ["10.1.1.2", "10.1.1.1"]),
+        (["10.1.1.1", ("fd00::2", IFA_F_TENTATIVE)], ["10.1.1.1"]),
+    ],
+)
+def test_beside_virt_handler_it_is_the_one_that_virt_handler_takes(addresses: list[Any], expected: list[str]) -> None:
+    chosen = choose("migration0", interface(*addresses), as_virt_handler=True)
+    assert chosen == MigrationAddress(tuple(map(ip_address, expected)), "interface migration0", None)
+
+
+def test_beside_virt_handler_no_other_address_is_taken_for_one_that_cannot_be_bound() -> None:
+    chosen = choose("migration0", interface(("fd00::2", IFA_F_TENTATIVE), "fd00::1"), as_virt_handler=True)
+    assert not chosen.addresses
+    assert chosen.problem
+    assert "fd00::2 of interface migration0 is still checked" in chosen.problem
+
+
+@pytest.mark.parametrize(
     ("state", "problem"),
     [
         (interface(), "no global-unicast address: give it one"),

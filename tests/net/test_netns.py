@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +106,24 @@ def test_process_in_a_pods_own_process_namespace_is_not_trusted() -> None:
         )
         with pytest.raises(NamespaceError, match=f"no process called {NAME}"):
             network_namespace(f"process:{NAME}").enter()
+
+
+def test_process_that_ends_while_it_is_looked_at_is_no_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+    stat = os.stat
+
+    def ends_then(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(f"{other.pid}/ns/net"):
+            looked.append(path)
+            if len(looked) > 1:
+                raise FileNotFoundError(path)
+        return stat(path, **options)
+
+    with process("10.7.0.1/24") as other:
+        monkeypatch.setattr("os.stat", ends_then)
+        namespace = network_namespace(f"process:{NAME}")
+        namespace.enter()
+        assert namespace.has_moved()
 
 
 def test_two_processes_in_two_namespaces_are_told() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from migproxy.announcement import Announcement
 from migproxy.plan import Beside, Held, Launcher, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import Channel, IPAddress, PortMap, source_socket_name
 from migproxy.vmi import VMI, InvalidVMI, parse
@@ -663,12 +664,27 @@ def test_what_was_announced_and_is_published_is_kept(running: dict[str, Any]) ->
     assert not made.stale
 
 
+@pytest.mark.parametrize("running", [{}, STARTED])
+@pytest.mark.parametrize("announced", [None, "nonsense", f"other 1:0,2:49152 {OWN}"])
+def test_what_is_published_of_this_daemons_listeners_is_kept_though_the_announcement_is_gone(
+    running: dict[str, Any], announced: str | None
+) -> None:
+    migration = Migration("default", "vmi-migratable", UID, f"m-{UID}")
+    here = {migration: Announcement(f"m-{UID}", TWO_PORTS, OWN)}
+    for address in (OWN, None):
+        (proxy,) = target_beside(published(str(OWN), **running), announced, serving=here, address=address).targets
+        assert (proxy.announce, proxy.published, proxy.running) == (False, TWO_PORTS, bool(running))
+    theirs = published(str(OWN), {"1": 0, "2": 49152}, **running)
+    assert target_beside(theirs, announced, serving=here).bypassed[0].reason is Reason.LATE
+
+
 @pytest.mark.parametrize(
     ("migration", "announced", "known", "reason"),
     [
         pytest.param(published(str(OWN)), None, {}, Reason.LATE, id="never announced"),
         pytest.param(published(str(OWN)), f"other 32899:0,42691:49152 {OWN}", {}, Reason.LATE, id="for another one"),
         pytest.param(published(str(OWN), {"1": 0, "2": 49152}), ANNOUNCED, {}, Reason.POLICY, id="no policy"),
+        pytest.param(published(str(OWN), THREE), ANNOUNCED, {}, Reason.CHANNELS, id="a channel more"),
         pytest.param(published(str(OTHER), **STARTED), ANNOUNCED, {}, Reason.ADDRESS, id="another address"),
         pytest.param(STARTED, ANNOUNCED, {}, Reason.STARTED, id="started without ports"),
         pytest.param(None, ANNOUNCED, {"unsupported": "no such policy"}, Reason.UNSUPPORTED, id="no such policies"),
@@ -697,6 +713,24 @@ def test_source_that_could_not_connect_stays_out_of_the_path_of_what_has_not_beg
         assert (bypassed.role, bypassed.reason) == (Role.SOURCE, Reason.UNREADY)
         assert beside(running, **known).sources
     assert beside(waiting).sources
+
+
+def test_prepared_source_needs_no_virt_handler_but_an_address_to_connect_from() -> None:
+    waiting = document(Role.SOURCE, published())
+    assert beside(waiting, address=None, can_dial=True).sources
+    assert beside(waiting, address=None, can_dial=True, unready="no certificate").bypassed
+
+
+@pytest.mark.parametrize("known", [{"unready": "settings are not known yet"}, {"address": None}])
+def test_daemon_that_has_just_started_waits_for_what_it_does_not_know_yet(known: dict[str, Any]) -> None:
+    made = target_beside(None, ANNOUNCED, starting=True, **known)
+    (held,) = made.held
+    assert (held.error, made.bypassed, made.targets, made.stale) == (False, (), (), ())
+    assert "just started" in held.reason
+    assert beside(document(Role.SOURCE, published()), starting=True, **known).held
+    # What is known already is not waited for.
+    assert target_beside(published(str(OWN)), ANNOUNCED, starting=True, unready="settings").targets
+    assert beside(document(Role.SOURCE, published(**STARTED)), starting=True, **known).sources
 
 
 def test_announcement_that_is_left_over_is_removed_by_the_node_that_the_vmi_runs_on() -> None:
