@@ -231,8 +231,9 @@ async def test_replaced_socket_file_is_put_back(nodes: Nodes) -> None:
     await vm.served()
     path = vm.source_path(Channel.DIRECT)
 
-    path.unlink()
-    path.write_text("somebody else's")
+    other = path.with_name("other")
+    other.write_text("somebody else's")
+    other.replace(path)  # in one step: ours would be back before somebody had made another
 
     await until(path.is_socket, "our socket file")
     await vm.served()
