@@ -143,10 +143,15 @@ async def test_done_migration_leaves_nothing_behind(nodes: Nodes) -> None:
     await until(
         lambda: all(node.descriptors() <= fds for node, (fds, _) in zip(nodes.both, before, strict=True)), "fds"
     )
+    failures = 0
     for node in nodes.both:
         ended = await assert_logged(node, "proxy ended", migration_uid=vm.migration_uid)
-        assert (ended["connections"], ended["failed"]) == (4, 0)
+        assert ended["connections"] == 4
         assert ended["sent"] == ended["received"] == 3 * 64
+        assert ended["failed"] == len(node.logged("connection broken"))
+        failures += ended["failed"]
+    # Who reads of the end first resets the connection that is open; the other one may see that before it reads.
+    assert failures <= 1
 
 
 @pytest.mark.parametrize("gap", [True, False])
