@@ -114,7 +114,13 @@ class Results:
             ],
             "growth": [{"what": what, "value": value, "unit": unit} for what, value, unit in self.growth],
             "targets": [
-                {"target": target.what, "wanted": target.wanted, "measured": target.measured, "holds": target.holds}
+                {
+                    "target": target.what,
+                    "wanted": target.wanted,
+                    "measured": target.measured,
+                    "limit": target.limit,
+                    "holds": target.holds,
+                }
                 for target in targets(self)
             ],
         }
@@ -127,8 +133,17 @@ class Results:
             blocks.append("growth\n" + table(grown, {1}))
         checked = list(targets(self))
         if checked:
-            kept = [(t.what, t.wanted, f"{t.measured:.2f}", "yes" if t.holds else "NO") for t in checked]
-            blocks.append("targets\n" + table([("", "wanted", "measured", "holds"), *kept], {1, 2}))
+            kept = [
+                (
+                    t.what,
+                    t.wanted,
+                    f"{t.measured:.2f}",
+                    "" if t.limit is None else f"{t.limit:.2f}",
+                    "yes" if t.holds else "NO",
+                )
+                for t in checked
+            ]
+            blocks.append("targets\n" + table([("", "wanted", "measured", "the limit's", "holds"), *kept], {1, 2, 3}))
         blocks += [f"{name} is left out: {why}" for name, why in self.left_out.items()]
         blocks += [f"{name} FAILED: {why}" for name, why in self.failures.items()]
         return "\n\n".join(blocks)
@@ -174,12 +189,14 @@ class Target:
         wanted: The bound, in words.
         measured: What is bounded.
         holds: Whether it is within.
+        limit: What the limit has where migproxy has `measured`: no relay that splices has more.
     """
 
     what: str
     wanted: str
     measured: float
     holds: bool
+    limit: float | None = None
 
 
 def targets(results: Results) -> Iterator[Target]:
@@ -207,15 +224,17 @@ def _stream(results: Results, cell: Cell) -> Iterator[Target]:
     name = f"{cell.network}, {cell.connections} x {cell.chunk >> 10} KiB"
     others = [one for one in results.values[cell] if not one.startswith(MIGPROXY) and one not in (LIMIT, DIRECT)]
     if cell.congestion == SYSTEM:
-        yield from _least(f"{name}: rate against the best peer's, system congestion", _best(results, cell, others), 2)
+        best, limit = _best(results, cell, MIGPROXY, others), _best(results, cell, LIMIT, others)
+        yield from _least(f"{name}: rate against the best peer's, system congestion", best, 2, limit)
         return
     yield from _least(f"{name}: rate against the limit", results.ratio(cell, MIGPROXY, LIMIT, "rate"), 0.95)
     if cell.connections == 1:
         ratio = results.ratio(cell, MIGPROXY, LIMIT, "cpu_per_gib")
         yield from _most(f"{name}: CPU per GiB against the limit", ratio, 1.1)
-    yield from _least(f"{name}: rate against the best peer's", _best(results, cell, others), 1.4)
-    costs = [cost for one in others if (cost := results.ratio(cell, MIGPROXY, one, "cpu_per_gib")) is not None]
-    yield from _most(f"{name}: CPU per GiB against the cheapest peer's", max(costs, default=None), 0.7)
+    best, limit = _best(results, cell, MIGPROXY, others), _best(results, cell, LIMIT, others)
+    yield from _least(f"{name}: rate against the best peer's", best, 1.4, limit)
+    cost, limit = _cheapest(results, cell, MIGPROXY, others), _cheapest(results, cell, LIMIT, others)
+    yield from _most(f"{name}: CPU per GiB against the cheapest peer's", cost, 0.7, limit)
     if cell.connections == 1:
         yield from _least(f"{name}: mTLS, rate against the limit", results.ratio(cell, MTLS, LIMIT, "rate"), 0.38)
     else:
@@ -224,17 +243,25 @@ def _stream(results: Results, cell: Cell) -> Iterator[Target]:
         yield from _least(f"{name}: mTLS, rate against its own with 1", many / single if many and single else None, 1)
 
 
-def _best(results: Results, cell: Cell, others: Iterable[str]) -> float | None:
-    """Our rate over that of the best of the others."""
-    ratios = [ratio for one in others if (ratio := results.ratio(cell, MIGPROXY, one, "rate")) is not None]
-    return min(ratios, default=None)
+def _best(results: Results, cell: Cell, mine: str, others: Iterable[str]) -> float | None:
+    """One's rate over that of the best of the others."""
+    return min(_ratios(results, cell, mine, others, "rate"), default=None)
 
 
-def _least(what: str, value: float | None, bound: float) -> Iterator[Target]:
+def _cheapest(results: Results, cell: Cell, mine: str, others: Iterable[str]) -> float | None:
+    """One's CPU per GiB over that of the cheapest of the others."""
+    return max(_ratios(results, cell, mine, others, "cpu_per_gib"), default=None)
+
+
+def _ratios(results: Results, cell: Cell, mine: str, others: Iterable[str], metric: str) -> list[float]:
+    return [ratio for one in others if (ratio := results.ratio(cell, mine, one, metric)) is not None]
+
+
+def _least(what: str, value: float | None, bound: float, limit: float | None = None) -> Iterator[Target]:
     if value is not None:
-        yield Target(what, f"at least {bound:g}", value, value >= bound)
+        yield Target(what, f"at least {bound:g}", value, value >= bound, limit)
 
 
-def _most(what: str, value: float | None, bound: float) -> Iterator[Target]:
+def _most(what: str, value: float | None, bound: float, limit: float | None = None) -> Iterator[Target]:
     if value is not None:
-        yield Target(what, f"at most {bound:g}", value, value <= bound)
+        yield Target(what, f"at most {bound:g}", value, value <= bound, limit)

@@ -113,6 +113,16 @@ def test_with_the_systems_congestion_control_twice_the_best_peer_is_promised() -
     assert list(verdicts(results).values()) == [False]
 
 
+def test_what_the_limit_has_beside_the_peers_is_told_with_what_is_promised() -> None:
+    results = measured(limit=100.0, migproxy=99.0, socat=90.0, nginx=50.0)
+    told = {target.what.partition(": ")[2]: target.limit for target in targets(results) if target.limit is not None}
+    assert told == {
+        "rate against the best peer's": pytest.approx(100 / 90),
+        "CPU per GiB against the cheapest peer's": pytest.approx(90 / 100),
+    }
+    assert "the limit's" in results.tables()
+
+
 def test_growth_is_checked_too() -> None:
     results = Results({})
     results.growth += [
