@@ -42,7 +42,6 @@ class _Problem:
 
 _SLOW = _Problem("the holder is slow: it does not answer", "see what holds it up, or start it again")
 
-
 _NO_STORE = _Problem(
     "the service manager keeps no descriptors",
     "set FileDescriptorStoreMax= in the unit, before systemd 254 Environment=FDSTORE= of the same number too; or "

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from demo import guest as vm
-from demo.guest import Beat, Guest, Move
+from demo.guest import Beat, Guest, Hashes, Move
 from demo.lab import Lab, LabError, Node, background, end, run, until
 
 MALFORMED = Path(__file__).parents[1] / "net/malformed.py"
@@ -53,10 +53,7 @@ async def test_running_guest_migrates_there_and_back(disk: bool, parallel: int, 
                 await assert_counts_agree(move, source, target, memory_connections=parallel + 1, disk=disk)
                 for node in lab.nodes:
                     await assert_nothing_is_left(node, descriptors[node.name])
-                now = await guest.fresh_hashes()
-                assert (now.memory, now.disk) == (at_first.memory, at_first.disk)
-                if disk:
-                    assert now.disk == sha256_of_front(target.images / "disk")
+                await assert_reads_its_hashes(guest, target, at_first)
 
 
 async def test_malformed_handshakes_at_its_listeners_leave_a_migration_alone() -> None:
@@ -156,6 +153,14 @@ async def assert_nothing_is_left(node: Node, descriptors: int) -> None:
     await until(lambda: not node.sockets(), f"the end of {node.sockets()} in {node.migrationproxy}")
     assert await node.exec("ss", "--listening", "--tcp", "--numeric", "--no-header", "sport != :9470") == ""
     await until(lambda: node.proxy.descriptors() <= descriptors, f"{descriptors} file descriptors again")
+
+
+async def assert_reads_its_hashes(guest: Guest, target: Node, at_first: Hashes) -> None:
+    """Memory and disk are what they were at first, and so is the disk's file on the target, where there is one."""
+    now = await guest.fresh_hashes()
+    assert (now.memory, now.disk) == (at_first.memory, at_first.disk)
+    if guest.disk:
+        assert now.disk == sha256_of_front(target.images / "disk")
 
 
 def sha256_of_front(image: Path) -> str:
