@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -51,8 +51,11 @@ def _fail(message: str, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
-def _run(invocation: typer.Context, config: str | None, **flags: Any) -> None:
-    """Run the daemon of one node."""
+_CONFIG = typer.Option("--config", envvar="MIGPROXY_CONFIG", help="The daemon's TOML file of options.")
+
+
+def _load(invocation: typer.Context, config: str | None, flags: dict[str, Any]) -> Callable[[], options.Settings]:
+    """Checks the options that were given, or ends the program; returns what reads them again."""
     given = {name: value for name, value in flags.items() if value not in (None, False)}
     origins = {name: _origin(invocation, name) for name in given}
 
@@ -60,27 +63,10 @@ def _run(invocation: typer.Context, config: str | None, **flags: Any) -> None:
         return options.load(given, origins, config)
 
     try:
-        settings = read()
+        read()
     except options.SettingsError as error:
         _fail(str(error), 2)
-
-    import faulthandler
-
-    import uvloop
-
-    from migproxy import logs
-    from migproxy.control import ControlError
-    from migproxy.daemon import serve
-    from migproxy.inventory import InventoryError
-    from migproxy.security import SecurityError
-    from migproxy.web import HTTPError
-
-    faulthandler.enable()  # a watchdog ends a process that hangs by SIGABRT: every thread then says where it is
-    logs.configure(settings.log_format, settings.log_level)
-    try:
-        uvloop.run(serve(settings, read))
-    except (SecurityError, ControlError, HTTPError, InventoryError) as error:
-        _fail(str(error))
+    return read
 
 
 def _origin(invocation: typer.Context, field: str) -> str:
@@ -90,17 +76,37 @@ def _origin(invocation: typer.Context, field: str) -> str:
     return options.option(field)
 
 
-def _daemon_command(settings: type[options.Settings]) -> Any:
-    """Makes the command whose options are the fields of the settings: text here, checked there."""
-    parameters = [
-        inspect.Parameter("invocation", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        _parameter(
-            "config", str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="TOML file of options.")
-        ),
-    ]
-    parameters += [_setting(name) for name in settings.model_fields]
+def _run(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = None, **flags: Any) -> None:
+    """Run the daemon of one node."""
+    read = _load(invocation, config, flags)
 
-    return _with_parameters(_run, parameters)
+    import faulthandler
+
+    import uvloop
+
+    from migproxy import logs
+    from migproxy.control import ControlError
+    from migproxy.daemon import serve
+    from migproxy.inventory import InventoryError
+    from migproxy.lifeline import LifelineError
+    from migproxy.security import SecurityError
+    from migproxy.web import HTTPError
+
+    faulthandler.enable()  # a watchdog ends a process that hangs by SIGABRT: every thread then says where it is
+    settings = read()
+    logs.configure(settings.log_format, settings.log_level)
+    try:
+        uvloop.run(serve(settings, read))
+    except (SecurityError, ControlError, HTTPError, InventoryError, LifelineError) as error:
+        _fail(str(error))
+
+
+def _command(function: Callable[..., None], fields: Iterable[str]) -> Any:
+    """Makes a command that has some of the daemon's options besides its own: text here, checked there."""
+    signature = inspect.signature(function, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [*own[:1], *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own[1:])]
+    return _with_parameters(function, parameters + [_setting(name) for name in fields])
 
 
 def _with_parameters(function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
@@ -136,7 +142,37 @@ def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-app.command("run")(_daemon_command(options.Settings))
+app.command("run")(_command(_run, options.Settings.model_fields))
+
+
+_WATCHED_OVER = (
+    "node_name",
+    "kubeconfig",
+    "context",
+    "launcher_run_dir",
+    "pods_dir",
+    "socket_owner",
+    "control_socket",
+    "log_format",
+    "log_level",
+)
+"""The daemon's options that `migproxy failsafe` has too."""
+
+
+def _failsafe(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = None, **flags: Any) -> None:
+    """Give what has not begun back to virt-handler while the daemon beside it is dead. Takes the daemon's options."""
+    settings = _load(invocation, config, flags)()
+    from migproxy import logs
+    from migproxy.failsafe import FailsafeError, run
+
+    logs.configure(settings.log_format, settings.log_level)
+    try:
+        run(settings)
+    except FailsafeError as error:
+        _fail(str(error))
+
+
+app.command("failsafe")(_command(_failsafe, _WATCHED_OVER))
 
 
 @app.command()
@@ -213,9 +249,7 @@ _EXAMINED = (
 
 def _doctor(
     invocation: typer.Context,
-    config: Annotated[
-        str | None, typer.Option("--config", envvar="MIGPROXY_CONFIG", help="The daemon's TOML file of options.")
-    ] = None,
+    config: Annotated[str | None, _CONFIG] = None,
     peer: Annotated[
         str | None, typer.Option("--peer", help="Check the path to this migration address, where --serve runs.")
     ] = None,
@@ -228,12 +262,7 @@ def _doctor(
     **flags: Any,
 ) -> None:
     """Check this node, and the path to another one; say what to do. Exit status 1 where a check failed."""
-    given = {name: value for name, value in flags.items() if value not in (None, False)}
-    origins = {name: _origin(invocation, name) for name in given}
-    try:
-        settings = options.load(given, origins, config)
-    except options.SettingsError as error:
-        _fail(str(error), 2)
+    settings = _load(invocation, config, flags)()
     from migproxy.doctor import command
 
     request = command.Request(settings, peer, peer_port, seconds)
@@ -243,14 +272,7 @@ def _doctor(
         _fail(str(error))
 
 
-def _doctor_command() -> Any:
-    signature = inspect.signature(_doctor, eval_str=True)
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters = [*own[:1], *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own[1:])]
-    return _with_parameters(_doctor, parameters + [_setting(name) for name in _EXAMINED])
-
-
-app.command("doctor")(_doctor_command())
+app.command("doctor")(_command(_doctor, _EXAMINED))
 
 
 @app.command()

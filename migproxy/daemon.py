@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from migproxy.fdstore import Store
 from migproxy.inventory import Inventory, InventoryError
 from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
+from migproxy.lifeline import Lifeline
 from migproxy.liveness import Liveness
 from migproxy.measure import Measures
 from migproxy.metrics import Exporter
@@ -52,8 +53,6 @@ _UNRESUMABLE_PAUSE = 0.1  # seconds; their ends are many events, and nobody wait
 _SETTLE_SECONDS = 5.0  # that the holder may take to have everything
 _READY_SECONDS = 5.0  # that the inventory and the migration address may take
 
-_KUBEVIRT_OWNER = (107, 107)  # the qemu user and group of KubeVirt's launcher images
-
 
 async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
     """Runs the daemon until a signal ends it.
@@ -68,7 +67,7 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
         read_again: Returns them as they are now; raises SettingsError where they are wrong.
 
     Raises:
-        InventoryError, SecurityError, ControlError, HTTPError: The daemon cannot start; says why.
+        InventoryError, SecurityError, ControlError, HTTPError, LifelineError: The daemon cannot start; says why.
     """
     raise_file_limit()  # a connection takes six descriptors
     sys.setswitchinterval(_SWITCH_INTERVAL)
@@ -86,12 +85,18 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
         service = Service(notifier, liveness, node.pumps, lambda: node.activity)
         reloader = Reloader(settings, read_again, node, around, protection)
 
+        failsafe = Lifeline(settings.failsafe_lock) if node.is_beside else None
+
         def report() -> dict[str, Any]:
-            return node.report() | ({"cluster": cluster.report()} if cluster else {})
+            found = node.report() | ({"cluster": cluster.report()} if cluster else {})
+            if failsafe:
+                found["beside"]["failsafe"] = failsafe.is_held
+            return found
 
         async with (
             control.serve(settings.control_socket, report),
-            _http(settings, report, lambda: node.checks, Exporter(node.report, measures), liveness),
+            Lifeline(settings.daemon_lock).held() if node.is_beside else nullcontext(),
+            _http(settings, report, lambda: node.checks, Exporter(report, measures), liveness),
         ):
             log.info(
                 "started",
@@ -315,7 +320,6 @@ def _make_node(
     override, pod_ip = (
         address and ipaddress.ip_address(str(address)) for address in (settings.migration_address, settings.pod_ip)
     )
-    owner = settings.socket_owner or (_KUBEVIRT_OWNER if settings.vmi_dir is None else None)
     around = Surroundings(
         launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
         security=inputs.security,
@@ -325,7 +329,13 @@ def _make_node(
         **limits(settings, namespace),
     )
     node = Node(
-        NodeOptions(settings.node_name, port_range(settings), owner, settings.libvirt_socket, settings.retention),
+        NodeOptions(
+            settings.node_name,
+            port_range(settings),
+            settings.owner_of_sockets,
+            settings.libvirt_socket,
+            settings.retention,
+        ),
         around,
         inputs.inventory,
         AddressWatcher(

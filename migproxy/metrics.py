@@ -172,6 +172,13 @@ def _health(report: Report) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "migproxy_held_descriptors", "Descriptors that were handed to the holder.", store["descriptors"]
     )
+    if beside := report["beside"]:
+        yield GaugeMetricFamily(
+            "migproxy_failsafe_running",
+            "1 while a failsafe would give back to virt-handler what this daemon has in its way, should it die; beside "
+            "virt-handler only.",
+            beside["failsafe"],
+        )
     expiry = GaugeMetricFamily(
         "migproxy_certificate_expiry_timestamp_seconds",
         "End of validity of the certificates in use, by role and file; of several in a file, the earliest.",

@@ -16,11 +16,11 @@ import structlog
 from migproxy import rows, survival
 from migproxy.announcement import Announcement
 from migproxy.health import Activity, WatchReporter
-from migproxy.inventory import Inventory, Overtaken, PublishError
+from migproxy.inventory import BYPASSED, FAILED, Inventory, Overtaken, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.plan import Beside, Bypassed, Held, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
-from migproxy.portmap import IPAddress, source_socket_name
+from migproxy.portmap import IPAddress
 from migproxy.proxy import Proxy, ProxyError, Surroundings
 from migproxy.relay import Progress
 from migproxy.retention import Ended, Retention
@@ -43,9 +43,6 @@ _FIRST_RETRY = 0.05  # seconds; doubled up to the last
 _LAST_RETRY = 2.0
 _START_SECONDS = 10.0  # what a daemon needs to know is known in less, or will not be for a while
 _NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
-
-FAILED = "MigrationProxyFailed"
-BYPASSED = "MigrationProxyBypassed"
 
 Key = tuple[Migration, Role]
 Planned = SourceProxy | TargetProxy
@@ -331,10 +328,8 @@ class Node:
         if role is Role.TARGET or not self.is_beside or is_served or vmi is None:
             return
         for item in make_plan([vmi], self.options.name, (), datetime.now(UTC)).sources:
-            names = [source_socket_name(item.key, channel) for channel in item.ports]
             try:
-                with self._around.launchers.open(item.launcher) as run:
-                    mend(run, self.options.socket_owner, names)
+                mend(self._around.launchers, item, self.options.socket_owner)
             except (LauncherError, ProxyError) as error:
                 log.info(
                     "cannot look for sockets of a daemon before this one", migration=str(migration), error=str(error)

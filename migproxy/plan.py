@@ -230,6 +230,19 @@ def make_plan(
     )
 
 
+def sources_not_begun(vmi: VMI, node: str, now: datetime) -> list[SourceProxy]:
+    """The sources on a node whose migration has not started: what stands in the path may still be changed."""
+    return [one for one in make_plan([vmi], node, (), now).sources if not one.running]
+
+
+def is_forsaken(vmi: VMI, node: str) -> bool:
+    """Whether what is announced for a node whose daemon is dead is to go: all but what is published already."""
+    if vmi.announced is None or not vmi.is_target_on(node):
+        return False
+    announced = _announced(vmi)
+    return announced is None or vmi.migration is None or not _is_published(vmi.migration, announced)
+
+
 def _by_migration(decision: SourceProxy | TargetProxy | Held | Bypassed) -> tuple[Migration, Role]:
     return decision.migration, decision.role
 

@@ -28,6 +28,8 @@ from pydantic import (
 from migproxy.launcher import Launchers
 from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, SERVER_DIR, SERVER_NAMES, Files, locate
 
+_KUBEVIRT_OWNER = (107, 107)  # the qemu user and group of KubeVirt's launcher images
+
 
 class SettingsError(Exception):
     """Options are wrong; the message names each of them, where it was given, and why."""
@@ -295,6 +297,21 @@ class Settings(BaseModel):
     def cluster_ca(self) -> str:
         """Where the CA bundle is kept that the API server has: beside the control socket."""
         return os.path.join(os.path.dirname(self.control_socket) or ".", "kubevirt-ca.crt")
+
+    @property
+    def daemon_lock(self) -> str:
+        """What the daemon locks while it lives, beside virt-handler: beside the control socket."""
+        return os.path.splitext(self.control_socket)[0] + ".daemon.lock"
+
+    @property
+    def failsafe_lock(self) -> str:
+        """What the failsafe locks while it lives: beside the control socket."""
+        return os.path.splitext(self.control_socket)[0] + ".failsafe.lock"
+
+    @property
+    def owner_of_sockets(self) -> tuple[int, int] | None:
+        """User and group of the sources' sockets, None for the owner of the launcher's folder."""
+        return self.socket_owner or (_KUBEVIRT_OWNER if self.vmi_dir is None else None)
 
     def certificate_files(self, ca: str | None = None) -> tuple[Files, Files]:
         """The files of the target's role and of the source's.

@@ -20,11 +20,12 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
-from migproxy.launcher import RunDir
+from migproxy.launcher import Launchers, RunDir
+from migproxy.plan import SourceProxy
+from migproxy.portmap import source_socket_name
 from migproxy.proxy import ProxyError
 from migproxy.source import SocketFile, SocketFolder, temporary_name
 
@@ -125,14 +126,17 @@ class SharedFolder(SocketFolder):
         with suppress(OSError):
             self._unlink(aside)
 
-    def mend(self, name: str) -> None:
+    def mend(self, name: str) -> bool:
+        is_changed = False
         with suppress(OSError):
             self._discard(temporary_name(name), name)
         with suppress(OSError):
             if _is_ours(self._mode_of(name)):
                 self._step_aside(name, _aside(name))
+                is_changed = True
         with suppress(OSError):
             self._unlink(_aside(name))
+        return is_changed
 
     def _step_aside(self, name: str, aside: str) -> None:
         try:
@@ -161,21 +165,24 @@ class SharedFolder(SocketFolder):
             raise OSError(number, why)
 
 
-def mend(run: RunDir, owner: tuple[int, int] | None, names: Iterable[str]) -> None:
+def mend(launchers: Launchers, source: SourceProxy, owner: tuple[int, int] | None) -> list[str]:
     """Gives virt-handler's sockets back where a daemon that was killed has left its own: those lead to nobody.
 
     Args:
-        run: The launcher's /var/run.
+        launchers: Those of this node.
+        source: Whose sockets.
         owner: See `SocketFolder`.
-        names: Of the sockets.
+
+    Returns:
+        The names that led to ours.
 
     Raises:
         LauncherError, ProxyError: The folder cannot be had.
     """
-    folder = SharedFolder(run, owner)
+    with launchers.open(source.launcher) as run:
+        folder = SharedFolder(run, owner)
     try:
-        for name in names:
-            folder.mend(name)
+        return [name for channel in source.ports if folder.mend(name := source_socket_name(source.key, channel))]
     finally:
         folder.close()
 

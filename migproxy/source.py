@@ -190,8 +190,13 @@ class SocketFolder:
             with suppress(OSError):
                 os.unlink(name, dir_fd=self.fd)
 
-    def mend(self, name: str) -> None:
-        """Clears what a daemon left at a name that was killed, where no socket file of this one's is put."""
+    def mend(self, name: str) -> bool:
+        """Clears what a daemon left at a name that was killed, where no socket file of this one's is put.
+
+        Returns:
+            Whether the name leads elsewhere now.
+        """
+        return False
 
 
 def temporary_name(name: str) -> str:
@@ -223,21 +228,21 @@ class _Place:
         """
         for inherited in proxy.inherit(self.channel):
             file = SocketFile(inherited.socket, inherited.identity)
+            # Whatever stands at the name by now: who had connected to this one is served.
+            self._accept(file, inherited.lease, proxy)
             if folder.holds(self.name, file):
-                self._accept(file, inherited.lease, proxy)
-            else:
-                inherited.close()
+                self.file = file
         if self.file is not None and folder.holds(self.name, self.file):
             return True
         placed = folder.place(self.name)
         if placed is None:
             return False
         self._accept(placed, proxy.lease_listener(self.channel, placed.listener, placed.identity), proxy)
+        self.file = placed
         await self._close(self._accepting[:-2])
         return True
 
     def _accept(self, file: SocketFile, lease: Lease, proxy: Proxy) -> None:
-        self.file = file
         task = asyncio.create_task(proxy.accept(file.listener, self.channel))
         self._accepting.append(_Accepting(file.listener, lease, task))
 

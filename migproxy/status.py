@@ -36,6 +36,10 @@ def render(report: Mapping[str, Any]) -> str:
         lines += _cluster(cluster)
     if beside := report.get("beside"):
         lines.append(f"beside virt-handler: {beside['unsupported'] or 'source and target side'}")
+        if not beside["failsafe"]:
+            lines.append(
+                "  no failsafe runs: a daemon that is killed, and not started anew, would stay in virt-handler's way"
+            )
     lines += _security(report["tls"])
     if report["store"]["problem"]:
         lines.append(f"  a crash would end running migrations: {report['store']['problem']}")

@@ -6,7 +6,11 @@ from typing import Protocol
 from migproxy.portmap import IPAddress, PortMap
 from migproxy.vmi import VMI
 
-__all__ = ["Inventory", "InventoryError", "Overtaken", "PublishError"]
+__all__ = ["BYPASSED", "FAILED", "Inventory", "InventoryError", "Overtaken", "PublishError"]
+
+FAILED = "MigrationProxyFailed"
+BYPASSED = "MigrationProxyBypassed"
+"""Reasons of what is noted on a VMI: its migration cannot be served, or goes by virt-handler's own proxy."""
 
 
 class InventoryError(Exception):

@@ -18,7 +18,7 @@ import pytest
 
 from demo import guest as vm
 from demo.guest import Guest
-from demo.lab import LabError, Node, end, until
+from demo.lab import MIGPROXY, LabError, Node, end, until
 from migproxy.announcement import TARGET_ANNOTATION
 from migproxy.pki import CLIENT_NAMES
 from tests import certificates
@@ -83,6 +83,36 @@ class StandIn:
 
 def name_of(node: Node) -> str:
     return f"vh-{node.name}"
+
+
+class Failsafe:
+    """A node's `migproxy failsafe`, with the capabilities that its container has.
+
+    Args:
+        node: Its node.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Starts it, and waits until the daemon knows of it."""
+        node, capabilities = self._node, "+sys_ptrace,+dac_override,+chown"
+        command = ["setpriv", f"--bounding-set=-all,{capabilities}", *MIGPROXY, "failsafe", "--node-name", node.name]
+        command += ["--kubeconfig", str(node.directory.with_suffix(".kubeconfig")), "--socket-owner", "0:0"]
+        command += ["--launcher-run-dir", str(node.run_dir), "--control-socket", str(node.proxy.control)]
+        with (node.directory / "failsafe.log").open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+        async with asyncio.timeout(30):
+            while not (await node.proxy.status())["beside"]["failsafe"]:
+                await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        """Ends it; it does once the daemon has ended."""
+        process, self._process = self._process, None
+        if process:
+            assert await end(process, signal.SIGTERM) == 0
 
 
 class BesideLab(KubeLab):
@@ -270,6 +300,35 @@ async def test_migproxies_may_be_killed_at_any_moment_of_the_hand_over() -> None
                 assert not is_ours(there)
 
             lab.prepared = stopped
+            await migrate(lab, guest, there, here, ours=(here,))
+
+
+async def test_what_migproxies_leave_that_are_killed_for_good_is_cleared_away() -> None:
+    async with BesideLab.prepare(tls=False, holders=True) as lab, AsyncExitStack() as stack:
+        here, there = lab.nodes
+        await lab.use(here, there)
+        for node in lab.nodes:
+            failsafe = Failsafe(node)
+            await failsafe.start()
+            stack.push_async_callback(failsafe.stop)
+            stack.push_async_callback(node.proxy.stop)
+
+        async def announced_then_killed() -> None:
+            for node in lab.nodes:
+                await node.proxy.stop(signal.SIGKILL)
+            await until(lambda: lab.announced() is None, "the end of the announcement")
+
+        async def prepared_then_killed() -> None:
+            await there.proxy.stop(signal.SIGKILL)
+            await until(lambda: not is_ours(there), "virt-handler's sockets")
+
+        async with Guest.boot(lab, here) as guest:
+            lab.begun = announced_then_killed
+            await migrate(lab, guest, here, there, ours=())
+            lab.begun = None
+
+            await lab.use(here, there)
+            lab.prepared = prepared_then_killed
             await migrate(lab, guest, there, here, ours=(here,))
 
 

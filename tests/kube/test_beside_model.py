@@ -21,7 +21,7 @@ from migproxy.announcement import TARGET_ANNOTATION, Announcement, parse_announc
 from migproxy.inventory import PublishError
 from migproxy.inventory.announcements import Announcements
 from migproxy.kube.api import ApiError
-from migproxy.plan import Beside, Migration, Plan, TargetProxy, make_plan
+from migproxy.plan import Beside, Migration, Plan, TargetProxy, is_forsaken, make_plan
 from migproxy.portmap import Channel, IPAddress, PortMap
 from tests.kube.apiserver import ApiDouble, Object, Refusal, Target, User, apply_json_patch
 from tests.kube.cluster import BESIDE, MANIFESTS, begin, end, start, vmi
@@ -30,6 +30,7 @@ from tests.virt_handler import publication
 HERE = "node02"
 ADDRESSES = ("10.1.1.2", "10.1.1.3")
 DEPTH = 40  # the last new state comes long before
+STEPS = ["listen", "publish", "move", "begin", "hear", "look", "act", "kill", "revive", "retreat", "strip"]
 
 VMI = Target("kubevirt.io", "v1", "virtualmachineinstances", "default", "one", "")
 MIGRATION = Migration("default", "one", "uid-of-one", "first")
@@ -179,11 +180,11 @@ class Model:
         if self._visited.get(world, -1) >= depth:
             return
         self._visited[world] = depth
-        if world.alive and world not in self._settled:
+        if world not in self._settled:
             self._settled.add(world)
-            self._check_settled(world)
+            (self._check_settled if world.alive else self._check_left_alone)(world)
         if depth:
-            for name in ("listen", "publish", "move", "begin", "hear", "look", "act", "kill", "revive", "strip"):
+            for name in STEPS:
                 after = getattr(self, name)(world)
                 if after is not None and after != world:
                     self.explore(after, depth - 1)
@@ -245,6 +246,16 @@ class Model:
 
     def revive(self, world: World) -> World | None:
         return None if world.alive else replace(world, alive=True, lives=world.lives + 1)
+
+    def retreat(self, world: World) -> World | None:
+        """What the failsafe does when the daemon is dead."""
+        known = instances.parse(world.document)
+        if world.alive or not is_forsaken(known, HERE):
+            return None
+        connection = Connection(self.server, world.document)
+        announcements = Announcements(connection)  # type: ignore[arg-type]
+        self.server.run(announcements.withdraw(known, lambda now: is_forsaken(now, HERE)))
+        return replace(world, vmi=dump(connection.document))
 
     def act(self, world: World) -> World | None:
         """Makes its listeners as the plan has them, then announces or withdraws."""
@@ -310,6 +321,18 @@ class Model:
             ended = getattr(self, name)(ended) or ended
         assert (ended.ours, announced(ended)) == (None, None)
 
+    def _check_left_alone(self, world: World) -> None:
+        """Though no daemon follows: all but what is published already is as if there had never been one."""
+        for _ in range(2):
+            for name in ("retreat", "listen", "publish"):
+                world = getattr(self, name)(world) or world
+        text = parse_announcement(announced(world))
+        if text is not None:
+            assert world.published == text.ports.published(), f"announces, and nobody listens: {world}"
+            self.outcomes.add("left behind")
+        elif "startTimestamp" not in world.state:
+            assert world.leads_to == "virt-handler", world
+
 
 def announced(world: World) -> str | None:
     text = world.document["metadata"]["annotations"].get("migproxy.io/target")
@@ -341,7 +364,7 @@ def first_world() -> World:
 def test_every_order_of_steps_leads_to_a_listener() -> None:
     model = Model(policy=True)
     model.explore(first_world(), DEPTH)
-    assert model.outcomes == {"us", "virt-handler"}
+    assert model.outcomes == {"us", "virt-handler", "left behind"}
     assert model.states > 500
 
 

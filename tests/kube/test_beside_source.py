@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from migproxy.inventory import BYPASSED
 from migproxy.launcher import RunDir
-from migproxy.node import BYPASSED
 from migproxy.portmap import Channel, source_socket_name
 from migproxy.shared import SharedFolder
 from migproxy.tls import Plaintext
@@ -84,14 +84,21 @@ class Scene:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[tuple[socket.socket, socket.socket]]:
         """A connection by the libvirt channel's path, and its other end at the target."""
-        loop = asyncio.get_running_loop()
-        with socket.socket(socket.AF_UNIX) as near:
-            near.setblocking(False)
-            with shortened(self.virt_handler.path(self.uid, Channel.LIBVIRT)) as path:
-                near.connect(path)
-            far, _ = await asyncio.wait_for(loop.sock_accept(self.target), 20)
-            with far:
-                yield near, far
+        with self.dial() as near, await self.arrived() as far:
+            yield near, far
+
+    def dial(self) -> socket.socket:
+        """Connects by the libvirt channel's path."""
+        near = socket.socket(socket.AF_UNIX)
+        near.setblocking(False)
+        with shortened(self.virt_handler.path(self.uid, Channel.LIBVIRT)) as path:
+            near.connect(path)
+        return near
+
+    async def arrived(self) -> socket.socket:
+        """The next connection that arrives at the target."""
+        accepted, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(self.target), 20)
+        return accepted
 
 
 async def through(near: socket.socket, far: socket.socket) -> None:

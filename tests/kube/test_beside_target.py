@@ -13,8 +13,8 @@ from aiohttp import web
 
 from migproxy.announcement import TARGET_ANNOTATION
 from migproxy.fdstore import Lease
+from migproxy.inventory import BYPASSED
 from migproxy.inventory.announcements import UNSUPPORTED
-from migproxy.node import BYPASSED
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel
 from migproxy.state import ProxyState
@@ -237,9 +237,9 @@ def path(node: LocalNode, name: str = "one") -> tuple[str | None, str | None]:
     return found.get("path"), found.get("path_reason")
 
 
-async def until_announced(kubernetes: Cluster) -> dict[str, int]:
+async def until_announced(kubernetes: Cluster, name: str = "one") -> dict[str, int]:
     async with asyncio.timeout(30):
-        while (text := await announced(kubernetes)) is None:
+        while (text := await announced(kubernetes, name)) is None:
             await asyncio.sleep(0.01)
     pairs = text.split(" ")[1].split(",")
     return {port: int(channel) for port, channel in (pair.split(":") for pair in pairs)}

@@ -1,5 +1,6 @@
 """daemonset.yaml is valid, and fits the program that it starts."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -280,15 +281,46 @@ def test_rules_replace_those_of_the_policy_that_is_there() -> None:
     kubernetes_validate.validate(whole, "1.37", strict=True)
 
 
-def test_daemon_beside_virt_handler_has_the_flags_and_rights_it_needs_and_no_others() -> None:
+def containers_beside() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The daemon's, as far as it is another than without virt-handler, and the failsafe's."""
     (patch,) = beside("daemonset.yaml")
-    (container,) = patch["spec"]["template"]["spec"]["containers"]
+    container, failsafe = patch["spec"]["template"]["spec"]["containers"]
+    assert (container["name"], failsafe["name"]) == (CONTAINER["name"], "failsafe")
+    return container, failsafe
+
+
+def test_daemon_beside_virt_handler_has_the_flags_and_rights_it_needs_and_no_others() -> None:
+    container, _ = containers_beside()
     added = set(container["args"]) - set(CONTAINER["args"])
     assert set(CONTAINER["args"]) <= set(container["args"])
     assert added == {"--beside-virt-handler", "--netns=process:virt-handler"}
     capabilities, usual = (one["securityContext"]["capabilities"]["add"] for one in (container, CONTAINER))
     assert set(capabilities) - set(usual) == {"SYS_ADMIN"}
     assert set(usual) <= set(capabilities)
+
+
+def test_failsafe_reaches_what_the_daemon_reaches_and_has_no_other_rights() -> None:
+    container, failsafe = containers_beside()
+    command, *arguments = failsafe["args"]
+    assert command == "failsafe"
+    assert set(arguments) <= set(container["args"])
+    assert failsafe["image"] == CONTAINER["image"]
+    assert failsafe["env"] == [environment()["MIGPROXY_NODE_NAME"]]
+    assert all(one in CONTAINER["volumeMounts"] for one in failsafe["volumeMounts"])
+    locks = Path(Settings(control_socket=str(effective("control_socket"))).daemon_lock).parent
+    assert str(locks) in {one["mountPath"] for one in failsafe["volumeMounts"]}
+    usual = CONTAINER["securityContext"] | {"capabilities": None}
+    assert failsafe["securityContext"] | {"capabilities": None} == usual
+    capabilities = failsafe["securityContext"]["capabilities"]
+    assert capabilities["drop"] == ["ALL"]
+    assert set(capabilities["add"]) == {"SYS_PTRACE", "DAC_OVERRIDE", "CHOWN"}
+
+
+def test_daemonset_with_the_failsafe_is_valid() -> None:
+    whole = copy.deepcopy(document("DaemonSet"))
+    whole["spec"]["template"]["spec"]["containers"].append(containers_beside()[1])
+    for version in VERSIONS:
+        kubernetes_validate.validate(whole, version, strict=True)
 
 
 def test_bindings_and_account_beside_virt_handler_are_those_that_are_there() -> None:

@@ -72,6 +72,7 @@ def report(*migrations: dict[str, Any], **changes: Any) -> dict[str, Any]:
                 {"role": "server", "file": "/ca.crt", "not_after": "2027-01-15T08:00:00+00:00"},
             ],
         },
+        "beside": None,
         "migrations": list(migrations),
         **changes,
     }
@@ -163,7 +164,8 @@ def test_each_metric_is_documented_and_each_documented_metric_exists() -> None:
     measures.dials.labels("source", "direct").observe(1)
     measures.handshakes.labels("source").observe(1)
     measures.durations.labels("source").observe(1)
-    families: list[Metric] = Exporter(lambda: report(migration(path="migproxy", path_reason="")), measures).scrape()
+    beside = report(migration(path="migproxy", path_reason=""), beside={"unsupported": None, "failsafe": True})
+    families: list[Metric] = Exporter(lambda: beside, measures).scrape()
     suffixes = {"counter": "_total", "info": "_info"}
     exported = {one.name + suffixes.get(one.type, "") for one in families if one.name.startswith("migproxy")}
     documented = set(re.findall(r"^\| `(migproxy_\w+)` \|", DOCUMENT.read_text(), re.MULTILINE))
@@ -198,3 +200,10 @@ def test_beside_virt_handler_each_migration_has_a_path_and_a_reason() -> None:
     ]
     assert 'migproxy_migrations{role="target",state="bypassed"} 1.0' in text
     assert not lines(exposition(report(migration())), "migproxy_migration_path")
+
+
+@pytest.mark.parametrize(("runs", "value"), [(True, "1.0"), (False, "0.0")])
+def test_beside_virt_handler_it_is_told_whether_a_failsafe_runs(runs: bool, value: str) -> None:
+    text = exposition(report(beside={"unsupported": None, "failsafe": runs}))
+    assert lines(text, "migproxy_failsafe_running ") == [f"migproxy_failsafe_running {value}"]
+    assert not lines(exposition(report()), "migproxy_failsafe_running")

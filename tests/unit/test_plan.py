@@ -14,7 +14,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from migproxy.announcement import Announcement
-from migproxy.plan import Beside, Held, Launcher, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
+from migproxy.plan import (
+    Beside,
+    Held,
+    Launcher,
+    Migration,
+    Plan,
+    Reason,
+    Role,
+    SourceProxy,
+    TargetProxy,
+    is_forsaken,
+    make_plan,
+    sources_not_begun,
+)
 from migproxy.portmap import Channel, IPAddress, PortMap, source_socket_name
 from migproxy.vmi import VMI, InvalidVMI, parse
 
@@ -743,3 +756,32 @@ def test_announcement_that_is_left_over_is_removed_by_the_node_that_the_vmi_runs
     elsewhere["status"]["nodeName"] = "node03"
     assert beside(elsewhere).stale == ()
     assert plan(document(Role.SOURCE, over, **annotated)).stale == ()
+
+
+@pytest.mark.parametrize(
+    ("migration", "announced", "expected"),
+    [
+        pytest.param(None, ANNOUNCED, True, id="not published"),
+        pytest.param(published(str(OWN)), ANNOUNCED, False, id="published"),
+        pytest.param(published(str(OWN), **STARTED), ANNOUNCED, False, id="runs by it"),
+        pytest.param(published(str(OWN), {"1": 0, "2": 49152}), ANNOUNCED, True, id="virt-handler's are published"),
+        pytest.param(published(str(OTHER)), ANNOUNCED, True, id="published elsewhere"),
+        pytest.param(published(str(OWN)), "nonsense", True, id="nonsense"),
+        pytest.param(published(str(OWN)), f"other 32899:0,42691:49152 {OWN}", True, id="for another migration"),
+        pytest.param(None, None, False, id="nothing announced"),
+    ],
+)
+def test_what_a_dead_daemon_has_announced_is_to_go_unless_it_is_published(
+    migration: dict[str, Any] | None, announced: str | None, expected: bool
+) -> None:
+    annotations = {"migproxy.io/target": announced} if announced else {}
+    vmi = parse(document(Role.TARGET, migration, annotations=annotations))
+    assert is_forsaken(vmi, NODE) is expected
+    assert not is_forsaken(vmi, "node03")
+
+
+def test_only_a_source_that_has_not_begun_may_be_given_back() -> None:
+    waiting, running = (parse(document(Role.SOURCE, published(**more))) for more in ({}, STARTED))
+    assert [one.migration.vmi_uid for one in sources_not_begun(waiting, NODE, NOW)] == [UID]
+    assert sources_not_begun(running, NODE, NOW) == []
+    assert sources_not_begun(waiting, "node03", NOW) == []

@@ -104,8 +104,11 @@ def test_beside_virt_handler_each_migration_says_whose_proxy_it_goes_by() -> Non
         "path_reason": "late",
         "path_why": "it was quicker",
     }
-    shown = render(report(beside={"unsupported": None}, migrations=[ours, theirs | {"role": "target"}])).splitlines()
+    beside = {"unsupported": None, "failsafe": True}
+    shown = render(report(beside=beside, migrations=[ours, theirs | {"role": "target"}])).splitlines()
     assert "beside virt-handler: source and target side" in shown
     assert "default/vm 01234567 (source): goes by migproxy" in shown
     assert "default/vm 01234567 (target): goes by virt-handler: it was quicker" in shown
-    assert "beside virt-handler: no such policy" in render(report(beside={"unsupported": "no such policy"}))
+    assert not any("failsafe" in line for line in shown)
+    assert "no failsafe runs" in render(report(beside=beside | {"failsafe": False}))
+    assert "beside virt-handler: no such policy" in render(report(beside=beside | {"unsupported": "no such policy"}))
