@@ -100,7 +100,7 @@ class Failsafe:
         """
         while True:
             await self._death()
-            log.warning("the daemon does not run: what it has left in virt-handler's way is given back")
+            log.info("the daemon does not run: looking for what one has left in virt-handler's way")
             if await self._give_back(ending):
                 return
             log.info("the daemon runs again, and goes into the path by itself")

@@ -185,7 +185,7 @@ async def test_api_server_that_is_away_at_the_daemons_death_is_waited_for(killab
     await door.close()
     await scene.kill()
     await until(
-        lambda: scene.told("the daemon does not run: what it has left in virt-handler's way is given back"), "it"
+        lambda: scene.told("the daemon does not run: looking for what one has left in virt-handler's way"), "it"
     )
     await door.open()
     await until(lambda: not scene.is_ours(), "virt-handler's sockets")
