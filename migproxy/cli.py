@@ -229,6 +229,8 @@ _EXAMINED = (
     "migration_interface",
     "migration_address",
     "pod_ip",
+    "netns",
+    "beside_virt_handler",
     "port_range",
     "launcher_run_dir",
     "pods_dir",
@@ -243,6 +245,7 @@ _EXAMINED = (
     "kubeconfig",
     "context",
     "kubevirt_namespace",
+    "control_socket",
 )
 """The daemon's options that `migproxy doctor` has too."""
 

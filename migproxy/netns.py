@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -114,20 +114,10 @@ class OtherNamespace(NetworkNamespace):
     def enter(self) -> None:
         self._place = None
         place = self._find()
-        try:
-            fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise NamespaceError(
-                f"{place.path}: {error.strerror}: run as root, in the node's process namespace (hostPID: true)"
-            ) from error
-        try:
+        with _opened(place) as fd:
             identity = os.stat(fd).st_ino
-            if not place.is_still_there():
-                raise NamespaceError(f"{place.path}: its process ended while it was being entered")
             if identity != self.identity:
                 self._thread.submit(_set_network_namespace, fd, place.path).result()
-        finally:
-            os.close(fd)
         self._place, self.identity, self.pod_ip = place, identity, place.pod_ip
 
     def has_moved(self) -> bool:
@@ -143,6 +133,22 @@ class OtherNamespace(NetworkNamespace):
         return self._thread.submit(socket.socket, family, kind, protocol).result()
 
 
+@contextmanager
+def _opened(place: Place) -> Iterator[int]:
+    try:
+        fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NamespaceError(
+            f"{place.path}: {error.strerror}: run as root, in the node's process namespace (hostPID: true)"
+        ) from error
+    try:
+        if not place.is_still_there():
+            raise NamespaceError(f"{place.path}: its process ended while it was being entered")
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def _set_network_namespace(fd: int, path: str) -> None:
     if _libc.setns(fd, _CLONE_NEWNET):
         why = os.strerror(ctypes.get_errno())
@@ -155,12 +161,28 @@ def network_namespace(where: str) -> NetworkNamespace:
     Args:
         where: "self", "process:NAME", or a path.
     """
+    return NetworkNamespace() if where == "self" else OtherNamespace(lambda: _find(where))
+
+
+def go_to(where: str) -> None:
+    """Has this thread, and every thread and process that it starts from now on, live in the namespace.
+
+    Args:
+        where: As `network_namespace`.
+
+    Raises:
+        NamespaceError: It is nowhere, or cannot be entered.
+    """
     if where == "self":
-        return NetworkNamespace()
+        return
+    place = _find(where)
+    with _opened(place) as fd:
+        _set_network_namespace(fd, place.path)
+
+
+def _find(where: str) -> Place:
     kind, colon, name = where.partition(":")
-    if colon and kind == "process":
-        return OtherNamespace(lambda: _of_process(name))
-    return OtherNamespace(lambda: Place(where, None, lambda: True))
+    return _of_process(name) if colon and kind == "process" else Place(where, None, lambda: True)
 
 
 def _of_process(name: str) -> Place:

@@ -58,18 +58,19 @@ def is_configured(kubeconfig: str | None) -> bool:
     return kubeconfig is not None or "KUBERNETES_SERVICE_HOST" in os.environ
 
 
-def check_api(kubeconfig: str | None, context: str | None, kubevirt: str) -> list[Finding]:
+def check_api(kubeconfig: str | None, context: str | None, kubevirt: str, *, beside: bool = False) -> list[Finding]:
     """The API server's answers, the permissions there, and its clock.
 
     Args:
         kubeconfig: Path; None for the pod's own service account.
         context: Of the kubeconfig; None for its current one.
         kubevirt: The namespace that KubeVirt is installed in.
+        beside: Beside virt-handler: whether targets can be announced, too.
     """
-    return asyncio.run(_check(kubeconfig, context, kubevirt))
+    return asyncio.run(_check(kubeconfig, context, kubevirt, beside=beside))
 
 
-async def _check(kubeconfig: str | None, context: str | None, kubevirt: str) -> list[Finding]:
+async def _check(kubeconfig: str | None, context: str | None, kubevirt: str, *, beside: bool) -> list[Finding]:
     from migproxy.kube.api import ApiError, ApiServer, ConfigurationError  # slow to import
 
     try:
@@ -80,6 +81,8 @@ async def _check(kubeconfig: str | None, context: str | None, kubevirt: str) -> 
             findings = [Finding("API server", Level.OK, f"{api.host} answers, {version['gitVersion']}")]
             if skew is not None:
                 findings.append(check_clock(skew, "the API server"))
+            if beside:
+                findings.append(await _announcing(api))
             return [*findings, *[await _permission(api, wanted, kubevirt) for wanted in PERMISSIONS]]
     except (ApiError, ConfigurationError, TimeoutError, KeyError, TypeError) as error:
         why = f"no answer within {_TIMEOUT:g} s" if isinstance(error, TimeoutError) else str(error)
@@ -99,6 +102,14 @@ def _skew(date: str | None, began: datetime) -> float | None:
         return None
     middle = began + (datetime.now(UTC) - began) / 2
     return (parsedate_to_datetime(date) - middle).total_seconds() + 0.5
+
+
+async def _announcing(api: ApiServer) -> Finding:
+    from migproxy.inventory.announcements import Announcements
+
+    if unsupported := await Announcements(api).discover():
+        return Finding("target side", Level.WARN, unsupported, "upgrade Kubernetes, or be content with the source side")
+    return Finding("target side", Level.OK, "the API server has MutatingAdmissionPolicy v1")
 
 
 async def _permission(api: ApiServer, wanted: Permission, kubevirt: str) -> Finding:

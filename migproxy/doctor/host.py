@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
 from migproxy.doctor.finding import Finding, Level
+from migproxy.lifeline import Lifeline, LifelineError
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.portmap import IPAddress
 from migproxy.sockets import PortTaken, TCPOptions, listen_tcp
@@ -121,9 +122,9 @@ def check_mptcp(protocol: int = _IPPROTO_MPTCP) -> Finding:
 # Migration network
 
 
-async def migration_address(interface: str, override: IPAddress | None, pod_ip: IPAddress | None) -> MigrationAddress:
-    """The address that the daemon would use now; see `netif.AddressWatcher`."""
-    async with aclosing(AddressWatcher(interface, override, pod_ip).states()) as states:
+async def migration_address(watcher: AddressWatcher) -> MigrationAddress:
+    """The address that the daemon would use now."""
+    async with aclosing(watcher.states()) as states:
         return await anext(states)
 
 
@@ -392,6 +393,23 @@ def check_clock(skew: float, other: str) -> Finding:
     )
 
 
+def check_failsafe(lock: str) -> Finding:
+    """Whether a failsafe runs, beside virt-handler.
+
+    Args:
+        lock: What it locks.
+    """
+    name = "failsafe"
+    try:
+        if os.path.exists(lock) and Lifeline(lock).is_held:
+            return Finding(name, Level.OK, "runs, and would give back to virt-handler what a dead daemon leaves")
+        problem = "none runs: a daemon that is killed, and not started anew, would stay in virt-handler's way"
+    except LifelineError as error:
+        problem = str(error)
+    remedy = "run `migproxy failsafe` with the daemon's --control-socket (a container in deploy/beside-virt-handler)"
+    return Finding(name, Level.WARN, problem, remedy)
+
+
 # This node
 
 
@@ -401,6 +419,7 @@ class Patient:
 
     Attributes:
         certificates: By role; none where TLS is off.
+        failsafe_lock: Beside virt-handler; else None.
     """
 
     migration_interface: str
@@ -409,6 +428,7 @@ class Patient:
     pods_dir: str
     congestion_control: str
     certificates: Mapping[str, Certificates]
+    failsafe_lock: str | None = None
 
 
 def interface_mtu(name: str) -> int | None:
@@ -436,6 +456,8 @@ def examine(patient: Patient, address: MigrationAddress) -> Iterator[Finding]:
     if "{pid}" in patient.launcher_run_dir:
         yield check_pods_dir(patient.pods_dir)
         yield check_pid_namespace()
+    if patient.failsafe_lock:
+        yield check_failsafe(patient.failsafe_lock)
     if patient.certificates:
         yield check_ktls()
     for role, paths in patient.certificates.items():

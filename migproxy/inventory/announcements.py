@@ -58,7 +58,7 @@ class Announcements:
         """
         while True:
             try:
-                unsupported = await self._discover()
+                unsupported = await self.discover()
             except ApiError as error:
                 log.info("cannot ask for MutatingAdmissionPolicy, trying again", error=str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -72,7 +72,12 @@ class Announcements:
                 changed()
             await asyncio.sleep(_DISCOVERY_SECONDS)
 
-    async def _discover(self) -> str | None:
+    async def discover(self) -> str | None:
+        """Asks once why announcing is of no use in this cluster; None where it is.
+
+        Raises:
+            ApiError: That cannot be told.
+        """
         try:
             found = await self._api.request("GET", _DISCOVERY)
         except ApiError as error:

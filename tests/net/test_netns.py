@@ -1,5 +1,6 @@
 """Sockets in another process's network namespace, and following that process from one namespace to the next."""
 
+import json
 import os
 import signal
 import socket
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from migproxy.lifeline import Lifeline
 from migproxy.netif import AddressWatcher
 from migproxy.netns import NamespaceError, network_namespace
+from migproxy.settings import Settings
 from migproxy.sockets import TCPOptions, listen_tcp
 from tests.net.test_netif import Follower
 
@@ -136,3 +139,35 @@ def test_before_it_is_found_no_socket_is_made_anywhere() -> None:
         network_namespace("/nowhere").make_socket(socket.AF_INET, socket.SOCK_STREAM)
     with pytest.raises(NamespaceError, match="No such file"):
         network_namespace("/nowhere").enter()
+
+
+def doctor(*options: str) -> dict[str, tuple[str, str]]:
+    """What `migproxy doctor` finds, level and words by what it looked at."""
+    command = [sys.executable, "-m", "migproxy", "doctor", "--json", "--disable-tls", *options]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    findings = json.loads(shown.stdout)["findings"]
+    return {one["check"]: (one["level"], one["finding"]) for one in findings}
+
+
+def test_doctor_looks_at_the_migration_network_of_the_other_namespace() -> None:
+    with process("10.7.0.1/24"):
+        found = doctor("--netns", f"process:{NAME}", "--port-range", "40000-40009")
+    assert found["network namespace"] == ("ok", f"process:{NAME}")
+    assert found["migration address"] == ("ok", "10.7.0.1 (interface migration0)")
+    assert found["port range"][0] == "ok"
+    assert doctor()["migration address"][0] == "fail"
+
+
+def test_doctor_says_that_there_is_no_such_process() -> None:
+    level, words = doctor("--netns", "process:nobody")["network namespace"]
+    assert level == "fail"
+    assert "no process called nobody" in words
+
+
+def test_doctor_beside_virt_handler_looks_for_the_failsafe(tmp_path: Path) -> None:
+    control = str(tmp_path / "control.sock")
+    beside = ("--beside-virt-handler", "--control-socket", control)
+    assert doctor(*beside)["failsafe"][0] == "warn"
+    assert not list(tmp_path.iterdir()), "looking changes nothing"
+    with Lifeline(Settings(control_socket=control).failsafe_lock).taken():
+        assert doctor(*beside)["failsafe"][0] == "ok"

@@ -248,11 +248,15 @@ def test_clocks_that_disagree() -> None:
 
 
 @contextmanager
-def api_server(folder: Path, *, forbidden: str = "", ahead: float = 0) -> Iterator[str]:
+def api_server(folder: Path, *, forbidden: str = "", ahead: float = 0, mutating: bool = True) -> Iterator[str]:
     """A server that answers /version and reviews of access; yields the path of its kubeconfig."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path.endswith("admissionregistration.k8s.io/v1"):
+                names = ["validatingadmissionpolicies", *(["mutatingadmissionpolicies"] if mutating else [])]
+                self._answer({"resources": [{"name": name} for name in names]}, 200)
+                return
             keys = ("major", "minor", "gitVersion", "gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler")
             self._answer(dict.fromkeys((*keys, "platform"), "v1.36.0"), 200)
 
@@ -311,6 +315,16 @@ def test_a_permission_in_kubevirts_namespace_is_asked_for_there(tmp_path: Path) 
         (denied,) = (one for one in api.check_api(config, None, "kubevirt-here") if one.level is Level.FAIL)
     assert "may not watch configmaps kubevirt-ca in namespace kubevirt-here" in denied.finding
     failing(denied, Level.FAIL, 'Role in namespace kubevirt-here: apiGroups [""], resources ["configmaps"]')
+
+
+@pytest.mark.parametrize(("mutating", "level"), [(True, Level.OK), (False, Level.WARN)])
+def test_beside_virt_handler_it_is_told_whether_targets_can_be_announced(
+    tmp_path: Path, mutating: bool, level: Level
+) -> None:
+    with api_server(tmp_path, mutating=mutating) as config:
+        found = by_name(api.check_api(config, None, "kubevirt", beside=True))
+        assert found["target side"].level is level
+        assert "target side" not in by_name(api.check_api(config, None, "kubevirt"))
 
 
 def test_the_api_servers_clock(tmp_path: Path) -> None:
