@@ -1,18 +1,21 @@
 """The life of the daemon: starting, refusing to start, draining, ending, and answering `migproxy status`."""
 
 import asyncio
+import ctypes
 import os
 import re
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from demo.lab import MIGPROXY, LabError, until
+from demo.lab import MIGPROXY, LabError, background, until
 from migproxy.portmap import Channel
-from tests.net.nodes import Nodes, assert_carries, assert_ends, assert_logged, connect
+from tests.net.nodes import Nodes, assert_carries, assert_ends, assert_logged, connect, receive, send
 
 
 def migproxy(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -285,3 +288,69 @@ async def test_daemon_that_cannot_start_leaves_no_control_socket(nodes: Nodes) -
             await nodes.source.start()
     assert "another migproxy answers there" in nodes.source.log.read_text()
     nodes.source.log.unlink()
+
+
+SPLICE = {"x86_64": "275", "aarch64": "76"}  # its number as a system call
+
+
+def splicing(pid: int) -> set[int]:
+    """The threads of a process that wait in splice(2)."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {int(one.name) for one in tasks if (one / "syscall").read_text().split()[0] == SPLICE[os.uname().machine]}
+
+
+@contextmanager
+def stopped(pid: int, threads: set[int]) -> Iterator[None]:
+    """These threads of a process stand still while the context lasts, and no other (ptrace(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    seize, interrupt, detach, any_clone = 0x4206, 0x4207, 17, 0x40000000  # linux/ptrace.h, linux/wait.h
+    for thread in threads:
+        for request in (seize, interrupt):
+            assert libc.ptrace(request, thread, None, None) == 0, (
+                f"{thread} of {pid}: {os.strerror(ctypes.get_errno())}"
+            )
+        os.waitpid(thread, any_clone)
+    try:
+        yield
+    finally:
+        for thread in threads:
+            libc.ptrace(detach, thread, None, None)
+
+
+async def test_pump_that_is_wedged_starves_the_watchdog_until_it_gets_on(nodes: Nodes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(nodes.directory / "manager.sock"))
+        manager.setblocking(False)
+        environment = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "4000000"}
+        await nodes.source.start(env=environment)
+        await nodes.target.start()
+        vm = nodes.migration(block=False)
+        vm.begin()
+        await vm.served()
+        said: list[str] = []
+
+        async def listen() -> None:
+            while True:
+                said.extend((await asyncio.get_running_loop().sock_recv(manager, 4096)).decode().splitlines())
+
+        async with background(listen()), vm.connection() as (near, far):
+            await assert_carries(near, far)
+            pumps = splicing(nodes.source.pid)
+            assert len(pumps) == 2
+            with stopped(nodes.source.pid, pumps):
+                await send(near, b"wedged")
+                await until(
+                    lambda: any(one.startswith("STATUS=hangs: ") for one in said), "the manager to hear", 30
+                )
+                (problem,) = {one for one in said if one.startswith("STATUS=hangs: ")}
+                assert "migration default/vm" in problem
+                assert "channel direct" in problem
+                told = said.index(problem)
+                await until(
+                    lambda: len(said) > told + 2, "what it says besides"
+                )  # that it is ready, again and again
+                assert "WATCHDOG=1" not in said[told:]
+            assert await receive(far, 6) == b"wedged"
+            await until(lambda: "WATCHDOG=1" in said[told:], "the watchdog to be fed again")
+            await assert_carries(near, far)
