@@ -319,38 +319,37 @@ def stopped(pid: int, threads: set[int]) -> Iterator[None]:
 
 
 async def test_pump_that_is_wedged_starves_the_watchdog_until_it_gets_on(nodes: Nodes) -> None:
+    said: list[str] = []
+
+    async def listen() -> None:
+        while True:
+            said.extend((await asyncio.get_running_loop().sock_recv(manager, 4096)).decode().splitlines())
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(nodes.directory / "manager.sock"))
         manager.setblocking(False)
-        environment = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "4000000"}
-        await nodes.source.start(env=environment)
-        await nodes.target.start()
-        vm = nodes.migration(block=False)
-        vm.begin()
-        await vm.served()
-        said: list[str] = []
-
-        async def listen() -> None:
-            while True:
-                said.extend((await asyncio.get_running_loop().sock_recv(manager, 4096)).decode().splitlines())
-
-        async with background(listen()), vm.connection() as (near, far):
-            await assert_carries(near, far)
-            pumps = splicing(nodes.source.pid)
-            assert len(pumps) == 2
-            with stopped(nodes.source.pid, pumps):
-                await send(near, b"wedged")
-                await until(
-                    lambda: any(one.startswith("STATUS=hangs: ") for one in said), "the manager to hear", 30
-                )
-                (problem,) = {one for one in said if one.startswith("STATUS=hangs: ")}
-                assert "migration default/vm" in problem
-                assert "channel direct" in problem
-                told = said.index(problem)
-                await until(
-                    lambda: len(said) > told + 2, "what it says besides"
-                )  # that it is ready, again and again
-                assert "WATCHDOG=1" not in said[told:]
-            assert await receive(far, 6) == b"wedged"
-            await until(lambda: "WATCHDOG=1" in said[told:], "the watchdog to be fed again")
-            await assert_carries(near, far)
+        async with background(listen()):
+            await nodes.source.start(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "4000000"})
+            await nodes.target.start()
+            vm = nodes.migration(block=False)
+            vm.begin()
+            await vm.served()
+            async with vm.connection() as (near, far):
+                await assert_carries(near, far)
+                await until(lambda: len(splicing(nodes.source.pid)) == 2, "the two pumps to wait for more")
+                with stopped(nodes.source.pid, splicing(nodes.source.pid)):
+                    await send(near, b"wedged")
+                    await until(
+                        lambda: any(one.startswith("STATUS=hangs: ") for one in said), "the manager to hear", 30
+                    )
+                    (problem,) = {one for one in said if one.startswith("STATUS=hangs: ")}
+                    assert "migration default/vm" in problem
+                    assert "channel direct" in problem
+                    told = said.index(problem)
+                    await until(
+                        lambda: len(said) > told + 2, "what it says besides"
+                    )  # that it is ready, again and again
+                    assert "WATCHDOG=1" not in said[told:]
+                assert await receive(far, 6) == b"wedged"
+                await until(lambda: "WATCHDOG=1" in said[told:], "the watchdog to be fed again")
+                await assert_carries(near, far)
