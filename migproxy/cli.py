@@ -54,8 +54,10 @@ def _fail(message: str, status: int = 1) -> NoReturn:
 _CONFIG = typer.Option("--config", envvar="MIGPROXY_CONFIG", help="The daemon's TOML file of options.")
 
 
-def _load(invocation: typer.Context, config: str | None, flags: dict[str, Any]) -> Callable[[], options.Settings]:
-    """Checks the options that were given, or ends the program; returns what reads them again."""
+def _load(
+    invocation: typer.Context, config: str | None, flags: dict[str, Any]
+) -> tuple[options.Settings, Callable[[], options.Settings]]:
+    """Checks the options that were given, or ends the program; returns them, and what reads them again."""
     given = {name: value for name, value in flags.items() if value not in (None, False)}
     origins = {name: _origin(invocation, name) for name in given}
 
@@ -63,10 +65,9 @@ def _load(invocation: typer.Context, config: str | None, flags: dict[str, Any]) 
         return options.load(given, origins, config)
 
     try:
-        read()
+        return read(), read
     except options.SettingsError as error:
         _fail(str(error), 2)
-    return read
 
 
 def _origin(invocation: typer.Context, field: str) -> str:
@@ -78,7 +79,7 @@ def _origin(invocation: typer.Context, field: str) -> str:
 
 def _run(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = None, **flags: Any) -> None:
     """Run the daemon of one node."""
-    read = _load(invocation, config, flags)
+    settings, read = _load(invocation, config, flags)
 
     import faulthandler
 
@@ -93,7 +94,6 @@ def _run(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = Non
     from migproxy.web import HTTPError
 
     faulthandler.enable()  # a watchdog ends a process that hangs by SIGABRT: every thread then says where it is
-    settings = read()
     logs.configure(settings.log_format, settings.log_level)
     try:
         uvloop.run(serve(settings, read))
@@ -161,7 +161,7 @@ _WATCHED_OVER = (
 
 def _failsafe(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = None, **flags: Any) -> None:
     """Give what has not begun back to virt-handler while the daemon beside it is dead. Takes the daemon's options."""
-    settings = _load(invocation, config, flags)()
+    settings, _ = _load(invocation, config, flags)
     from migproxy import logs
     from migproxy.failsafe import FailsafeError, run
 
@@ -265,7 +265,7 @@ def _doctor(
     **flags: Any,
 ) -> None:
     """Check this node, and the path to another one; say what to do. Exit status 1 where a check failed."""
-    settings = _load(invocation, config, flags)()
+    settings, _ = _load(invocation, config, flags)
     from migproxy.doctor import command
 
     request = command.Request(settings, peer, peer_port, seconds)

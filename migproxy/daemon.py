@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from migproxy.fdstore import Store
 from migproxy.inventory import Inventory, InventoryError
 from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
-from migproxy.lifeline import Lifeline
+from migproxy.lifeline import Lifeline, is_locked
 from migproxy.liveness import Liveness
 from migproxy.measure import Measures
 from migproxy.metrics import Exporter
@@ -85,17 +85,15 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
         service = Service(notifier, liveness, node.pumps, lambda: node.activity)
         reloader = Reloader(settings, read_again, node, around, protection)
 
-        failsafe = Lifeline(settings.failsafe_lock) if node.is_beside else None
-
         def report() -> dict[str, Any]:
             found = node.report() | ({"cluster": cluster.report()} if cluster else {})
-            if failsafe:
-                found["beside"]["failsafe"] = failsafe.is_held
+            if found["beside"]:
+                found["beside"]["failsafe"] = is_locked(settings.failsafe_lock)
             return found
 
         async with (
             control.serve(settings.control_socket, report),
-            Lifeline(settings.daemon_lock).held() if node.is_beside else nullcontext(),
+            _lives(settings.daemon_lock) if node.is_beside else nullcontext(),
             _http(settings, report, lambda: node.checks, Exporter(report, measures), liveness),
         ):
             log.info(
@@ -261,6 +259,13 @@ async def _run(node: Node, cluster: Cluster | None) -> None:
         following = tasks.create_task(cluster.run())
         await node.run()
         following.cancel()
+
+
+@asynccontextmanager
+async def _lives(lock: str) -> AsyncIterator[None]:
+    with closing(Lifeline(lock)) as lifeline:
+        async with lifeline.held():
+            yield
 
 
 async def _ready(node: Node, service: Service) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import closing
 from datetime import UTC, datetime
 
 import structlog
@@ -20,8 +22,8 @@ from migproxy.inventory.announcements import Announcements
 from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer, ConfigurationError
 from migproxy.launcher import LauncherError, Launchers
-from migproxy.lifeline import Lifeline, LifelineError
-from migproxy.plan import is_forsaken, sources_not_begun
+from migproxy.lifeline import HANG_SECONDS, Lifeline, LifelineError
+from migproxy.plan import Role, is_forsaken, sources_not_begun
 from migproxy.proxy import ProxyError
 from migproxy.settings import Settings
 from migproxy.shared import mend
@@ -30,11 +32,10 @@ from migproxy.vmi import VMI
 log = structlog.get_logger(__name__)
 
 _PATIENCE = 1.0  # seconds that the daemon may be dead: where it is started anew at once, there is less to do
-_FIRST_PAUSE = 0.25  # seconds between two looks at the daemon; between two attempts doubled up to the last
-_LAST_PAUSE = 2.0
-_HANG_SECONDS = 10
-"""After which this process ends by SIGALRM while a pod's file system hangs: a daemon would wait for its lock."""
+_LOOK_SECONDS = 0.25  # between two looks at the daemon
+_FIRST_RETRY, _LAST_RETRY = 0.25, 2.0  # seconds; doubled from the one to the other
 _END_SECONDS = 10.0  # that what is left may take to be given back, once this process is told to end
+_START_SECONDS = 1.0  # that another failsafe may take to end
 
 
 class FailsafeError(Exception):
@@ -58,11 +59,13 @@ async def _run(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
     try:
-        daemon, own = Lifeline(settings.daemon_lock), Lifeline(settings.failsafe_lock)
-        async with own.held(), ApiServer(settings.kubeconfig, settings.context) as api:
-            log.info("watching over the daemon", lock=settings.daemon_lock, node=settings.node_name)
-            launchers = Launchers(settings.launcher_run_dir, settings.pods_dir)
-            await Failsafe(daemon, settings.node_name, launchers, settings.owner_of_sockets, api).run(ending)
+        with closing(Lifeline(settings.failsafe_lock)) as own, closing(Lifeline(settings.daemon_lock)) as daemon:
+            if not await own.take(_START_SECONDS):
+                raise FailsafeError(f"another failsafe watches over the daemon of {settings.control_socket}")
+            async with ApiServer(settings.kubeconfig, settings.context) as api:
+                log.info("watching over the daemon", lock=settings.daemon_lock, node=settings.node_name)
+                launchers = Launchers(settings.launcher_run_dir, settings.pods_dir)
+                await Failsafe(daemon, settings.node_name, launchers, settings.owner_of_sockets, api).run(ending)
     except (LifelineError, ConfigurationError) as error:
         raise FailsafeError(str(error)) from error
     log.info("stopped")
@@ -88,9 +91,9 @@ class Failsafe:
         self._owner = owner
         self._api = api
         self._announcements = Announcements(api)
-        self._left: dict[str, VMI] = {}  # those that have not been looked after since they were told of, by UID
+        self._inventory: KubeInventory
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by the VMI's UID
         self._is_told = False
-        self._problems: dict[str, str] = {}  # by the VMI's UID
 
     async def run(self, ending: asyncio.Event) -> None:
         """Gives back what a dead daemon has left, each time that one dies.
@@ -99,81 +102,103 @@ class Failsafe:
             ending: Set when this is to end; it does once the daemon is dead as well, and nothing of it is left.
         """
         while True:
-            await self._death()
+            life = await self._death()
             log.info("the daemon does not run: looking for what one has left in virt-handler's way")
-            if await self._give_back(ending):
-                return
-            log.info("the daemon runs again, and goes into the path by itself")
+            self._inventory, self._tasks, self._is_told = KubeInventory(self._api, self._node), {}, False
+            following = asyncio.create_task(self._follow(self._inventory))
+            try:
+                if await self._clear(life, following, ending):
+                    return
+            finally:
+                for task in (following, *self._tasks.values()):
+                    task.cancel()
+                await asyncio.gather(following, *self._tasks.values(), return_exceptions=True)
+            log.info("a daemon has been started: it goes into the path by itself")
 
-    async def _death(self) -> None:
+    async def _death(self) -> bytes:
+        """Waits until the daemon has been dead for a while; returns which one."""
         alive = time.monotonic()
         while time.monotonic() - alive < _PATIENCE:
             if self._daemon.is_held:
                 alive = time.monotonic()
-            await asyncio.sleep(_FIRST_PAUSE)
+            await asyncio.sleep(_LOOK_SECONDS)
+        return self._daemon.life
 
-    async def _give_back(self, ending: asyncio.Event) -> bool:
-        """Gives everything back until the daemon lives again; returns whether this process is done."""
-        inventory = KubeInventory(self._api, self._node)
-        self._left, self._is_told = {}, False
-        following = asyncio.create_task(self._follow(inventory))
-        pause, deadline = _FIRST_PAUSE, float("inf")
-        try:
-            while not self._daemon.is_held:
-                if following.done():
-                    following.result()
-                for vmi in list(self._left.values()):
-                    if await self._give_back_of(vmi, inventory) and self._left.get(vmi.uid) is vmi:
-                        del self._left[vmi.uid]
-                if ending.is_set():
-                    deadline = min(deadline, time.monotonic() + _END_SECONDS)
-                    if (self._is_told and not self._left) or time.monotonic() > deadline:
-                        return True
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LAST_PAUSE) if self._left else _FIRST_PAUSE
-            return False
-        finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+    async def _clear(self, life: bytes, following: asyncio.Task[None], ending: asyncio.Event) -> bool:
+        """Waits until there has been another daemon, or this process is done: returns whether it is."""
+        deadline = float("inf")
+        while not self._daemon.is_held and self._daemon.life == life:
+            if following.done():
+                following.result()
+            if ending.is_set():
+                deadline = min(deadline, time.monotonic() + _END_SECONDS)
+                if self._is_done or time.monotonic() > deadline:
+                    return True
+            await asyncio.sleep(_LOOK_SECONDS)
+        return False
+
+    @property
+    def _is_done(self) -> bool:
+        is_clear = self._is_told and all(task.done() for task in self._tasks.values())
+        return is_clear and not self._inventory.has_notes
 
     async def _follow(self, inventory: KubeInventory) -> None:
+        """Looks after each VMI, and again whenever it has changed; none waits for another."""
         async for changes in inventory.changes():
             for uid, vmi in changes.items():
-                self._left.pop(uid, None)
+                if task := self._tasks.pop(uid, None):
+                    task.cancel()
                 if vmi is not None:
-                    self._left[uid] = vmi
+                    self._tasks[uid] = asyncio.create_task(self._look_after(vmi))
             self._is_told = True
 
-    async def _give_back_of(self, vmi: VMI, inventory: KubeInventory) -> bool:
-        """Gives back what stands in the way of one VMI's migration; returns whether nothing does any more."""
-        try:
-            if names := self._mend(vmi):
-                log.warning("virt-handler's sockets are back", namespace=vmi.namespace, name=vmi.name, names=names)
-                self._note(vmi, "source", inventory)
-            if is_forsaken(vmi, self._node):
-                now = await self._announcements.withdraw(vmi, lambda now: is_forsaken(now, self._node))
-                if now is None or now.announced is None:
-                    log.warning("nothing is announced any more", namespace=vmi.namespace, name=vmi.name)
-                    self._note(vmi, "target", inventory)
-        except (LauncherError, ProxyError, PublishError) as error:
-            if self._problems.get(vmi.uid) != str(error):
-                log.error("cannot give back, trying again", namespace=vmi.namespace, name=vmi.name, error=str(error))
-            self._problems[vmi.uid] = str(error)
-            return False
-        self._problems.pop(vmi.uid, None)
-        return True
+    async def _look_after(self, vmi: VMI) -> None:
+        await asyncio.gather(*(self._persist(step, vmi) for step in (self._give_sockets_back, self._withdraw)))
 
-    def _mend(self, vmi: VMI) -> list[str]:
+    async def _persist(self, step: Callable[[VMI], Awaitable[None]], vmi: VMI) -> None:
+        retry, last = _FIRST_RETRY, ""
+        while True:
+            try:
+                await step(vmi)
+                return
+            except Exception as error:
+                is_known = isinstance(error, (LauncherError, ProxyError, PublishError))
+                about = {"namespace": vmi.namespace, "name": vmi.name, "error": str(error)}
+                if str(error) != last:
+                    log.error("cannot give back, trying again", **about, exc_info=not is_known)
+                last = str(error)
+            await asyncio.sleep(retry)
+            retry = min(2 * retry, _LAST_RETRY)
+
+    async def _give_sockets_back(self, vmi: VMI) -> None:
         with self._daemon.taken() as is_dead:
             if not is_dead:
-                return []
-            signal.alarm(_HANG_SECONDS)
+                return
+            signal.alarm(HANG_SECONDS)  # whose default action ends this process, and with it the lock
             try:
                 sources = sources_not_begun(vmi, self._node, datetime.now(UTC))
-                return [name for one in sources for name in mend(self._launchers, one, self._owner)]
+                names = [name for source in sources for name in mend(self._launchers, source, self._owner)]
             finally:
                 signal.alarm(0)
+        if names:
+            log.warning("virt-handler's sockets are back", namespace=vmi.namespace, name=vmi.name, names=names)
+            self._note(vmi, Role.SOURCE)
 
-    def _note(self, vmi: VMI, role: str, inventory: KubeInventory) -> None:
+    async def _withdraw(self, vmi: VMI) -> None:
+        if not is_forsaken(vmi, self._node):
+            return
+        is_void = False
+
+        def decide(now: VMI) -> bool:
+            nonlocal is_void
+            is_void = not self._daemon.is_held and is_forsaken(now, self._node)
+            return is_void
+
+        now = await self._announcements.withdraw(vmi, decide)
+        if is_void and now is not None:
+            log.warning("nothing is announced any more", namespace=vmi.namespace, name=vmi.name)
+            self._note(vmi, Role.TARGET)
+
+    def _note(self, vmi: VMI, role: Role) -> None:
         message = f"migration {role} on {self._node}: left to virt-handler, as migproxy's daemon does not run"
-        inventory.note(vmi, BYPASSED, message, warning=True)
+        self._inventory.note(vmi, BYPASSED, message, warning=True)

@@ -236,11 +236,16 @@ def sources_not_begun(vmi: VMI, node: str, now: datetime) -> list[SourceProxy]:
 
 
 def is_forsaken(vmi: VMI, node: str) -> bool:
-    """Whether what is announced for a node whose daemon is dead is to go: all but what is published already."""
-    if vmi.announced is None or not vmi.is_target_on(node):
+    """Whether what is announced on a VMI is to go as a node's daemon is dead, whose duty it would have been.
+
+    What is published already stays to the migration's end: the next daemon is to serve it.
+    """
+    if vmi.announced is None:
         return False
     announced = _announced(vmi)
-    return announced is None or vmi.migration is None or not _is_published(vmi.migration, announced)
+    if vmi.is_done() or announced is None or vmi.migration is None:
+        return vmi.node_name == node or vmi.is_target_on(node)
+    return vmi.is_target_on(node) and not _is_published(vmi.migration, announced)
 
 
 def _by_migration(decision: SourceProxy | TargetProxy | Held | Bypassed) -> tuple[Migration, Role]:

@@ -119,24 +119,26 @@ class SharedFolder(SocketFolder):
 
     def remove(self, name: str, file: SocketFile) -> None:
         """Puts virt-handler's socket back where ours stands; where it does not, virt-handler's is another by now."""
-        aside = _aside(name)
-        with suppress(OSError):
-            if self.holds(name, file):
-                self._step_aside(name, aside)
-        with suppress(OSError):
-            self._unlink(aside)
+        with suppress(OSError):  # in which case virt-handler's stays where it is kept, for whoever mends it
+            self._give_back(name, is_ours=self.holds(name, file))
 
     def mend(self, name: str) -> bool:
-        is_changed = False
-        with suppress(OSError):
+        try:
             self._discard(temporary_name(name), name)
-        with suppress(OSError):
-            if _is_ours(self._mode_of(name)):
+            is_ours = _is_ours(self._mode_of(name))
+            self._give_back(name, is_ours=is_ours)
+        except OSError as error:
+            raise ProxyError(f"{self.path}/{name} cannot be given back to virt-handler: {error.strerror}") from error
+        return is_ours
+
+    def _give_back(self, name: str, *, is_ours: bool) -> None:
+        if is_ours:
+            with suppress(FileNotFoundError, FileExistsError):  # virt-handler clears or fills it in this very moment
                 self._step_aside(name, _aside(name))
-                is_changed = True
-        with suppress(OSError):
+            if _is_ours(self._mode_of(name)):
+                raise OSError(errno.EAGAIN, "ours is still there")
+        with suppress(FileNotFoundError):
             self._unlink(_aside(name))
-        return is_changed
 
     def _step_aside(self, name: str, aside: str) -> None:
         try:

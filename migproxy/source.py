@@ -24,6 +24,7 @@ from migproxy.watch import Subscription, Watcher
 _FOLDER_CHANGES = (
     Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MOVE_SELF | Mask.DELETE_SELF | Mask.ONLYDIR
 )
+_KEPT = 3  # listeners of one channel: an earlier daemon may have left two, and each may have somebody waiting
 _CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
 
 
@@ -195,6 +196,9 @@ class SocketFolder:
 
         Returns:
             Whether the name leads elsewhere now.
+
+        Raises:
+            ProxyError: It cannot be cleared.
         """
         return False
 
@@ -239,7 +243,7 @@ class _Place:
             return False
         self._accept(placed, proxy.lease_listener(self.channel, placed.listener, placed.identity), proxy)
         self.file = placed
-        await self._close(self._accepting[:-2])
+        await self._close(self._accepting[:-_KEPT])
         return True
 
     def _accept(self, file: SocketFile, lease: Lease, proxy: Proxy) -> None:
@@ -251,7 +255,8 @@ class _Place:
         if self.file is not None:
             folder.remove(self.name, self.file)
         else:
-            folder.mend(self.name)
+            with suppress(ProxyError):  # it has only refused whoever came by it
+                folder.mend(self.name)
 
     async def remove(self, folder: SocketFolder | None) -> None:
         """Takes the file away, if it is ours, and stops accepting."""

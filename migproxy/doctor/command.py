@@ -107,6 +107,10 @@ def examine(request: Request, *, as_json: bool) -> int:
 
 def _findings(request: Request) -> Iterator[Finding]:
     settings = request.settings
+    if api.is_configured(settings.kubeconfig):  # the daemon reaches it from its own namespace
+        yield from api.check_api(
+            settings.kubeconfig, settings.context, settings.kubevirt_namespace, beside=settings.beside_virt_handler
+        )
     if settings.netns != "self":
         yield _enter(settings.netns)
     address = _address(settings)
@@ -122,10 +126,6 @@ def _findings(request: Request) -> Iterator[Finding]:
         ),
         address,
     )
-    if api.is_configured(settings.kubeconfig):
-        yield from api.check_api(
-            settings.kubeconfig, settings.context, settings.kubevirt_namespace, beside=settings.beside_virt_handler
-        )
     if request.peer is not None:
         yield from _check_peer(request, request.peer, address)
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
 from migproxy.doctor.finding import Finding, Level
-from migproxy.lifeline import Lifeline, LifelineError
+from migproxy.lifeline import is_locked
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.portmap import IPAddress
 from migproxy.sockets import PortTaken, TCPOptions, listen_tcp
@@ -399,15 +399,14 @@ def check_failsafe(lock: str) -> Finding:
     Args:
         lock: What it locks.
     """
-    name = "failsafe"
-    try:
-        if os.path.exists(lock) and Lifeline(lock).is_held:
-            return Finding(name, Level.OK, "runs, and would give back to virt-handler what a dead daemon leaves")
-        problem = "none runs: a daemon that is killed, and not started anew, would stay in virt-handler's way"
-    except LifelineError as error:
-        problem = str(error)
-    remedy = "run `migproxy failsafe` with the daemon's --control-socket (a container in deploy/beside-virt-handler)"
-    return Finding(name, Level.WARN, problem, remedy)
+    if is_locked(lock):
+        return Finding("failsafe", Level.OK, "runs, and would give back to virt-handler what a dead daemon leaves")
+    return Finding(
+        "failsafe",
+        Level.WARN,
+        "none runs: a daemon that is killed, and not started anew, would stay in virt-handler's way",
+        "run `migproxy failsafe` with the daemon's --control-socket (a container in deploy/beside-virt-handler)",
+    )
 
 
 # This node

@@ -221,6 +221,11 @@ class KubeInventory:
         path = f"/apis/kubevirt.io/v1/namespaces/{vmi.namespace}/virtualmachineinstances/{vmi.name}"
         return await self._api.request(method, path, None, body, JSON_PATCH if body else "application/json")
 
+    @property
+    def has_notes(self) -> bool:
+        """Whether something that was noted is not written yet."""
+        return self._recorder.has_pending
+
     def note(self, vmi: VMI, reason: str, message: str, *, warning: bool = False) -> None:
         """See `Inventory.note`: a Kubernetes Event on the VMI."""
         self._recorder.note(vmi, reason, message, warning=warning)

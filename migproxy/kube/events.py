@@ -85,6 +85,11 @@ class EventRecorder:
         series.pending += 1
         self._noted.set()
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether something that was noted is not written yet."""
+        return any(series.pending for series in self._series.values())
+
     async def run(self) -> None:
         """Writes what is noted until cancelled."""
         while True:

@@ -36,6 +36,8 @@ class Gate:
         watches: How many watches have been accepted.
         lists: How many lists (first pages) have been answered.
         refuse: Called with each request; an HTTP status to answer instead of passing it on, or None.
+        hold: Called with each request; whether never to answer it.
+        held: How many are held so.
     """
 
     def __init__(self, upstream: str, tls: ssl.SSLContext | bool = False, host: str = "127.0.0.1") -> None:
@@ -43,6 +45,8 @@ class Gate:
         self.watches = 0
         self.lists = 0
         self.refuse: Callable[[web.Request], int | None] = lambda request: None
+        self.hold: Callable[[web.Request], bool] = lambda request: False
+        self.held = 0
         self.url = ""
         self._upstream = upstream
         self._host = host
@@ -102,6 +106,9 @@ class Gate:
             told = {"kind": "Status", "code": status, "reason": reason, "message": "the gate refuses"}
             headers = {"Retry-After": RETRY_AFTER} if status == 429 else {}
             return web.json_response(told, status=status, headers=headers)
+        if self.hold(request):
+            self.held += 1
+            await asyncio.Event().wait()
         passed = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
         body = await request.read()
         url = self._upstream + request.path_qs

@@ -4,19 +4,23 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import stat
+import sys
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from demo.lab import MIGPROXY, end, until
+from migproxy import control
 from migproxy.inventory import BYPASSED
-from migproxy.lifeline import Lifeline
+from migproxy.lifeline import HANG_SECONDS
+from migproxy.portmap import source_socket_name
 from migproxy.status import render
 from tests.kube.cluster import NODES, VMIS, Cluster, begin, start, vmi
 from tests.kube.gate import Gate
-from tests.kube.test_beside_source import Scene, through
+from tests.kube.test_beside_source import CHANNELS, Scene, through
 from tests.kube.test_beside_target import (
     THEIRS,
     announced,
@@ -33,11 +37,44 @@ ADDRESS = "127.77.0.1"
 HERE, THERE = NODES
 
 
+SLOW = """
+import pathlib, sys, time
+from migproxy import cli, failsafe
+
+def mend(*_):
+    print("in a pod's folder", flush=True)
+    while not pathlib.Path(sys.argv[1]).exists():
+        time.sleep(0.01)
+    return []
+
+failsafe.mend = mend
+sys.argv[1:2] = []
+cli.main()
+"""
+"""A failsafe in a folder that does not answer before a file is there, which is named first."""
+
+CAPABILITIES = ("sys_ptrace", "dac_override", "chown", "fowner")  # of its container
+
+# Listens on its pod's command socket, as virt-launcher does; then it is QEMU's user.
+LAUNCHER = """
+import os, socket, sys
+os.chdir(sys.argv[1])
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("launcher-sock")
+listener.listen()
+os.setgid(107)
+os.setuid(107)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
 class Protected(Scene):
     """A node whose daemon and whose failsafe are processes, and a VMI that migrates from it, or to it.
 
     Attributes:
         daemon: `migproxy run`.
+        failsafe: `migproxy failsafe`.
         log: The failsafe's.
     """
 
@@ -45,48 +82,59 @@ class Protected(Scene):
         super().__init__(kubernetes, node, uid, target)
         self.folder_of_node = node.launchers.parent
         kubeconfig = kubernetes.kubeconfig(self.folder_of_node, HERE, url)
-        owner = f"{os.getuid()}:{os.getgid()}"
         self.options = ["--kubeconfig", str(kubeconfig), "--launcher-run-dir", f"{node.launchers}/{{uid}}"]
-        self.options += ["--socket-owner", owner]
+        self.options += ["--socket-owner", f"{os.getuid()}:{os.getgid()}"]
         beside = ["--beside-virt-handler", "--migration-address", ADDRESS]
         self.daemon = Daemon(HERE, ADDRESS, self.folder_of_node / "daemon", *self.options, *beside)
         self.log = self.folder_of_node / "failsafe.log"
         self.failsafe: asyncio.subprocess.Process
 
-    @asynccontextmanager
-    async def watched_over(self) -> AsyncIterator[None]:
-        """The failsafe runs while the context lasts, and ends by itself once the daemon has."""
-        options = ["--node-name", HERE, "--control-socket", str(self.daemon.control), "--log-format", "json"]
-        command = [*MIGPROXY, "failsafe", *self.options, *options]
-        with self.log.open("wb") as log:
+    async def watch_over(self, *prefix: str, options: Sequence[str] = ()) -> None:
+        """Starts the failsafe, by this command instead of its own if need be, and waits until it has begun."""
+        command = [*(prefix or MIGPROXY), "failsafe", *self.options, *options]
+        command += ["--node-name", HERE, "--control-socket", str(self.daemon.control), "--log-format", "json"]
+        with self.log.open("ab") as log:
             self.failsafe = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
-        try:
-            yield
-            await self.daemon.stop()
-            if self.failsafe.returncode is None:
-                await self.complete()
-        finally:
-            if self.failsafe.returncode is None:
-                self.failsafe.kill()
-                await self.failsafe.wait()
+        await until(lambda: self.told("watching over the daemon") > 0, "the failsafe")
 
     async def complete(self) -> None:
         """The failsafe has looked at everything since the daemon's death: told to end, it does that first."""
         assert await end(self.failsafe, signal.SIGTERM) == 0, self.log.read_text()
+
+    async def close(self) -> None:
+        """Ends both."""
+        await self.daemon.stop()
+        if self.failsafe.returncode is None:
+            await self.complete()
         assert "Traceback" not in self.log.read_text()
 
-    async def in_path(self) -> None:
-        """virt-handler has prepared the source, and ours lead there."""
+    async def source_in_path(self) -> None:
+        """The VMI migrates from here, virt-handler has prepared that, and ours lead there."""
+        await self.change(begin("first"))
+        await self.publish()
         self.prepare()
         await until(self.is_ours, "our sockets over virt-handler's")
+
+    def is_given_back(self) -> bool:
+        """virt-handler's own sockets are at the paths, and nothing is beside them."""
+        names = {source_socket_name(self.uid, channel) for channel in CHANNELS}
+        files = list(self.folder.iterdir())
+        return {one.name for one in files} == names and not any(one.stat().st_mode & stat.S_ISVTX for one in files)
 
     async def kill(self) -> None:
         """The daemon dies, and nobody starts it anew."""
         await self.daemon.stop(signal.SIGKILL)
 
-    def told(self, event: str) -> bool:
-        """Whether the failsafe has logged that."""
-        return f'"{event}"' in self.log.read_text()
+    def answers(self) -> bool:
+        """Whether the daemon has begun to start."""
+        try:
+            return bool(self.daemon.status())
+        except control.ControlError:
+            return False
+
+    def told(self, event: str) -> int:
+        """How often the failsafe has logged that."""
+        return self.log.read_text().count(f'"{event}')
 
 
 @pytest.fixture
@@ -98,8 +146,14 @@ async def killable(kubernetes: Cluster, tmp_path: Path, door: Gate) -> AsyncIter
     with socket.create_server(("127.77.0.3", 0)) as target:
         target.setblocking(False)
         made = Protected(kubernetes, node, uid, target, door.url)
-        async with made.watched_over():
+        await made.watch_over()
+        try:
             yield made
+            await made.close()
+        finally:
+            if made.failsafe.returncode is None:
+                made.failsafe.kill()
+                await made.failsafe.wait()
         await made.virt_handler.close()
 
 
@@ -108,16 +162,12 @@ async def test_killed_daemons_sources_go_by_virt_handler_again_until_there_is_an
 ) -> None:
     scene = killable
     await scene.daemon.start()
-    await scene.change(begin("first"))
-    await scene.publish()
-    await scene.in_path()
+    await scene.source_in_path()
 
     await scene.kill()
-    await until(lambda: not scene.is_ours(), "virt-handler's sockets")
-    assert {path.name[:4] for path in scene.folder.iterdir()} == {scene.uid[:4]}, "nothing is left beside them"
+    await until(scene.is_given_back, "virt-handler's sockets")
     await scene.connect()
     assert scene.virt_handler.relayed == {"source": 1}
-    assert any("daemon does not run" in one for one in await scene.events(BYPASSED))
 
     await scene.daemon.start()
     await until(scene.is_ours, "our sockets again")
@@ -140,9 +190,7 @@ async def test_killed_daemons_announcement_goes_before_virt_handler_publishes(ki
 async def test_what_is_published_or_runs_is_left_to_the_next_daemon(killable: Protected) -> None:
     scene = killable
     await scene.daemon.start()
-    await scene.change(begin("first"))
-    await scene.publish()
-    await scene.in_path()
+    await scene.source_in_path()
     await scene.change(start())
     await scene.kubernetes.request("POST", VMIS, vmi("two", node=THERE))
     await change(scene.kubernetes, begin("second", source=THERE, target=HERE), "two")
@@ -170,7 +218,7 @@ async def test_what_cannot_be_given_back_at_once_is_tried_again(killable: Protec
 
     door.refuse = lambda request: 500 if request.method == "PATCH" else None
     await scene.kill()
-    await until(lambda: scene.told("cannot give back, trying again"), "a refusal")
+    await until(lambda: scene.told("cannot give back, trying again") > 0, "a refusal")
     door.refuse = lambda request: None
     await until_withdrawn(scene.kubernetes)
 
@@ -178,32 +226,155 @@ async def test_what_cannot_be_given_back_at_once_is_tried_again(killable: Protec
 async def test_api_server_that_is_away_at_the_daemons_death_is_waited_for(killable: Protected, door: Gate) -> None:
     scene = killable
     await scene.daemon.start()
-    await scene.change(begin("first"))
-    await scene.publish()
-    await scene.in_path()
+    await scene.source_in_path()
 
     await door.close()
+    deaths = scene.told("the daemon does not run")
     await scene.kill()
-    await until(
-        lambda: scene.told("the daemon does not run: looking for what one has left in virt-handler's way"), "it"
-    )
+    await until(lambda: scene.told("the daemon does not run") > deaths, "the failsafe to see it")
+    await until(lambda: scene.told("cannot follow the API server") > 0, "the failsafe to look for the API server")
+    assert scene.is_ours()
     await door.open()
-    await until(lambda: not scene.is_ours(), "virt-handler's sockets")
+    await until(scene.is_given_back, "virt-handler's sockets")
+
+
+async def test_daemon_that_lives_too_short_to_be_seen_is_cleared_away_after(killable: Protected) -> None:
+    scene = killable
+    await scene.daemon.start()
+    await scene.source_in_path()
+    await scene.kill()
+    await until(scene.is_given_back, "virt-handler's sockets")
+
+    scene.failsafe.send_signal(signal.SIGSTOP)
+    await scene.daemon.start()
+    await until(scene.is_ours, "our sockets again")
+    await scene.kill()
+    scene.failsafe.send_signal(signal.SIGCONT)
+    await until(scene.is_given_back, "virt-handler's sockets again")
+
+
+async def test_request_that_nobody_answers_keeps_no_other_vmi_from_being_looked_after_nor_the_end(
+    killable: Protected, door: Gate
+) -> None:
+    scene = killable
+    await scene.daemon.start()
+    await scene.source_in_path()
+    for number in range(3):
+        name = f"target-{number}"
+        await scene.kubernetes.request("POST", VMIS, vmi(name, node=THERE))
+        await change(scene.kubernetes, begin(name, source=THERE, target=HERE), name)
+        await until_announced(scene.kubernetes, name)
+
+    door.hold = lambda request: request.method == "PATCH" and "virtualmachineinstances" in request.path
+    await scene.kill()
+    await until(scene.is_given_back, "virt-handler's sockets", 10)
+    await until(lambda: door.held == 3, "the requests that are not answered", 10)
+    await scene.complete()
+    door.hold = lambda request: False
+
+
+async def test_announcements_of_a_daemon_that_lives_again_stay(killable: Protected, door: Gate) -> None:
+    scene = killable
+    await scene.daemon.start()
+    await scene.change(begin("first", source=THERE, target=HERE))
+    await until_announced(scene.kubernetes)
+    answer = asyncio.Event()
+    is_asked = asyncio.Event()
+
+    def looks(request: web.Request) -> int | None:
+        """It has not been answered yet when the next daemon lives."""
+        if request.method == "GET" and request.path == f"{VMIS}/one" and not answer.is_set():
+            is_asked.set()
+            return 500
+        return None
+
+    door.refuse = looks
+    await scene.kill()
+    await asyncio.wait_for(is_asked.wait(), 10)
+    await scene.daemon.start()
+    ours = await until_announced(scene.kubernetes)
+    await until(lambda: scene.told("a daemon has been started") > 0, "the failsafe to see it")
+    answer.set()
+    assert await until_announced(scene.kubernetes) == ours
+    assert not scene.told("nothing is announced any more")
+
+
+async def test_daemon_waits_for_a_failsafe_that_is_in_a_folder(killable: Protected) -> None:
+    scene, free = killable, killable.folder_of_node / "free"
+    await scene.complete()
+    await scene.daemon.start()
+    await scene.source_in_path()
+    await scene.watch_over(sys.executable, "-c", SLOW, str(free))
+    await scene.kill()
+    await until(lambda: "in a pod's folder" in scene.log.read_text(), "the failsafe to act")
+
+    lives = len(scene.daemon.logged("synchronised"))
+    await scene.daemon.spawn()
+    await until(scene.answers, "its start")
+    assert len(scene.daemon.logged("synchronised")) == lives
+    free.touch()
+    await until(lambda: len(scene.daemon.logged("synchronised")) > lives, "it")
+
+
+async def test_failsafe_that_hangs_in_a_folder_ends_and_keeps_no_daemon_waiting(killable: Protected) -> None:
+    scene = killable
+    await scene.complete()
+    await scene.daemon.start()
+    await scene.source_in_path()
+    await scene.watch_over(sys.executable, "-c", SLOW, "/nonesuch")
+    await scene.kill()
+    assert await asyncio.wait_for(scene.failsafe.wait(), 2 * HANG_SECONDS) == -signal.SIGALRM
+    await scene.daemon.start()
+    assert not scene.daemon.logged("somebody else has the lock: goes on without it")
+
+
+async def test_its_containers_capabilities_are_all_that_it_needs(killable: Protected) -> None:
+    scene = killable
+    await scene.complete()
+    pod = scene.folder_of_node / "pods/one-pod-1/volumes/kubernetes.io~empty-dir/sockets"
+    pod.mkdir(parents=True)
+    pipe = asyncio.subprocess.PIPE
+    launcher = await asyncio.create_subprocess_exec(sys.executable, "-c", LAUNCHER, str(pod), stdin=pipe, stdout=pipe)
+    try:
+        assert launcher.stdout
+        await launcher.stdout.readline()
+        await scene.daemon.start("--socket-owner", "107:107")
+        await scene.source_in_path()
+        for path in (scene.folder.parent, scene.folder):
+            os.chown(path, 107, 107)
+            path.chmod(0o1700)
+        await scene.kill()
+        bound = ",".join(f"+{one}" for one in CAPABILITIES)
+        options = ["--pods-dir", str(scene.folder_of_node / "pods"), "--socket-owner", "107:107"]
+        options += ["--launcher-run-dir", f"/proc/{{pid}}/root{scene.node.launchers}/{scene.uid}"]
+        await scene.watch_over("setpriv", f"--bounding-set=-all,{bound}", *MIGPROXY, options=options)
+        await until(scene.is_given_back, "virt-handler's sockets")
+    finally:
+        launcher.kill()
+        await launcher.wait()
+
+
+async def test_second_failsafe_of_a_daemon_is_refused(killable: Protected) -> None:
+    scene = killable
+    first = scene.failsafe
+    await scene.watch_over()
+    assert await asyncio.wait_for(scene.failsafe.wait(), 20) == 1
+    assert "another failsafe watches over the daemon" in scene.log.read_text()
+    scene.failsafe = first
 
 
 async def test_failsafe_that_is_told_to_end_waits_for_a_daemon_that_drains(killable: Protected) -> None:
     scene = killable
     await scene.daemon.start()
-    await scene.change(begin("first"))
-    await scene.publish()
-    await scene.in_path()
+    await scene.source_in_path()
 
     scene.failsafe.send_signal(signal.SIGTERM)
     async with scene.connection():  # it lives as long as the daemon does
         assert scene.failsafe.returncode is None
         await scene.kill()
         assert await asyncio.wait_for(scene.failsafe.wait(), 20) == 0
-    assert not scene.is_ours()
+    assert scene.is_given_back()
+    assert any("daemon does not run" in one for one in await scene.events(BYPASSED))
 
 
 async def test_who_has_connected_to_a_dead_daemon_is_served_by_the_next_one(killable: Protected) -> None:
@@ -213,15 +384,13 @@ async def test_who_has_connected_to_a_dead_daemon_is_served_by_the_next_one(kill
         await until(store.is_socket, "the holder")
         environment = {"NOTIFY_SOCKET": str(store)}
         await scene.daemon.start(env=environment)
-        await scene.change(begin("first"))
-        await scene.publish()
-        await scene.in_path()
+        await scene.source_in_path()
         await until(lambda: scene.daemon.status()["store"]["descriptors"] >= 2, "the listeners in the holder")
 
         await scene.kill()
         assert scene.is_ours()
         with scene.dial() as near:
-            await until(lambda: not scene.is_ours(), "virt-handler's sockets")
+            await until(scene.is_given_back, "virt-handler's sockets")
             await scene.daemon.start(env=environment)
             with await scene.arrived() as far:
                 await through(near, far)
@@ -238,15 +407,3 @@ async def test_status_says_whether_a_failsafe_runs(killable: Protected) -> None:
     scene.failsafe.kill()
     await scene.failsafe.wait()
     assert "no failsafe" in render(scene.daemon.status())
-
-
-async def test_daemon_that_starts_waits_for_a_failsafe_that_acts(killable: Protected) -> None:
-    scene = killable
-    lifeline = Lifeline(str(scene.daemon.control.with_suffix(".daemon.lock")))
-    with lifeline.taken() as is_taken:
-        assert is_taken
-        await scene.daemon.spawn()
-        await until(lambda: scene.daemon.control.is_socket(), "it")
-        assert not scene.daemon.logged("synchronised")
-    await until(lambda: bool(scene.daemon.logged("synchronised")), "its start")
-    assert lifeline.is_held

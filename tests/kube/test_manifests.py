@@ -313,7 +313,7 @@ def test_failsafe_reaches_what_the_daemon_reaches_and_has_no_other_rights() -> N
     assert failsafe["securityContext"] | {"capabilities": None} == usual
     capabilities = failsafe["securityContext"]["capabilities"]
     assert capabilities["drop"] == ["ALL"]
-    assert set(capabilities["add"]) == {"SYS_PTRACE", "DAC_OVERRIDE", "CHOWN"}
+    assert set(capabilities["add"]) == {"SYS_PTRACE", "DAC_OVERRIDE", "CHOWN", "FOWNER"}
 
 
 def test_daemonset_with_the_failsafe_is_valid() -> None:

@@ -20,6 +20,7 @@ from migproxy.netns import NamespaceError, network_namespace
 from migproxy.settings import Settings
 from migproxy.sockets import TCPOptions, listen_tcp
 from tests.net.test_netif import Follower
+from tests.unit.test_doctor import api_server
 
 NAME = "stand-in"
 _CALLED = """
@@ -169,5 +170,12 @@ def test_doctor_beside_virt_handler_looks_for_the_failsafe(tmp_path: Path) -> No
     beside = ("--beside-virt-handler", "--control-socket", control)
     assert doctor(*beside)["failsafe"][0] == "warn"
     assert not list(tmp_path.iterdir()), "looking changes nothing"
-    with Lifeline(Settings(control_socket=control).failsafe_lock).taken():
+    with closing(Lifeline(Settings(control_socket=control).failsafe_lock)) as failsafe, failsafe.taken():
         assert doctor(*beside)["failsafe"][0] == "ok"
+
+
+def test_doctor_asks_the_api_server_from_where_the_daemon_does(tmp_path: Path) -> None:
+    with process("10.7.0.1/24"), api_server(tmp_path) as config:
+        found = doctor("--netns", f"process:{NAME}", "--kubeconfig", config)
+    assert found["API server"][0] == "ok"
+    assert found["migration address"][0] == "ok"

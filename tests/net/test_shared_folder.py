@@ -283,6 +283,30 @@ def test_killed_daemons_successor_takes_the_path_and_gives_virt_handlers_socket_
     assert scene.dial() == "virt-handler"
 
 
+@pytest.mark.parametrize("how", ["left", "mended"])
+def test_virt_handlers_socket_that_cannot_be_given_back_is_kept_until_it_can(scene: Scene, how: str) -> None:
+    failures = [OSError(errno.EIO, "Input/output error")]
+
+    def fail_once() -> None:
+        if failures:
+            raise failures.pop()
+
+    scene.listen()
+    scene.place()
+    scene.folder.before = fail_once
+    if how == "left":
+        scene.leave()
+    else:
+        scene.kill()
+        with pytest.raises(ProxyError, match=f"{NAME} cannot be given back to virt-handler: Input/output error"):
+            scene.folder.mend(NAME)
+    assert not failures
+    assert scene.folder.mend(NAME)
+    assert scene.dial() == "virt-handler"
+    assert not scene.folder.mend(NAME)
+    assert {path.name for path in scene.path.parent.iterdir()} == {NAME}
+
+
 def test_socket_of_ours_has_its_mark_from_its_first_moment(scene: Scene) -> None:
     modes: list[int] = []
 

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from migproxy.lifeline import Lifeline, LifelineError
+from migproxy.lifeline import Lifeline, LifelineError, is_locked
 
 HOLD = """
 import asyncio, sys
@@ -74,8 +74,25 @@ async def test_who_starts_does_not_wait_for_ever(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("migproxy.lifeline._MOST_SECONDS", 0.1)
     acting, starting = (Lifeline(str(tmp_path / "lock")) for _ in range(2))
     with acting.taken():
+        assert not await starting.take(0.1)
         async with starting.held():
             pass
+
+
+async def test_each_life_leaves_another_mark_and_a_look_leaves_none(tmp_path: Path) -> None:
+    marks = [Lifeline(str(tmp_path / "lock")).life]
+    for _ in range(2):
+        with closing(Lifeline(str(tmp_path / "lock"))) as lifeline:
+            assert await lifeline.take(1)
+            assert is_locked(str(tmp_path / "lock"))
+            marks.append(lifeline.life)
+        assert not is_locked(str(tmp_path / "lock"))
+    assert len(set(marks)) == 3
+
+
+def test_looking_makes_nothing(tmp_path: Path) -> None:
+    assert not is_locked(str(tmp_path / "lock"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_lock_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -650,6 +650,7 @@ def test_a_start_in_the_future_begins_when_its_time_comes() -> None:
 
 # Beside virt-handler, which publishes
 
+ENDED = {"endTimestamp": "2026-08-01T11:59:30Z", "completed": True}
 ANNOUNCED = f"m-{UID} 32899:0,42691:49152 {OWN}"
 
 
@@ -768,6 +769,7 @@ def test_announcement_that_is_left_over_is_removed_by_the_node_that_the_vmi_runs
         pytest.param(published(str(OTHER)), ANNOUNCED, True, id="published elsewhere"),
         pytest.param(published(str(OWN)), "nonsense", True, id="nonsense"),
         pytest.param(published(str(OWN)), f"other 32899:0,42691:49152 {OWN}", True, id="for another migration"),
+        pytest.param(published(str(OWN), **STARTED, **ENDED), ANNOUNCED, True, id="ended"),
         pytest.param(None, None, False, id="nothing announced"),
     ],
 )
@@ -778,6 +780,15 @@ def test_what_a_dead_daemon_has_announced_is_to_go_unless_it_is_published(
     vmi = parse(document(Role.TARGET, migration, annotations=annotations))
     assert is_forsaken(vmi, NODE) is expected
     assert not is_forsaken(vmi, "node03")
+
+
+def test_what_is_left_on_a_vmi_by_a_migration_that_is_over_is_the_node_s_that_it_runs_on() -> None:
+    annotated: dict[str, Any] = {"annotations": {"migproxy.io/target": ANNOUNCED}}
+    for migration in (published(str(OWN), **STARTED, **ENDED), {"migrationUid": "next"}):
+        left = document(Role.SOURCE, migration, **annotated)
+        assert is_forsaken(parse(left), NODE)
+        left["status"]["nodeName"] = "node03"
+        assert not is_forsaken(parse(left), NODE)
 
 
 def test_only_a_source_that_has_not_begun_may_be_given_back() -> None:
