@@ -154,13 +154,13 @@ class KubeInventory:
 
     def _confirm(self, uid: str, seen: _Seen | None) -> None:
         published = self._published.get(uid)
-        if published and (seen is None or seen.version == published.version):
+        if published and (seen is None or _age(seen.version) >= _age(published.version)):
             del self._published[uid]
 
     def _current(self, uid: str) -> _Seen | None:
         """The newest of what the streams have of a VMI."""
         found = [stream[uid] for stream in self._streams if stream and uid in stream]
-        return max(found, key=_age, default=None)
+        return max(found, key=lambda seen: _age(seen.version), default=None)
 
     def _batch(self) -> dict[str, VMI | None]:
         batch: dict[str, VMI | None] = {}
@@ -206,6 +206,7 @@ class KubeInventory:
                 seen, refusal = None, str(error)
                 continue
             self._published[vmi.uid] = _Published(migration_uid, values, answer["metadata"]["resourceVersion"])
+            self._confirm(vmi.uid, self._current(vmi.uid))  # the watch may have told of it before the answer came
             listed = ", ".join(f"{port} ({channel.label})" for channel, port in ports.items())
             self.note(vmi, LISTENING, f"migration target proxy listens at {address}, ports {listed}")
             return
@@ -238,9 +239,9 @@ def _read(document: Mapping[str, Any]) -> _Seen:
     return _Seen(vmi, problem, version, migration if isinstance(migration, Mapping) else {})
 
 
-def _age(seen: _Seen) -> int:
+def _age(version: str) -> int:
     """Orders versions of one object: the API server's are numbers that grow."""
-    return int(seen.version) if seen.version.isdecimal() else 0
+    return int(version) if version.isdecimal() else 0
 
 
 def _patch(vmi: VMI, seen: _Seen, values: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -225,9 +225,7 @@ class ApiDouble:
         url, body = URL(self.custom + request.raw_path, encoded=True), await request.read()
         try:
             async with self._session.request(request.method, url, data=body, headers=headers) as answer:
-                response = web.StreamResponse(
-                    status=answer.status, headers={"Content-Type": answer.headers["Content-Type"]}
-                )
+                response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
                 await response.prepare(request)
                 async for chunk in answer.content.iter_any():
                     await response.write(chunk)

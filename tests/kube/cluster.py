@@ -317,8 +317,8 @@ async def _running(commands: list[list[str]], folder: Path) -> AsyncIterator[Non
     try:
         for command in commands:
             with (folder / f"{Path(command[0]).name}.log").open("wb") as log:
-                process = asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, env=environment)
-                processes.append(await process)
+                started = asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, env=environment)
+                processes.append(await started)
         yield
     finally:
         for process in reversed(processes):

@@ -35,6 +35,7 @@ class Gate:
         passed: Every request that is no watch and was answered by the server, in order.
         watches: How many watches have been accepted.
         lists: How many lists (first pages) have been answered.
+        answering: While it is not set, what the server answers to requests that are no watches is held back.
         refuse: Called with each request; an HTTP status to answer instead of passing it on, or None.
     """
 
@@ -42,6 +43,8 @@ class Gate:
         self.passed: list[Passed] = []
         self.watches = 0
         self.lists = 0
+        self.answering = asyncio.Event()
+        self.answering.set()
         self.refuse: Callable[[web.Request], int | None] = lambda request: None
         self.url = ""
         self._upstream = upstream
@@ -118,6 +121,7 @@ class Gate:
                 self.passed.append(Passed(request.method, request.path, dict(request.query), sent, answer.status))
                 if request.method == "GET" and "limit" in request.query and "continue" not in request.query:
                     self.lists += 1
+                await self.answering.wait()
                 return web.Response(body=content, status=answer.status, content_type="application/json")
         except aiohttp.ClientError as error:
             return web.Response(status=502, text=str(error))
