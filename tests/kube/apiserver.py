@@ -30,9 +30,9 @@ from typing import Any
 import aiohttp
 import celpy
 from aiohttp import web
-from celpy import celtypes
+from celpy import InterpretedRunner, celtypes
 from celpy.adapter import CELJSONEncoder, json_to_cel
-from celpy.evaluation import CELEvalError
+from celpy.evaluation import CELEvalError, Evaluator
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -357,7 +357,8 @@ class ApiDouble:
             if not self._expression(condition["expression"])(values):
                 return None
         for variable in policy["spec"].get("variables") or ():
-            values["variables"][variable["name"]] = self._expression(variable["expression"])(values)
+            with suppress(Refusal):  # it fails where it is used
+                values["variables"][variable["name"]] = self._expression(variable["expression"])(values)
         return values
 
     def _evaluate(self, policy: Object, user: User, before: Object, after: Object, binding: str) -> None:
@@ -512,10 +513,27 @@ def _split(text: celtypes.StringType, separator: celtypes.StringType) -> celtype
     return celtypes.ListType([celtypes.StringType(part) for part in str(text).split(str(separator))])
 
 
+class _Evaluator(Evaluator):
+    """The library's own, but has(e.f) fails where e does: the library takes f for absent then."""
+
+    def sub_evaluator(self, ast: Any) -> Evaluator:
+        return _Evaluator(ast, activation=self.activation)
+
+    def macro_has_eval(self, exprlist: Any) -> Any:
+        selection = next(tree for tree in exprlist.iter_subtrees_topdown() if tree.data == "member_dot")
+        operand = self.visit(selection.children[0])
+        return operand if isinstance(operand, CELEvalError) else super().macro_has_eval(exprlist)
+
+
+class _Runner(InterpretedRunner):
+    def evaluate(self, context: Any) -> Any:
+        return _Evaluator(ast=self.ast, activation=self.new_activation()).evaluate(context)
+
+
 class _Expression:
     """A compiled CEL expression."""
 
-    _environment = celpy.Environment(annotations={"JSONPatch": _JSONPatch})
+    _environment = celpy.Environment(annotations={"JSONPatch": _JSONPatch}, runner_class=_Runner)
 
     def __init__(self, text: str) -> None:
         self._program = self._environment.program(self._environment.compile(text), functions={"split": _split})

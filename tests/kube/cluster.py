@@ -71,10 +71,9 @@ class Cluster:
         headers = {"Authorization": f"Bearer {token}", "Content-Type": content_type}
         data = None if body is None else json.dumps(body)
         async with self._session.request(method, self.url + path, data=data, headers=headers) as response:
-            answer = await response.json(content_type=None)
-            if response.status >= 400:
-                raise Refused(f"{method} {path}: {response.status}: {answer.get('message')}")
-            return answer
+            if response.status >= 400:  # in plain text, too, where nobody serves the path
+                raise Refused(f"{method} {path}: {response.status}: {await response.text()}")
+            return await response.json(content_type=None)
 
     async def create(self, document: Any) -> Any:
         """Creates any object of a known kind."""
@@ -340,7 +339,7 @@ async def _ready(made: Cluster) -> None:
     while True:
         try:
             await made.request("GET", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions")
-        except (aiohttp.ClientError, Refused, ValueError) as error:
+        except (aiohttp.ClientError, Refused) as error:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the API server did not come up: {error}") from error
             await asyncio.sleep(0.3)
