@@ -25,6 +25,8 @@ NODE_LABEL: Final = "kubevirt.io/nodeName"
 LISTENING: Final = "MigrationProxyListening"
 RESOURCE: Final = "/apis/kubevirt.io/v1/virtualmachineinstances"
 PUBLISH_ATTEMPTS: Final = 5
+LEAVING_SECONDS: Final = 0.5
+"""How long a VMI must have been in neither watch to be gone."""
 
 _LABELS: Final = (NODE_LABEL, TARGET_NODE_LABEL)
 _MIGRATION: Final = "/status/migrationState"
@@ -82,6 +84,7 @@ class KubeInventory:
         self._invalid: dict[str, str] = {}
         self._published: dict[str, _Published] = {}
         self._untold: set[str] = set()
+        self._leaving: dict[str, float] = {}
         self._news = asyncio.Event()
 
     @property
@@ -164,16 +167,23 @@ class KubeInventory:
 
     def _batch(self) -> dict[str, VMI | None]:
         batch: dict[str, VMI | None] = {}
+        loop, waiting = asyncio.get_running_loop(), set[str]()
         for uid in self._untold:
             seen, told = self._current(uid), self._told.get(uid)
             self._note_validity(uid, seen)
-            if seen is None:
-                if told is not None:
-                    batch[uid] = None
-                    del self._told[uid]
-            elif seen.vmi is not None and seen.vmi != told:
+            if seen is None and told is not None:
+                # The watches tell in no common order: it may be on its way from the one to the other.
+                if loop.time() < self._leaving.setdefault(uid, loop.time() + LEAVING_SECONDS):
+                    waiting.add(uid)
+                    continue
+                batch[uid] = None
+                del self._told[uid]
+            elif seen is not None and seen.vmi is not None and seen.vmi != told:
                 batch[uid] = self._told[uid] = seen.vmi
-        self._untold.clear()
+            self._leaving.pop(uid, None)
+        self._untold = waiting
+        if waiting:
+            loop.call_later(LEAVING_SECONDS, self._news.set)
         return batch
 
     def _note_validity(self, uid: str, seen: _Seen | None) -> None:

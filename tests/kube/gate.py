@@ -36,6 +36,7 @@ class Gate:
         watches: How many watches have been accepted.
         lists: How many lists (first pages) have been answered.
         answering: While it is not set, what the server answers to requests that are no watches is held back.
+        slow: Watches by a selector that has this in it tell everything a moment late.
         refuse: Called with each request; an HTTP status to answer instead of passing it on, or None.
     """
 
@@ -43,6 +44,7 @@ class Gate:
         self.passed: list[Passed] = []
         self.watches = 0
         self.lists = 0
+        self.slow = ""
         self.answering = asyncio.Event()
         self.answering.set()
         self.refuse: Callable[[web.Request], int | None] = lambda request: None
@@ -137,6 +139,8 @@ class Gate:
             async for line in answer.content:
                 if task in self._stalled:
                     await asyncio.Event().wait()
+                if self.slow and self.slow in request.query.get("labelSelector", ""):
+                    await asyncio.sleep(0.1)
                 await response.write(line)
         finally:
             self._stalled.discard(task)
