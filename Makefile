@@ -3,11 +3,12 @@
 # make bench: migproxy beside other relays and the limit, in about five minutes (BENCH_ARGS=--quick: in one)
 # make install: as a service of systemd (DESTDIR=, PREFIX=/usr/local, PYTHON=); make uninstall: takes it away again
 # make venv, lint, unit, net, kube, e2e, observe, docs, lock: the parts
+# make policies: the tests of make kube with Kubernetes' own admission policies (docs/kubernetes.md); needs root and 4 GB
 
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test bench venv lint unit net kube e2e observe docs lock lab-packages bench-packages observability-packages \
+.PHONY: demo test bench venv lint unit net kube e2e observe policies docs lock lab-packages bench-packages observability-packages \
 	install installed uninstall clean
 
 demo: venv lab-packages
@@ -35,6 +36,10 @@ net e2e kube: venv lab-packages bench-packages installed
 
 observe: venv lab-packages observability-packages
 	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
+
+policies: venv lab-packages bench-packages installed
+	scripts/policy-server .venv/policy-server
+	MIGPROXY_POLICY_SERVER=$(CURDIR)/.venv/policy-server scripts/sandbox $(BIN)/pytest tests/kube $(PYTEST_ARGS)
 
 venv: .venv/ready
 

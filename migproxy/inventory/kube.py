@@ -25,6 +25,8 @@ NODE_LABEL: Final = "kubevirt.io/nodeName"
 LISTENING: Final = "MigrationProxyListening"
 RESOURCE: Final = "/apis/kubevirt.io/v1/virtualmachineinstances"
 PUBLISH_ATTEMPTS: Final = 5
+LEAVING_SECONDS: Final = 0.5
+"""How long a VMI must have been in neither watch to be gone."""
 
 _LABELS: Final = (NODE_LABEL, TARGET_NODE_LABEL)
 _MIGRATION: Final = "/status/migrationState"
@@ -82,6 +84,7 @@ class KubeInventory:
         self._invalid: dict[str, str] = {}
         self._published: dict[str, _Published] = {}
         self._untold: set[str] = set()
+        self._leaving: dict[str, float] = {}
         self._news = asyncio.Event()
 
     @property
@@ -154,26 +157,33 @@ class KubeInventory:
 
     def _confirm(self, uid: str, seen: _Seen | None) -> None:
         published = self._published.get(uid)
-        if published and (seen is None or seen.version == published.version):
+        if published and (seen is None or _age(seen.version) >= _age(published.version)):
             del self._published[uid]
 
     def _current(self, uid: str) -> _Seen | None:
         """The newest of what the streams have of a VMI."""
         found = [stream[uid] for stream in self._streams if stream and uid in stream]
-        return max(found, key=_age, default=None)
+        return max(found, key=lambda seen: _age(seen.version), default=None)
 
     def _batch(self) -> dict[str, VMI | None]:
         batch: dict[str, VMI | None] = {}
+        loop, waiting = asyncio.get_running_loop(), set[str]()
         for uid in self._untold:
             seen, told = self._current(uid), self._told.get(uid)
             self._note_validity(uid, seen)
-            if seen is None:
-                if told is not None:
-                    batch[uid] = None
-                    del self._told[uid]
-            elif seen.vmi is not None and seen.vmi != told:
+            if seen is None and told is not None:
+                # The watches tell in no common order: it may be on its way from the one to the other.
+                if loop.time() < self._leaving.setdefault(uid, loop.time() + LEAVING_SECONDS):
+                    waiting.add(uid)
+                    continue
+                batch[uid] = None
+                del self._told[uid]
+            elif seen is not None and seen.vmi is not None and seen.vmi != told:
                 batch[uid] = self._told[uid] = seen.vmi
-        self._untold.clear()
+            self._leaving.pop(uid, None)
+        self._untold = waiting
+        if waiting:
+            loop.call_later(LEAVING_SECONDS, self._news.set)
         return batch
 
     def _note_validity(self, uid: str, seen: _Seen | None) -> None:
@@ -206,6 +216,7 @@ class KubeInventory:
                 seen, refusal = None, str(error)
                 continue
             self._published[vmi.uid] = _Published(migration_uid, values, answer["metadata"]["resourceVersion"])
+            self._confirm(vmi.uid, self._current(vmi.uid))  # the watch may have told of it before the answer came
             listed = ", ".join(f"{port} ({channel.label})" for channel, port in ports.items())
             self.note(vmi, LISTENING, f"migration target proxy listens at {address}, ports {listed}")
             return
@@ -243,9 +254,9 @@ def _read(document: Mapping[str, Any]) -> _Seen:
     return _Seen(vmi, problem, version, migration if isinstance(migration, Mapping) else {})
 
 
-def _age(seen: _Seen) -> int:
+def _age(version: str) -> int:
     """Orders versions of one object: the API server's are numbers that grow."""
-    return int(seen.version) if seen.version.isdecimal() else 0
+    return int(version) if version.isdecimal() else 0
 
 
 def _patch(vmi: VMI, seen: _Seen, values: Mapping[str, Any]) -> list[dict[str, Any]]:

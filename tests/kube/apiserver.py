@@ -3,13 +3,17 @@
 Lists with paging, resourceVersions and label and field selectors; watches with bookmarks, timeouts and 410 in both
 forms; JSON and merge patches with tests, conflicts, no-op writes; Events like any object; bearer tokens bound to a
 pod, RBAC, MutatingAdmissionPolicies of JSON patches and ValidatingAdmissionPolicies, all read from the objects
-themselves. Any resource may be created.
+themselves. Any resource may be created. Custom resources can be left to Kubernetes' own server for them
+(policyserver/), with the admission of every write; the double then authenticates and authorizes, as kube-aggregator
+does.
 """
 
 import argparse
 import asyncio
 import base64
 import copy
+import datetime as dt
+import ipaddress
 import json
 import re
 import secrets
@@ -20,14 +24,22 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import celpy
 from aiohttp import web
-from celpy import celtypes
+from celpy import InterpretedRunner, celtypes
 from celpy.adapter import CELJSONEncoder, json_to_cel
-from celpy.evaluation import CELEvalError
+from celpy.evaluation import CELEvalError, Evaluator
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from multidict import CIMultiDict
+from yarl import URL
 
 Object = dict[str, Any]
 Key = tuple[str, str]
@@ -35,6 +47,28 @@ Key = tuple[str, str]
 
 ADMIN_TOKEN = "admin"
 ADMISSION = "admissionregistration.k8s.io"
+CUSTOM = ("apiextensions.k8s.io", "kubevirt.io")
+"""The groups that a server of custom resources has."""
+
+KINDS = {
+    "serviceaccounts": "ServiceAccount",
+    "clusterroles": "ClusterRole",
+    "clusterrolebindings": "ClusterRoleBinding",
+    "roles": "Role",
+    "rolebindings": "RoleBinding",
+    "validatingadmissionpolicies": "ValidatingAdmissionPolicy",
+    "validatingadmissionpolicybindings": "ValidatingAdmissionPolicyBinding",
+    "mutatingadmissionpolicies": "MutatingAdmissionPolicy",
+    "mutatingadmissionpolicybindings": "MutatingAdmissionPolicyBinding",
+    "daemonsets": "DaemonSet",
+    "services": "Service",
+    "customresourcedefinitions": "CustomResourceDefinition",
+    "namespaces": "Namespace",
+    "nodes": "Node",
+    "pods": "Pod",
+}
+
+_MATCH_DEFAULTS: Object = {"matchPolicy": "Equivalent", "namespaceSelector": {}, "objectSelector": {}}
 
 
 class Refusal(Exception):
@@ -119,8 +153,13 @@ class Faults:
 
 @dataclass(slots=True)
 class ApiDouble:
-    """The server's state; `application` makes it answer HTTP."""
+    """The server's state; `application` makes it answer HTTP.
 
+    Args:
+        custom: URL of a server that has the custom resources in the double's place.
+    """
+
+    custom: str = ""
     faults: Faults = field(default_factory=Faults)
     users: dict[str, User] = field(default_factory=lambda: {ADMIN_TOKEN: User("admin", ("system:masters",))})
     _stores: dict[str, dict[Key, Object]] = field(default_factory=dict)
@@ -130,10 +169,12 @@ class ApiDouble:
     _snapshots: dict[str, list[Object]] = field(default_factory=dict)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _policies: dict[str, "_Expression"] = field(default_factory=dict)
+    _session: aiohttp.ClientSession = field(init=False)
 
     def application(self) -> web.Application:
         """The HTTP server's application."""
         application = web.Application(client_max_size=1 << 26)
+        application.cleanup_ctx.append(self._connect)
         application.router.add_get("/readyz", self._readyz)
         application.router.add_route("*", "/{path:.*}", self._handle)
         return application
@@ -144,6 +185,11 @@ class ApiDouble:
         self._history.clear()
         self._snapshots.clear()
 
+    async def _connect(self, _: web.Application) -> AsyncIterator[None]:
+        connector = aiohttp.TCPConnector(ssl=False, limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as self._session:
+            yield
+
     async def _readyz(self, _: web.Request) -> web.Response:
         return web.Response(text="ok")
 
@@ -152,9 +198,13 @@ class ApiDouble:
             user = self._authenticate(request)
             if request.path == f"/apis/{ADMISSION}/v1":  # which every user may ask for (system:discovery)
                 return web.json_response({"kind": "APIResourceList", "resources": self._admission_resources()})
+            if self.custom and request.path.startswith("/openapi/"):
+                return await self._forward(request, user)
             target = _target(request.path)
             watch = request.query.get("watch") in ("true", "1")
             self._authorize(user, _verb(request.method, target, watch), target, request)
+            if self.custom and target.group in CUSTOM:
+                return await self._forward(request, user)
             if request.method == "GET" and not target.name:
                 return await (self._watch(request, target) if watch else self._list(request, target))
             body = await request.json() if request.can_read_body else None
@@ -162,6 +212,26 @@ class ApiDouble:
             return web.json_response(answer, status=status)
         except Refusal as refusal:
             return web.json_response(refusal.status, status=refusal.code)
+
+    async def _forward(self, request: web.Request, user: User) -> web.StreamResponse:
+        """Leaves a request to the server of custom resources, with who asks as kube-aggregator tells it."""
+        headers = CIMultiDict({"X-Remote-User": user.name, "Accept": request.headers.get("Accept", "*/*")})
+        for group in user.groups:
+            headers.add("X-Remote-Group", group)
+        if user.node:
+            headers.add("X-Remote-Extra-Authentication.kubernetes.io%2Fnode-name", user.node)
+        if "Content-Type" in request.headers:
+            headers.add("Content-Type", request.headers["Content-Type"])
+        url, body = URL(self.custom + request.raw_path, encoded=True), await request.read()
+        try:
+            async with self._session.request(request.method, url, data=body, headers=headers) as answer:
+                response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
+                await response.prepare(request)
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
+                return response
+        except aiohttp.ClientConnectorError as error:
+            raise Refusal(503, "ServiceUnavailable", f"error trying to reach service: {error}") from error
 
     async def _single(self, request: web.Request, user: User, target: Target, body: Any) -> tuple[Object, int]:
         if request.method == "POST" and target.subresource == "token":
@@ -287,7 +357,8 @@ class ApiDouble:
             if not self._expression(condition["expression"])(values):
                 return None
         for variable in policy["spec"].get("variables") or ():
-            values["variables"][variable["name"]] = self._expression(variable["expression"])(values)
+            with suppress(Refusal):  # it fails where it is used
+                values["variables"][variable["name"]] = self._expression(variable["expression"])(values)
         return values
 
     def _evaluate(self, policy: Object, user: User, before: Object, after: Object, binding: str) -> None:
@@ -337,7 +408,8 @@ class ApiDouble:
             metadata["remainingItemCount"] = len(rest)
             self._snapshots[metadata["continue"]] = rest
         api_version = f"{target.group}/{target.version}" if target.group else target.version
-        return web.json_response({"kind": "List", "apiVersion": api_version, "metadata": metadata, "items": page})
+        kind = f"{KINDS.get(target.resource, '')}List"
+        return web.json_response({"kind": kind, "apiVersion": api_version, "metadata": metadata, "items": page})
 
     async def _watch(self, request: web.Request, target: Target) -> web.StreamResponse:
         asked = int(request.query.get("resourceVersion") or self._version)
@@ -388,6 +460,10 @@ class ApiDouble:
         if namespace:
             metadata["namespace"] = namespace
         created = {**body, "metadata": metadata}
+        if target.group == ADMISSION and "matchConstraints" in body["spec"]:
+            constraints = {**_MATCH_DEFAULTS, **body["spec"]["matchConstraints"]}
+            constraints["resourceRules"] = [{"scope": "*", **rule} for rule in constraints["resourceRules"]]
+            created["spec"] = {"failurePolicy": "Fail", **body["spec"], "matchConstraints": constraints}
         whole = Target(target.group, target.version, target.resource, namespace, name, "")
         return await self._write(whole, None, created)
 
@@ -437,10 +513,27 @@ def _split(text: celtypes.StringType, separator: celtypes.StringType) -> celtype
     return celtypes.ListType([celtypes.StringType(part) for part in str(text).split(str(separator))])
 
 
+class _Evaluator(Evaluator):
+    """The library's own, but has(e.f) fails where e does: the library takes f for absent then."""
+
+    def sub_evaluator(self, ast: Any) -> Evaluator:
+        return _Evaluator(ast, activation=self.activation)
+
+    def macro_has_eval(self, exprlist: Any) -> Any:
+        selection = next(tree for tree in exprlist.iter_subtrees_topdown() if tree.data == "member_dot")
+        operand = self.visit(selection.children[0])
+        return operand if isinstance(operand, CELEvalError) else super().macro_has_eval(exprlist)
+
+
+class _Runner(InterpretedRunner):
+    def evaluate(self, context: Any) -> Any:
+        return _Evaluator(ast=self.ast, activation=self.new_activation()).evaluate(context)
+
+
 class _Expression:
     """A compiled CEL expression."""
 
-    _environment = celpy.Environment(annotations={"JSONPatch": _JSONPatch})
+    _environment = celpy.Environment(annotations={"JSONPatch": _JSONPatch}, runner_class=_Runner)
 
     def __init__(self, text: str) -> None:
         self._program = self._environment.program(self._environment.compile(text), functions={"split": _split})
@@ -576,7 +669,36 @@ def apply_merge_patch(document: Any, patch: Any) -> Any:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kube-apiserver")])
+    now = dt.datetime.now(dt.UTC)
+    day = dt.timedelta(days=1)
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    usage = x509.KeyUsage(True, False, False, False, False, True, False, False, False)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .add_extension(usage, True)
+        .add_extension(identifier, False)
+        .sign(key, hashes.SHA256())
+    )
+    folder.mkdir()
+    (folder / "tls.crt").write_bytes(made.public_bytes(Encoding.PEM))
+    (folder / "tls.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return folder / "tls.crt", folder / "tls.key"
+
+
+def server_tls(crt: Path, key: Path) -> ssl.SSLContext:
+    """What a server with that certificate and key needs."""
+    made = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    made.load_cert_chain(crt, key)
+    return made
 
 
 @asynccontextmanager

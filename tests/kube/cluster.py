@@ -1,6 +1,9 @@
-"""A cluster to test against: the double, or a real kube-apiserver with etcd where KUBEBUILDER_ASSETS has them.
+"""A cluster to test against: the double, or what the environment names a folder of.
 
-Both get the same objects by the same requests: KubeVirt's resource definitions (minimal ones), namespaces, two nodes,
+KUBEBUILDER_ASSETS: a real kube-apiserver, and etcd. MIGPROXY_POLICY_SERVER: what scripts/policy-server builds, that is
+etcd and Kubernetes' own server of custom resources with its admission policies, which then stands behind the double.
+
+All get the same objects by the same requests: KubeVirt's resource definitions (minimal ones), namespaces, two nodes,
 and everything in daemonset.yaml; migproxy's tokens are bound to a pod on a node, as the kubelet's are.
 """
 
@@ -22,7 +25,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from tests.kube.apiserver import ADMIN_TOKEN, ApiDouble, serve
+from tests.kube.apiserver import ADMIN_TOKEN, KINDS, ApiDouble, certificate, serve, server_tls
 
 MANIFESTS = Path(__file__).parents[2] / "daemonset.yaml"
 BESIDE = MANIFESTS.parent / "deploy/beside-virt-handler"
@@ -33,23 +36,7 @@ KUBEVIRTS = f"/apis/kubevirt.io/v1/namespaces/{NAMESPACE}/kubevirts"
 JSON_PATCH = "application/json-patch+json"
 MERGE_PATCH = "application/merge-patch+json"
 
-_PLURALS = {
-    "ServiceAccount": "serviceaccounts",
-    "ClusterRole": "clusterroles",
-    "ClusterRoleBinding": "clusterrolebindings",
-    "Role": "roles",
-    "RoleBinding": "rolebindings",
-    "ValidatingAdmissionPolicy": "validatingadmissionpolicies",
-    "ValidatingAdmissionPolicyBinding": "validatingadmissionpolicybindings",
-    "MutatingAdmissionPolicy": "mutatingadmissionpolicies",
-    "MutatingAdmissionPolicyBinding": "mutatingadmissionpolicybindings",
-    "DaemonSet": "daemonsets",
-    "Service": "services",
-    "CustomResourceDefinition": "customresourcedefinitions",
-    "Namespace": "namespaces",
-    "Node": "nodes",
-    "Pod": "pods",
-}
+_PLURALS = {kind: plural for plural, kind in KINDS.items()}
 _START_SECONDS = 90
 
 
@@ -84,10 +71,9 @@ class Cluster:
         headers = {"Authorization": f"Bearer {token}", "Content-Type": content_type}
         data = None if body is None else json.dumps(body)
         async with self._session.request(method, self.url + path, data=data, headers=headers) as response:
-            answer = await response.json(content_type=None)
-            if response.status >= 400:
-                raise Refused(f"{method} {path}: {response.status}: {answer.get('message')}")
-            return answer
+            if response.status >= 400:  # in plain text, too, where nobody serves the path
+                raise Refused(f"{method} {path}: {response.status}: {await response.text()}")
+            return await response.json(content_type=None)
 
     async def create(self, document: Any) -> Any:
         """Creates any object of a known kind."""
@@ -185,19 +171,23 @@ class Cluster:
             url: Of a gate; by default, of the server itself.
         """
         path = folder / f"{node}.kubeconfig"
-        cluster: dict[str, Any] = {"server": url or self.url}
-        if cluster["server"].startswith("https:"):
-            cluster["insecure-skip-tls-verify"] = True
-        document = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": "test", "cluster": cluster}],
-            "users": [{"name": "migproxy", "user": {"token": self._tokens[node]}}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "migproxy"}}],
-            "current-context": "test",
-        }
-        path.write_text(yaml.safe_dump(document))
+        path.write_text(yaml.safe_dump(kubeconfig_of(url or self.url, self._tokens[node])))
         return path
+
+
+def kubeconfig_of(url: str, token: str) -> dict[str, Any]:
+    """A kubeconfig for one server and one token."""
+    cluster: dict[str, Any] = {"server": url}
+    if url.startswith("https:"):
+        cluster["insecure-skip-tls-verify"] = True
+    return {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "test", "cluster": cluster}],
+        "users": [{"name": "migproxy", "user": {"token": token}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "migproxy"}}],
+        "current-context": "test",
+    }
 
 
 def resource_definition(kind: str) -> dict[str, Any]:
@@ -227,13 +217,14 @@ async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Clus
         folder: For the files of a real one.
         separate: The double is a process of its own, as a real one always is.
     """
-    assets = os.environ.get("KUBEBUILDER_ASSETS")
-    tls: ssl.SSLContext | bool = False
+    assets, policy_server = os.environ.get("KUBEBUILDER_ASSETS"), os.environ.get("MIGPROXY_POLICY_SERVER")
+    tls = ssl._create_unverified_context() if assets or policy_server else False
     double = None
     async with AsyncExitStack() as stack:
         if assets:
             url = await stack.enter_async_context(_real(Path(assets), folder))
-            tls = ssl._create_unverified_context()
+        elif policy_server:
+            url = await stack.enter_async_context(_policy_server(Path(policy_server), folder))
         elif separate:
             url = await stack.enter_async_context(_double())
         else:
@@ -242,8 +233,7 @@ async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Clus
         connector = aiohttp.TCPConnector(ssl=tls, limit=0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, read_bufsize=2**21))
         made = Cluster(url, session, tls, double)
-        if assets:
-            await _ready(made)
+        await _ready(made)
         await made.install()
         yield made
 
@@ -268,37 +258,67 @@ async def _real(assets: Path, folder: Path) -> AsyncIterator[str]:
     (folder / "sa.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (folder / "sa.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     (folder / "tokens.csv").write_text(f'{ADMIN_TOKEN},admin,admin,"system:masters"\n')
-    commands = [
-        [
-            str(assets / "etcd"),
-            f"--data-dir={folder / 'etcd'}",
-            f"--listen-client-urls=http://127.0.0.1:{etcd}",
-            f"--advertise-client-urls=http://127.0.0.1:{etcd}",
-            f"--listen-peer-urls=http://127.0.0.1:{peer}",
-            "--unsafe-no-fsync",
-        ],
-        [
-            str(assets / "kube-apiserver"),
+    command = [
+        str(assets / "kube-apiserver"),
+        f"--etcd-servers=http://127.0.0.1:{etcd}",
+        "--bind-address=127.0.0.1",
+        f"--secure-port={secure}",
+        f"--cert-dir={folder / 'certs'}",
+        f"--token-auth-file={folder / 'tokens.csv'}",
+        "--authorization-mode=RBAC",
+        "--disable-admission-plugins=ServiceAccount",
+        "--service-account-issuer=https://kubernetes.default.svc",
+        f"--service-account-key-file={folder / 'sa.pub'}",
+        f"--service-account-signing-key-file={folder / 'sa.key'}",
+        "--service-cluster-ip-range=10.0.0.0/24",
+        "--allow-privileged=true",
+    ]
+    async with _running([_etcd(assets, folder, etcd, peer), command], folder):
+        yield f"https://127.0.0.1:{secure}"
+
+
+@asynccontextmanager
+async def _policy_server(assets: Path, folder: Path) -> AsyncIterator[str]:
+    """The double, and behind it etcd and the server of custom resources, which reads the policies from the double."""
+    etcd, peer, secure = _free_ports(3)
+    tls = server_tls(*certificate(folder / "double"))  # client-go sends no token without
+    async with serve(ApiDouble(custom=f"https://127.0.0.1:{secure}"), tls=tls) as url:
+        kubeconfig = folder / "policy-server.kubeconfig"
+        kubeconfig.write_text(yaml.safe_dump(kubeconfig_of(url, ADMIN_TOKEN)))
+        command = [
+            str(assets / "policy-server"),
             f"--etcd-servers=http://127.0.0.1:{etcd}",
             "--bind-address=127.0.0.1",
             f"--secure-port={secure}",
             f"--cert-dir={folder / 'certs'}",
-            f"--token-auth-file={folder / 'tokens.csv'}",
-            "--authorization-mode=RBAC",
-            "--disable-admission-plugins=ServiceAccount",
-            "--service-account-issuer=https://kubernetes.default.svc",
-            f"--service-account-key-file={folder / 'sa.pub'}",
-            f"--service-account-signing-key-file={folder / 'sa.key'}",
-            "--service-cluster-ip-range=10.0.0.0/24",
-            "--allow-privileged=true",
-        ],
+            f"--kubeconfig={kubeconfig}",
+        ]
+        async with _running([_etcd(assets, folder, etcd, peer), command], folder):
+            yield url
+
+
+def _etcd(assets: Path, folder: Path, client: int, peer: int) -> list[str]:
+    return [
+        str(assets / "etcd"),
+        f"--data-dir={folder / 'etcd'}",
+        f"--listen-client-urls=http://127.0.0.1:{client}",
+        f"--advertise-client-urls=http://127.0.0.1:{client}",
+        f"--listen-peer-urls=http://127.0.0.1:{peer}",
+        "--unsafe-no-fsync",
     ]
+
+
+@asynccontextmanager
+async def _running(commands: list[list[str]], folder: Path) -> AsyncIterator[None]:
     processes: list[asyncio.subprocess.Process] = []
+    # The double lists and watches apart from each other, as API servers long did.
+    environment = {**os.environ, "KUBE_FEATURE_WatchListClient": "false"}
     try:
         for command in commands:
             with (folder / f"{Path(command[0]).name}.log").open("wb") as log:
-                processes.append(await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log))
-        yield f"https://127.0.0.1:{secure}"
+                started = asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, env=environment)
+                processes.append(await started)
+        yield
     finally:
         for process in reversed(processes):
             if process.returncode is None:
@@ -318,8 +338,8 @@ async def _ready(made: Cluster) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
-            await made.request("GET", "/api/v1/namespaces/default")
-        except (aiohttp.ClientError, Refused, ValueError) as error:
+            await made.request("GET", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions")
+        except (aiohttp.ClientError, Refused) as error:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the API server did not come up: {error}") from error
             await asyncio.sleep(0.3)

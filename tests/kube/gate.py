@@ -35,6 +35,8 @@ class Gate:
         passed: Every request that is no watch and was answered by the server, in order.
         watches: How many watches have been accepted.
         lists: How many lists (first pages) have been answered.
+        answering: While it is not set, what the server answers to requests that are no watches is held back.
+        slow: Watches by a selector that has this in it tell everything a moment late.
         refuse: Called with each request; an HTTP status to answer instead of passing it on, or None.
         hold: Called with each request; whether never to answer it.
         held: How many are held so.
@@ -44,6 +46,9 @@ class Gate:
         self.passed: list[Passed] = []
         self.watches = 0
         self.lists = 0
+        self.slow = ""
+        self.answering = asyncio.Event()
+        self.answering.set()
         self.refuse: Callable[[web.Request], int | None] = lambda request: None
         self.hold: Callable[[web.Request], bool] = lambda request: False
         self.held = 0
@@ -125,6 +130,7 @@ class Gate:
                 self.passed.append(Passed(request.method, request.path, dict(request.query), sent, answer.status))
                 if request.method == "GET" and "limit" in request.query and "continue" not in request.query:
                     self.lists += 1
+                await self.answering.wait()
                 return web.Response(body=content, status=answer.status, content_type="application/json")
         except aiohttp.ClientError as error:
             return web.Response(status=502, text=str(error))
@@ -140,6 +146,8 @@ class Gate:
             async for line in answer.content:
                 if task in self._stalled:
                     await asyncio.Event().wait()
+                if self.slow and self.slow in request.query.get("labelSelector", ""):
+                    await asyncio.sleep(0.1)
                 await response.write(line)
         finally:
             self._stalled.discard(task)

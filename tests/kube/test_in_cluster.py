@@ -1,46 +1,16 @@
 """In a pod: the service account's token and CA, which are replaced in their files, and TLS."""
 
-import datetime as dt
-import ipaddress
-import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from migproxy.kube.api import ApiError, ApiServer
-from tests.kube.apiserver import ApiDouble, User, serve
+from tests.kube.apiserver import ApiDouble, User, certificate, serve, server_tls
 
 PATH = "/api/v1/namespaces"
 ADMIN = User("admin", ("system:masters",))
-
-
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kube-apiserver")])
-    now = dt.datetime.now(dt.UTC)
-    day = dt.timedelta(days=1)
-    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    usage = x509.KeyUsage(True, False, False, False, False, True, False, False, False)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .add_extension(usage, True)
-        .add_extension(identifier, False)
-        .sign(key, hashes.SHA256())
-    )
-    folder.mkdir()
-    (folder / "tls.crt").write_bytes(made.public_bytes(Encoding.PEM))
-    (folder / "tls.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return folder / "tls.crt", folder / "tls.key"
 
 
 class ServiceAccount:
@@ -59,15 +29,13 @@ def double() -> ApiDouble:
 async def account(double: ApiDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServiceAccount]:
     """A pod's view of an API server with TLS."""
     crt, key = certificate(tmp_path / "server")
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(crt, key)
     made = ServiceAccount(tmp_path)
     made.token.write_text("first")
     made.ca.write_bytes(crt.read_bytes())
     module = "kubernetes_asyncio.config.incluster_config"
     monkeypatch.setattr(f"{module}.SERVICE_TOKEN_FILENAME", str(made.token))
     monkeypatch.setattr(f"{module}.SERVICE_CERT_FILENAME", str(made.ca))
-    async with serve(double, tls=tls) as url:
+    async with serve(double, tls=server_tls(crt, key)) as url:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(urlsplit(url).port))
         yield made

@@ -135,6 +135,20 @@ async def test_what_somebody_cleared_is_published_again(kubernetes: Cluster, tar
     assert len(patches(door)) == 2
 
 
+async def test_what_was_cleared_is_published_again_though_the_watch_told_of_it_before_the_answer(
+    kubernetes: Cluster, target: Listener, door: Gate
+) -> None:
+    door.answering.clear()
+    publishing = asyncio.create_task(publish(target))
+    await eventually(lambda: told(target) == "10.1.1.2", "what was published")
+    door.answering.set()
+    await publishing
+    await change(kubernetes, {"status": {"migrationState": dict.fromkeys(STATE)}})
+    await eventually(lambda: told(target) is None, "what was cleared")
+    await publish(target)
+    assert STATE.items() <= (await read(kubernetes))["status"]["migrationState"].items()
+
+
 async def test_conflict_is_retried_from_the_fresh_object(kubernetes: Cluster, target: Listener, door: Gate) -> None:
     if kubernetes.double is None:
         pytest.skip("a real API server does not make conflicts on request")

@@ -88,12 +88,17 @@ async def test_changes_are_told_as_they_happen(kubernetes: Cluster, door: Gate, 
         assert door.lists == 2
 
 
-async def test_vmi_that_is_in_both_streams_ends_when_it_left_both(kubernetes: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slow", ["kubevirt.io/nodeName", "kubevirt.io/migrationTargetNodeName"])
+async def test_vmi_that_is_in_both_streams_ends_when_it_left_both(
+    kubernetes: Cluster, door: Gate, tmp_path: Path, slow: str
+) -> None:
+    door.slow = slow
+
     async def label(name: str, node: str | None) -> None:
         labels = {"metadata": {"labels": {f"kubevirt.io/{name}": node}}}
         await kubernetes.request("PATCH", f"{VMIS}/one", labels, MERGE_PATCH)
 
-    async with listening(kubernetes, tmp_path) as listener:
+    async with listening(kubernetes, tmp_path, door.url) as listener:
         await kubernetes.request("POST", VMIS, vmi("one", node="node02"))
         await kubernetes.request("PATCH", f"{VMIS}/one", begin("first", "node02", "node01"), MERGE_PATCH)
         await eventually(lambda: listener.names == {"one"}, "the VMI that arrives")
