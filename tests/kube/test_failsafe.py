@@ -25,6 +25,7 @@ from tests.kube.test_beside_target import (
     THEIRS,
     announced,
     change,
+    policy_in_force,
     publish,
     published,
     until_announced,
@@ -140,6 +141,7 @@ class Protected(Scene):
 @pytest.fixture
 async def killable(kubernetes: Cluster, tmp_path: Path, door: Gate) -> AsyncIterator[Protected]:
     await kubernetes.install_beside()
+    await policy_in_force(kubernetes)
     uid = (await kubernetes.request("POST", VMIS, vmi("one")))["metadata"]["uid"]
     node = LocalNode(HERE, ADDRESS, tmp_path)
     node.boot_launcher(uid)
