@@ -242,7 +242,8 @@ def test_kustomization_changes_what_is_there() -> None:
     kustomization = yaml.safe_load((ROOT / "kustomization.yaml").read_text())
     assert kustomization["resources"] == ["daemonset.yaml"]
     assert kustomization["images"][0]["name"] == CONTAINER["image"].partition(":")[0]
-    (patch,) = kustomization["patches"]
+    assert kustomization["components"] == ["deploy/exclusive"]
+    (patch,) = yaml.safe_load((ROOT / "deploy/exclusive/kustomization.yaml").read_text())["patches"]
     assert patch["target"]["kind"] == "DaemonSet"
     (operation,) = yaml.safe_load(patch["patch"])
     parts = [part.replace("~1", "/") for part in operation["path"].split("/")[1:]]
@@ -279,6 +280,12 @@ def test_rules_replace_those_of_the_policy_that_is_there() -> None:
     assert (rules["kind"], rules["metadata"]["name"]) == (policy["kind"], policy["metadata"]["name"])
     whole = {**policy, "spec": {**policy["spec"], **rules["spec"]}}
     kubernetes_validate.validate(whole, "1.37", strict=True)
+
+
+def test_pods_beside_virt_handler_are_not_on_the_migration_network() -> None:
+    (patch,) = beside("daemonset.yaml")
+    (name,) = document("DaemonSet")["spec"]["template"]["metadata"]["annotations"]
+    assert patch["spec"]["template"]["metadata"]["annotations"] == {name: None}
 
 
 def containers_beside() -> tuple[dict[str, Any], dict[str, Any]]:
