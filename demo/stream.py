@@ -82,13 +82,29 @@ class Wires:
         self._stack.close()
 
     async def connect(self, seconds: float = 30) -> tuple[socket.socket, socket.socket]:
-        """Makes a connection; returns the source launcher's end and the target launcher's, which block."""
+        """Makes a connection; returns the source launcher's end and the target launcher's, which block.
+
+        Raises:
+            ConnectionResetError: it ended before it arrived.
+        """
         async with self._connecting:
             client = self._stack.enter_context(waking(socket.socket(socket.AF_UNIX)))
             with short_path(self._departure) as path:
                 client.connect(path)
-            accepting = asyncio.get_running_loop().sock_accept(self._listener)
-            server, _ = await asyncio.wait_for(accepting, seconds)
+            loop, ended = asyncio.get_running_loop(), asyncio.Event()
+            accepting = asyncio.ensure_future(loop.sock_accept(self._listener))
+            ending = asyncio.ensure_future(ended.wait())
+            loop.add_reader(client, ended.set)  # nothing is sent to it before it has arrived
+            try:
+                async with asyncio.timeout(seconds):
+                    await asyncio.wait([accepting, ending], return_when=asyncio.FIRST_COMPLETED)
+                if not accepting.done():
+                    raise ConnectionResetError(f"a connection to {self._departure} ended before it arrived")
+                server, _ = accepting.result()
+            finally:
+                loop.remove_reader(client)
+                accepting.cancel()
+                ending.cancel()
         server.setblocking(True)
         return client, self._stack.enter_context(waking(server))
 

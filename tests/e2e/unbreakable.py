@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,6 +24,7 @@ from demo.stream import Flow, Wires
 from migproxy.portmap import Channel
 
 MIB = 1 << 20
+MOST_LOST = 2  # connections in a row; docs/unbreakable.md tells how seldom that moment is met
 PATIENCE = 90.0  # seconds, for what takes a fraction of one on a machine that is not overloaded
 
 
@@ -290,7 +292,7 @@ class Streams:
     ) -> None:
         while self._tide.level < one.begin:
             await asyncio.sleep(0.005)
-        near, far = await wires.connect(PATIENCE)
+        near, far = await self._connect(wires)
         run = asyncio.get_running_loop().run_in_executor
         start = number * MIB // len(SCRIPT)
         await asyncio.gather(
@@ -299,6 +301,15 @@ class Streams:
             run(threads, back.sent.send, far, back.size, start + 1, self._gate(back)),
             run(threads, back.received.receive, near, back.valve.wait),
         )
+
+    async def _connect(self, wires: Wires) -> tuple[socket.socket, socket.socket]:
+        """Makes a connection; one that a daemon had accepted and not yet handed over when it was killed is lost."""
+        for _ in range(MOST_LOST):
+            try:
+                return await wires.connect(PATIENCE)
+            except ConnectionResetError as error:
+                print(f"dialled again: {error}")
+        return await wires.connect(PATIENCE)
 
     def _gate(self, stream: Stream) -> Callable[[], None]:
         def wait() -> None:
