@@ -62,6 +62,7 @@ class Wires:
     """
 
     def __init__(self, source: Node, target: Node, key: str, channel: Channel) -> None:
+        self.channel = channel
         self._arrival = target.run_dir / target_socket_path(key, channel, "libvirt/libvirt-sock")
         self._departure = source.migrationproxy / source_socket_name(key, channel)
         self._stack = ExitStack()

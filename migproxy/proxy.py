@@ -27,7 +27,7 @@ from migproxy.relay import Progress, Relay, Traffic
 from migproxy.sockets import TCPOptions, is_connected, ready, reset, widen_unix
 from migproxy.splice import Transport
 from migproxy.state import ProxyState, RelayState
-from migproxy.survival import Connection, Listener, connection_name, listener_name
+from migproxy.survival import Connection, Fate, Listener, connection_name, listener_name
 from migproxy.tls import Security, Unfinished
 from migproxy.verify import Reason, TLSError
 
@@ -220,7 +220,28 @@ class Proxy(ABC):
             leg.setblocking(False)
         accepted, dialled = legs if self.role is Role.SOURCE else legs[::-1]
         assert accepted is not None
-        self._begin(connection.name.channel, accepted, connection.lease, dialled)
+        self.follow(self._go_on_setting_up(connection, accepted, dialled), accepted)
+
+    async def _go_on_setting_up(
+        self, connection: Connection, accepted: socket.socket, dialled: socket.socket | None
+    ) -> None:
+        security, channel = self.around.security, connection.name.channel
+        try:
+            await security.settled()
+            fate = connection.fate(None, encrypts=security.encrypts)
+        except BaseException:
+            connection.close()
+            raise
+        if fate is Fate.SET_UP:
+            await self._connection(accepted, channel, connection.lease, dialled)
+        else:
+            self.abandon(connection)
+
+    def abandon(self, connection: Connection) -> None:
+        """Ends a connection whose handshake died with an earlier daemon: the other node dials anew."""
+        channel = connection.name.channel.label
+        self.log.info("connection ended in the middle of its TLS handshake", channel=channel)
+        connection.close()
 
     def inherit(self, channel: Channel) -> list[Listener]:
         """Lets go of the listeners of a channel that an earlier daemon left; the caller owns them."""
@@ -284,6 +305,7 @@ class Proxy(ABC):
             channel: The channel that it serves.
         """
         slots = self._open(channel)
+        await self.around.security.settled()  # until then whoever connects is safest in the listener's queue
         while True:
             if slots.locked():
                 self.log.warning(
@@ -312,7 +334,8 @@ class Proxy(ABC):
                 continue
             accepted.setblocking(False)
             # At once: a connection that only this process has dies with it.
-            self._begin(channel, accepted, self._lease(channel, accepted))
+            lease = self._lease(channel, accepted)
+            self.follow(self._connection(accepted, channel, lease), accepted)
 
     def _open(self, channel: Channel) -> asyncio.Semaphore:
         """Makes what the connections of a channel share; returns their slots."""
@@ -327,12 +350,6 @@ class Proxy(ABC):
             return self.around.store.lease(name, accepted.fileno())
         return Lease(name)
 
-    def _begin(
-        self, channel: Channel, accepted: socket.socket, lease: Lease, dialled: socket.socket | None = None
-    ) -> None:
-        remote = "launcher" if accepted.family == socket.AF_UNIX else _host(accepted)
-        self.follow(self._connection(accepted, remote, channel, lease, dialled), accepted)
-
     def follow(self, connection: Coroutine[Any, Any, None], accepted: socket.socket) -> None:
         """Runs what serves a connection in a task of its own, which ends with the proxy."""
         connections, task = self._connections, asyncio.create_task(connection)
@@ -340,8 +357,9 @@ class Proxy(ABC):
         task.add_done_callback(lambda done: connections.pop(done).close())
 
     async def _connection(
-        self, accepted: socket.socket, remote: str, channel: Channel, lease: Lease, dialled: socket.socket | None
+        self, accepted: socket.socket, channel: Channel, lease: Lease, dialled: socket.socket | None = None
     ) -> None:
+        remote = _remote(accepted)
         log = self.log.bind(channel=channel.label, peer=self.peer(channel), remote=remote)
         slots = self._open(channel)
         async with AsyncExitStack() as slot:
@@ -545,8 +563,11 @@ class Proxy(ABC):
         )
 
 
-def _host(tcp: socket.socket) -> str:
+def _remote(accepted: socket.socket) -> str:
+    """Who made a connection: the launcher, or the other node's address."""
+    if accepted.family == socket.AF_UNIX:
+        return "launcher"
     try:
-        return str(tcp.getpeername()[0])
+        return str(accepted.getpeername()[0])
     except OSError:  # it is gone already
         return "unknown"

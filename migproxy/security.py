@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
@@ -24,6 +25,7 @@ __all__ = ["ClusterSecurity", "OptionsSecurity", "SecurityError", "security"]
 
 log = structlog.get_logger(__name__)
 
+_WAIT_SECONDS = 10.0
 _VERSIONS = {"VersionTLS12": "1.2", "VersionTLS13": "1.3"}
 """KubeVirt's names of the TLS versions that its proxy may be configured with."""
 
@@ -98,7 +100,7 @@ class OptionsSecurity:
         self._changed.set()
 
     @property
-    def encrypts(self) -> bool:
+    def encrypts(self) -> bool | None:
         """See Security."""
         return self._current is None or self._current.encrypts
 
@@ -106,6 +108,9 @@ class OptionsSecurity:
     def resumable(self) -> bool:
         """See Security."""
         return self._current is not None and self._current.resumable
+
+    async def settled(self) -> None:
+        """See Security: it is."""
 
     async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
         if self._current is None:
@@ -133,12 +138,30 @@ class OptionsSecurity:
 class ClusterSecurity(OptionsSecurity):
     """Protects connections as the cluster's KubeVirt is configured; each option that is given beats KubeVirt's setting.
 
-    Until KubeVirt's settings are known, the options decide. What they do not suffice for (the CA is known from the
-    cluster alone) has no connections: never plaintext, unless KubeVirt or an option asks for it. Connections that are
-    open when a setting changes go on as they are.
+    Connections wait for KubeVirt's settings, which a daemon that has just started knows in a moment. Where nobody tells
+    them for ten seconds, the options decide. What they do not suffice for (the CA is known from the cluster alone) has
+    no connections: never plaintext, unless KubeVirt or an option asks for it. Connections that are open when a setting
+    changes go on as they are.
     """
 
     _cluster: ClusterSettings | None = None
+
+    def __init__(self, settings: Settings) -> None:
+        self._told = asyncio.Event()
+        self._waits_until = time.monotonic() + _WAIT_SECONDS
+        super().__init__(settings)
+
+    @property
+    def encrypts(self) -> bool | None:
+        """See Security."""
+        waits = not self._told.is_set() and time.monotonic() < self._waits_until
+        return None if waits else super().encrypts
+
+    async def settled(self) -> None:
+        """See Security."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, self._waits_until - time.monotonic())):
+                await self._told.wait()
 
     def reconfigure(self, settings: Settings) -> None:
         if self._cluster is not None:
@@ -171,6 +194,7 @@ class ClusterSecurity(OptionsSecurity):
             log.error("KubeVirt's settings cannot be followed, the last good ones stay in use", error=str(error))
         else:
             self.problem = None
+        self._told.set()
 
     def _merged(self, settings: Settings, cluster: ClusterSettings) -> Settings:
         from migproxy.kube.cluster import Overrides, merge  # slow to import, and only needed with a cluster

@@ -154,16 +154,16 @@ class Connection:
             return None
         return self.to_network, self.to_launcher
 
-    def fate(self, before: RelayState | None, *, encrypts: bool) -> Fate:
+    def fate(self, before: RelayState | None, *, encrypts: bool | None) -> Fate:
         """Decides what becomes of it.
 
         Args:
             before: What the state file says of it.
-            encrypts: Whether connections between the nodes are encrypted.
+            encrypts: Whether connections between the nodes are encrypted, None while that is not known.
 
         Returns:
-            RELAY to go on with, or begin; SET_UP where nothing was relayed yet and the rest can be done anew; ABANDON
-            where nothing was relayed and the other node dials anew; LOSE where bytes are missing.
+            RELAY to go on with, or begin; SET_UP where nothing was relayed yet and the rest can be done anew, as far as
+            is known; ABANDON where nothing was relayed and the other node dials anew; LOSE where bytes are missing.
         """
         if (before and not before.resumable) or self.is_ambiguous:
             return Fate.LOSE
@@ -171,11 +171,13 @@ class Connection:
             return Fate.RELAY
         if self._may_have_moved or self.to_network is not None or self.to_launcher is not None:
             return Fate.LOSE
-        if self.name.role is Role.SOURCE or not encrypts:
+        if self.name.role is Role.SOURCE or encrypts is False:
             return Fate.SET_UP
         # A target dials the launcher for nobody who has not authenticated.
         is_secured = self.tcp is not None and offloaded(self.tcp) == (True, True)
-        return Fate.RELAY if is_secured and self.unix and is_connected(self.unix) else Fate.ABANDON
+        if is_secured and self.unix and is_connected(self.unix):
+            return Fate.RELAY
+        return Fate.SET_UP if encrypts is None else Fate.ABANDON
 
     @property
     def _may_have_moved(self) -> bool:

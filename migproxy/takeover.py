@@ -70,8 +70,7 @@ class Survivor(Proxy):
         if fate is Fate.SET_UP:
             self.begun.append(connection)
         elif fate is Fate.ABANDON:
-            self.log.info("connection ended in the middle of its TLS handshake", channel=channel.label)
-            connection.close()
+            self.abandon(connection)
         elif fate is Fate.LOSE:
             connection.close()
             self._lose(connection.lease, channel, before or RelayState(channel=channel.label))

@@ -66,17 +66,21 @@ class Security(Protocol):
 
     Attributes:
         errors: Connections that were refused, or broke, for a reason of TLS: by reason.
-        encrypts: Whether a connection that is not secured yet cannot be gone on with by another process.
+        encrypts: Whether a connection that is not secured yet cannot be gone on with by another process; None while
+            that is not known.
         resumable: Whether connections can outlive the process (`Transport.resumable`), as far as it is known before.
     """
 
     errors: Counter[Reason]
 
     @property
-    def encrypts(self) -> bool: ...
+    def encrypts(self) -> bool | None: ...
 
     @property
     def resumable(self) -> bool: ...
+
+    async def settled(self) -> None:
+        """Returns once it is known how connections are to be protected, or nobody will tell soon."""
 
     async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
         """Does what the peers must do first, and returns the connection to relay.
@@ -104,6 +108,9 @@ class Plaintext:
 
     def __init__(self) -> None:
         self.errors: Counter[Reason] = Counter()
+
+    async def settled(self) -> None:
+        """See Security: it is."""
 
     async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
         return Transport(tcp)
@@ -207,6 +214,9 @@ class MutualTLS:
     def resumable(self) -> bool:
         """See Security: only with both directions in the kernel."""
         return self.kernel and self.kernel_problem is None
+
+    async def settled(self) -> None:
+        """See Security: it is."""
 
     def _credentials(self, *, server: bool) -> Credentials:
         files = self._options.server if server else self._options.client

@@ -29,11 +29,7 @@ async def carry(lab: Lab, total: int, during: Callable[[Streams, Tide], Awaitabl
             await during(streams, tide)
             print(f"{streams.moved / total:.0%} of the bytes moved meanwhile")
             tide.end()
-        sent, received = await source.proxy.traffic(uid), await target.proxy.traffic(uid)
-        assert sent.keys() == received.keys() == {"libvirt", "direct", "block"}
-        for channel in sent:
-            assert sent[channel] == streams.expected(channel)
-            assert received[channel] == streams.expected(channel).reversed
+        await streams.assert_counted(uid)
 
 
 async def settled(streams: Streams) -> None:

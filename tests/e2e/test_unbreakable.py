@@ -45,12 +45,7 @@ async def test_streams_come_through_a_storm() -> None:
                         await until(lambda: streams.are_settled, f"what is due: {streams}", PATIENCE)
                     print(f"{storm.kills} kills, {streams.moved / TOTAL:.0%} of the bytes moved meanwhile")
                     tide.end()
-                sent, received = await source.proxy.traffic(uid), await target.proxy.traffic(uid)
-                assert sent.keys() == received.keys() == {"libvirt", "direct", "block"}
-                for channel in sent:
-                    expected = streams.expected(channel)
-                    assert sent[channel] == expected
-                    assert received[channel] == expected.reversed
+                await streams.assert_counted(uid)
             assert storm.kills == KILLS
 
 

@@ -12,10 +12,11 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -241,6 +242,7 @@ class Streams:
 
         self._pairs = [(one, stream(one, one.sent_until), stream(one, one.received_until)) for one in SCRIPT]
         self._all = [stream for _, there, back in self._pairs for stream in (there, back)]
+        self._lost: Counter[str] = Counter()
 
     @property
     def moved(self) -> int:
@@ -259,6 +261,20 @@ class Streams:
         """What the source's daemon must count on a channel, by its label."""
         mine = [(one, there, back) for one, there, back in self._pairs if one.channel.label == channel]
         return Traffic(len(mine), sum(there.size for _, there, _ in mine), sum(back.size for _, _, back in mine))
+
+    async def assert_counted(self, migration: str) -> None:
+        """Asserts that both daemons counted a migration's traffic as it was.
+
+        A daemon may have counted a connection, too, that was lost before it arrived at its end, and carried nothing.
+        """
+        source, target = [await node.proxy.traffic(migration) for node in self._nodes]
+        assert source.keys() == target.keys() == {one.channel.label for one in SCRIPT}
+        for channel in source:
+            expected = self.expected(channel)
+            for counted in (source[channel], target[channel].reversed):
+                lost = counted.connections - expected.connections
+                assert 0 <= lost <= self._lost[channel], (channel, counted, expected, self._lost)
+                assert replace(counted, connections=expected.connections) == expected, channel
 
     def shake(self, chance: random.Random) -> None:
         """Closes some receivers, and opens the others: behind a closed one, everything fills up to the sender."""
@@ -309,6 +325,7 @@ class Streams:
                 return await wires.connect(PATIENCE)
             except ConnectionResetError as error:
                 print(f"dialled again: {error}")
+                self._lost[wires.channel.label] += 1
         return await wires.connect(PATIENCE)
 
     def _gate(self, stream: Stream) -> Callable[[], None]:

@@ -51,6 +51,8 @@ class Protected:
         self.errors: Counter[Reason] = Counter({Reason.WRONG_CA: 3})
         self._ends = ends
 
+    async def settled(self) -> None: ...
+
     async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
         return Transport(tcp)
 

@@ -68,6 +68,25 @@ async def test_before_the_cluster_is_known_nothing_is_relayed_and_never_in_plain
     assert "not known yet" in security.report()["problem"]
 
 
+async def test_connections_wait_for_the_cluster_and_not_for_ever(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(certificates, tmp_path, tls_ca=str(certificates / "ca.crt"))
+    security = ClusterSecurity(given)
+    waiting = asyncio.create_task(security.settled())
+    await asyncio.sleep(0)
+    assert (waiting.done(), security.encrypts) == (False, None)
+    security.apply(cluster(certificates, disable_tls=True))
+    await asyncio.wait_for(waiting, 5)
+    assert security.encrypts is False
+
+    monkeypatch.setattr("migproxy.security._WAIT_SECONDS", 0.01)
+    security = ClusterSecurity(given)
+    await asyncio.wait_for(security.settled(), 5)
+    assert security.encrypts is True
+    assert (await label(security)).startswith("TLS")
+
+
 async def test_the_clusters_ca_is_used_and_kept_for_a_restart_without_the_api(
     certificates: Path, tmp_path: Path
 ) -> None:
