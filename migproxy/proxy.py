@@ -24,7 +24,7 @@ from migproxy.measure import Measures
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
 from migproxy.relay import Progress, Relay, Traffic
-from migproxy.sockets import TCPOptions, is_connected, ready, reset, widen_unix
+from migproxy.sockets import TCPOptions, accept, is_connected, ready, reset, widen_unix
 from migproxy.splice import Transport
 from migproxy.state import ProxyState, RelayState
 from migproxy.survival import Connection, Fate, Listener, connection_name, listener_name
@@ -320,7 +320,8 @@ class Proxy(ABC):
                 await ready(listener.fileno(), writing=False)
                 # Else it would queue behind others, in this process alone; in the listener's queue it is safe.
                 await self.around.store.handed_over()
-                accepted, _ = listener.accept()
+                name = connection_name(self.role, channel, self.migration)
+                fd = accept(listener)
             except OSError as error:
                 if error.errno in _NOT_THIS_TIME:
                     continue
@@ -332,9 +333,9 @@ class Proxy(ABC):
                 self.log.error("cannot accept connections", channel=channel.label, error=error.strerror, remedy=remedy)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            accepted.setblocking(False)
             # At once: a connection that only this process has dies with it.
-            lease = self._lease(channel, accepted)
+            lease = self._lease(name, fd)
+            accepted = socket.socket(fileno=fd)
             self.follow(self._connection(accepted, channel, lease), accepted)
 
     def _open(self, channel: Channel) -> asyncio.Semaphore:
@@ -344,11 +345,8 @@ class Proxy(ABC):
         self.traffic.setdefault(channel, Traffic())
         return self._slots.setdefault(channel, asyncio.Semaphore(self.around.max_connections))
 
-    def _lease(self, channel: Channel, accepted: socket.socket) -> Lease:
-        name = connection_name(self.role, channel, self.migration)
-        if self.around.security.resumable:
-            return self.around.store.lease(name, accepted.fileno())
-        return Lease(name)
+    def _lease(self, name: str, fd: int) -> Lease:
+        return self.around.store.lease(name, fd) if self.around.security.resumable else Lease(name)
 
     def follow(self, connection: Coroutine[Any, Any, None], accepted: socket.socket) -> None:
         """Runs what serves a connection in a task of its own, which ends with the proxy."""

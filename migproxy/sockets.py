@@ -28,6 +28,7 @@ _IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 _TCP_ULP = 31  # linux/tcp.h
 _UNSPECIFIED = struct.pack("=H14x", socket.AF_UNSPEC)  # a sockaddr, which Python's own connect does not make
 _libc = ctypes.CDLL(None)
+_keeping_lock = ctypes.PyDLL(None, use_errno=True)
 
 
 class PortTaken(OSError):
@@ -137,6 +138,28 @@ async def connect_tcp(sock: socket.socket, address: IPAddress, port: int) -> Non
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if error:
         raise OSError(error, os.strerror(error))
+
+
+def accept(listener: socket.socket) -> int:
+    """Accepts a connection, and keeps Python's lock meanwhile.
+
+    `socket.accept` would give it away, and have it back only after the pumps: for so long, a connection is known to
+    this process alone, and dies with it.
+
+    Args:
+        listener: Not blocking.
+
+    Returns:
+        The connection's descriptor, not blocking either; owned by the caller.
+
+    Raises:
+        OSError: See accept4(2).
+    """
+    fd: int = _keeping_lock.accept4(listener.fileno(), None, None, socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    if fd < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return fd
 
 
 async def ready(fd: int, *, writing: bool) -> None:
