@@ -23,6 +23,7 @@ from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer, ConfigurationError
 from migproxy.launcher import LauncherError, Launchers
 from migproxy.lifeline import HANG_SECONDS, Lifeline, LifelineError
+from migproxy.pauses import doubling
 from migproxy.plan import Role, is_forsaken, sources_not_begun
 from migproxy.proxy import ProxyError
 from migproxy.settings import Settings
@@ -33,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 _PATIENCE = 1.0  # seconds that the daemon may be dead: where it is started anew at once, there is less to do
 _LOOK_SECONDS = 0.25  # between two looks at the daemon
-_FIRST_RETRY, _LAST_RETRY = 0.25, 2.0  # seconds; doubled from the one to the other
+_FIRST_RETRY, _LAST_RETRY = 0.25, 2.0  # seconds
 _END_SECONDS = 10.0  # that what is left may take to be given back, once this process is told to end
 _START_SECONDS = 1.0  # that another failsafe may take to end
 
@@ -156,7 +157,7 @@ class Failsafe:
         await asyncio.gather(*(self._persist(step, vmi) for step in (self._give_sockets_back, self._withdraw)))
 
     async def _persist(self, step: Callable[[VMI], Awaitable[None]], vmi: VMI) -> None:
-        retry, last = _FIRST_RETRY, ""
+        pauses, last = doubling(_FIRST_RETRY, _LAST_RETRY), ""
         while True:
             try:
                 await step(vmi)
@@ -167,8 +168,7 @@ class Failsafe:
                 if str(error) != last:
                     log.error("cannot give back, trying again", **about, exc_info=not is_known)
                 last = str(error)
-            await asyncio.sleep(retry)
-            retry = min(2 * retry, _LAST_RETRY)
+            await asyncio.sleep(next(pauses))
 
     async def _give_sockets_back(self, vmi: VMI) -> None:
         with self._daemon.taken() as is_dead:

@@ -19,6 +19,7 @@ from migproxy.health import Activity, WatchReporter
 from migproxy.inventory import BYPASSED, FAILED, Inventory, Overtaken, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.netif import AddressWatcher, MigrationAddress
+from migproxy.pauses import doubling
 from migproxy.plan import Beside, Bypassed, Held, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import IPAddress
 from migproxy.proxy import Proxy, ProxyError, Surroundings
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-_FIRST_RETRY = 0.05  # seconds; doubled up to the last
-_LAST_RETRY = 2.0
+_FIRST_RETRY, _LAST_RETRY = 0.05, 2.0  # seconds
 _START_SECONDS = 10.0  # what a daemon needs to know is known in less, or will not be for a while
 _NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
 
@@ -357,7 +357,7 @@ class Node:
     async def _withdraw(self, uid: str) -> None:
         """Removes the announcement on a VMI, however often that must be tried, as long as it is to go."""
         assert self._announcements
-        last, retry = "", _FIRST_RETRY
+        pauses, last = doubling(_FIRST_RETRY, _LAST_RETRY), ""
         try:
             while uid in self._void and (vmi := self._vmis.get(uid) or self._standing.get(uid)):
                 try:
@@ -380,8 +380,7 @@ class Node:
                         if key[0].vmi_uid == uid:
                             worker.look_again()  # it may be announced anew by now
                 if uid in self._void:
-                    await asyncio.sleep(retry)
-                    retry = min(retry * 2, _LAST_RETRY)
+                    await asyncio.sleep(next(pauses))
         finally:
             del self._withdrawing[uid]  # at once: what is found to be void from now on gets another task
 
@@ -635,17 +634,16 @@ class _Worker:
         self._changed.set()
 
     async def _run(self, after: _Worker | None) -> None:
-        retry = _FIRST_RETRY
+        pauses = doubling(_FIRST_RETRY, _LAST_RETRY)
         try:
             if after is not None:  # which still holds the ports and sockets that this one needs
                 await asyncio.wait([after.task])
             while self.wanted is not None:
                 self._changed.clear()
-                pause = None
-                if not await self._attempt(self.wanted):
-                    pause, retry = retry, min(retry * 2, _LAST_RETRY)
+                if await self._attempt(self.wanted):
+                    pause, pauses = None, doubling(_FIRST_RETRY, _LAST_RETRY)
                 else:
-                    retry = _FIRST_RETRY
+                    pause = next(pauses)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._changed.wait()

@@ -21,6 +21,7 @@ from migproxy.fdstore import Lease, Store
 from migproxy.launcher import Launchers
 from migproxy.logs import Limit
 from migproxy.measure import Measures
+from migproxy.pauses import doubling
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
 from migproxy.relay import Progress, Relay, Traffic
@@ -414,7 +415,7 @@ class Proxy(ABC):
 
     async def _to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
-        deadline, pause = self._deadline(), _FIRST_PAUSE
+        deadline, pauses = self._deadline(), doubling(_FIRST_PAUSE, _LONGEST_PAUSE)
         while True:
             if len(legs) == 1:
                 legs.append(await self._reach(channel, lease, deadline))
@@ -423,12 +424,12 @@ class Proxy(ABC):
                 transport = await self._secure(legs[-1], server=False)
             except TLSError as error:
                 # A daemon that dies or restarts breaks the handshake off without a word, and nothing is relayed yet.
+                pause = next(pauses)
                 if error.reason is not Reason.CLOSED or asyncio.get_running_loop().time() + pause > deadline:
                     raise
                 lease.forget(stored)
                 reset(legs.pop())
                 await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
             else:
                 legs[-1] = transport.tcp
                 return transport
@@ -499,7 +500,7 @@ class Proxy(ABC):
 
     async def _dial_until(self, channel: Channel, lease: Lease, deadline: float) -> socket.socket:
         """Dials until it works, an error is final, or the time is up."""
-        pause = _FIRST_PAUSE
+        pauses = doubling(_FIRST_PAUSE, _LONGEST_PAUSE)
         last: Exception | None = None
         try:
             async with asyncio.timeout_at(deadline):
@@ -508,8 +509,7 @@ class Proxy(ABC):
                         return await self._dial(channel, lease)
                     except self.retriable as error:
                         last = error
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 2, _LONGEST_PAUSE)
+                    await asyncio.sleep(next(pauses))
         except TimeoutError:
             why = str(last) if last else f"{self.peer(channel)}: no answer"
             raise DialError(f"{why} (tried for {self.around.dial_timeout:g} s)") from last
