@@ -338,7 +338,7 @@ class Source(Proxy):
                     socket=self.listening(channel),
                     peer=self.peer(channel),
                 )
-        if self._keeper is None:
+        if self._keeper is None and not self._gives_back:
             self._keeper = asyncio.create_task(self._keep())
         self.problem = None
 
