@@ -20,7 +20,7 @@ DOMAIN = "default_vmi-migratable"  # what KubeVirt calls it in libvirt: the VMI'
 DISK_MIB = 64
 TAIL_MIB = 8  # of the disk, which the guest rewrites all the time
 REMEDY = "run scripts/system-packages lab as root"
-_MIGRATION_SECONDS = 300  # of one that takes three on an idle machine
+_MIGRATION_SECONDS = 600  # of one that takes three on an idle machine
 
 _DOMAIN = """
 <domain type="qemu">
@@ -297,7 +297,7 @@ async def job_statistics(node: Node, *options: str) -> dict[str, int]:
 
 async def _watch(source: Node, job: dict[str, int], watch: Callable[[dict[str, int]], None]) -> None:
     while True:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.25)
         with suppress(LabError):  # libvirt knows of no job yet, or of no such domain any more
             job |= await job_statistics(source)
         watch(job)

@@ -245,7 +245,8 @@ class Proxy:
         """Whether its control socket is there. Raises LabError where the daemon has ended."""
         assert self._process, "the daemon was started"
         if self._process.returncode is not None:
-            raise LabError(f"{self._node.name}'s migproxy ended by itself:\n{self.log.read_text()[-5000:]}")
+            status, log = self._process.returncode, self.log.read_text()[-5000:]
+            raise LabError(f"{self._node.name}'s migproxy ended by itself, exit status {status}:\n{log}")
         return self.control.exists()
 
     async def ready(self) -> None:
@@ -334,8 +335,8 @@ class Node:
         return (await self.exec("virsh", "--quiet", *arguments)).strip()
 
     def sockets(self) -> set[str]:
-        """The names of the socket files in the launcher's migrationproxy folder."""
-        return {path.name for path in self.migrationproxy.iterdir() if path.is_socket()}
+        """The names of the socket files in the launcher's migrationproxy folder; not of those about to be renamed."""
+        return {path.name for path in self.migrationproxy.iterdir() if path.is_socket() and path.name[0] != "."}
 
     async def boot(self, *, libvirt: bool) -> None:
         """Makes the node's namespaces and joins it to the migration network; starts libvirtd if asked to."""

@@ -99,8 +99,9 @@ class Booted:
 
     def journal(self, *matches: str) -> list[dict[str, Any]]:
         """migproxy's lines of the journal that match (FIELD=value), oldest first."""
-        unit = "_SYSTEMD_UNIT=migproxy.service"
-        out = self.run("journalctl", "--quiet", "--no-pager", "--output", "json", unit, *matches)
+        # The unit is not on record for what a process writes just before its end.
+        ours = "SYSLOG_IDENTIFIER=migproxy"
+        out = self.run("journalctl", "--quiet", "--no-pager", "--output", "json", ours, *matches)
         return [json.loads(line) for line in out.splitlines()]
 
     def configure(self, **options: str | float | bool) -> None:

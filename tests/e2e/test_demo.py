@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,12 @@ STREAMS = (sys.executable, "-m", "demo", "--loopback", "--gib", "0.25")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+async def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     """No process and no file of a demonstration outlives it."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = running()
     yield
-    assert running() <= before
+    await until(lambda: running() <= before, "the end of its processes")
     assert not list(tmp_path.iterdir())
 
 

@@ -24,7 +24,7 @@ from migproxy.pki import CLIENT_NAMES
 from tests import certificates
 from tests.e2e.test_libvirt_kubernetes import KubeLab
 from tests.e2e.test_libvirt_migration import assert_heartbeat_goes_on, assert_runs_only_on
-from tests.e2e.unbreakable import metronome
+from tests.e2e.unbreakable import SUSPENDED, metronome
 from tests.kube.apiserver import ADMIN_TOKEN
 
 BEAT = 0.3  # seconds that a daemon lives once it serves
@@ -338,7 +338,7 @@ async def test_migration_goes_on_though_its_migproxies_are_killed_while_it_runs(
             at_first = guest.hashes[0]
             kills: list[int] = []
             proxies = [node.proxy for node in lab.nodes]
-            await guest.migrate(here, there, during=metronome(proxies, BEAT, kills))
+            await guest.migrate(here, there, *SUSPENDED, during=metronome(proxies, BEAT, kills))
             assert min(kills) > 0
             await assert_runs_only_on(there, lab)
             await assert_heartbeat_goes_on(guest, *await guest.handover(here, there))

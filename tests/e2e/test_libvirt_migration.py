@@ -146,7 +146,8 @@ async def assert_counts_agree(move: Move, source: Node, target: Node, *, memory_
     assert sent["direct"].connections == memory_connections
     assert sent["direct"].sent == pytest.approx(move.job["memory_processed"], rel=TOLERANCE)
     if disk:
-        assert sent["block"].sent == pytest.approx(move.job["disk_processed"], rel=TOLERANCE)
+        # libvirt counts until the disk is there; what the guest writes from then on is sent, too.
+        assert (1 - TOLERANCE) * move.job["disk_processed"] < sent["block"].sent < 1.5 * move.job["disk_processed"]
 
 
 async def assert_nothing_is_left(node: Node, descriptors: int) -> None:

@@ -55,8 +55,7 @@ def test_it_is_ready_and_says_what_it_does(machine: Booted) -> None:
 def test_a_wrong_configuration_is_named_in_the_journal(machine: Booted) -> None:
     machine.configure(port_range="9-8", no_such_option=1)
     machine.run("systemctl", "start", "migproxy", check=False)
-    lines = [line["MESSAGE"] for line in machine.journal()]
-    assert any("no-such-option" in line for line in lines), lines
+    machine.wait(lambda: any("no-such-option" in line["MESSAGE"] for line in machine.journal()), "the option's name")
 
 
 def test_the_manager_and_the_daemon_have_the_same_limit(machine: Booted) -> None:
@@ -111,6 +110,7 @@ def test_reload(machine: Booted) -> None:
     (read,) = events(machine, "configuration read again")
     assert "--dial-timeout" in read["CHANGED"]
     assert "--log-level" in read["CHANGED"]
+    machine.wait(lambda: bool(events(machine, "options have changed that need a restart")), "the one that has to wait")
     (later,) = events(machine, "options have changed that need a restart")
     assert later["OPTIONS"] == "['--node-name']"
     machine.wait(lambda: machine.show("ActiveState") == "active", "the end of the reload")

@@ -76,7 +76,10 @@ async def test_a_restart_hands_over() -> None:
 
         await carry(lab, 256 * MIB, restart)
         for service in services:
-            assert len(service.machine.journal("EVENT=handed over")) == RESTARTS
+            await until(
+                lambda machine=service.machine: len(machine.journal("EVENT=handed over")) == RESTARTS,  # type: ignore[misc]
+                "the journal to tell of each",
+            )
             assert service.machine.show("NRestarts") == "0", "systemd saw no crash"
 
 

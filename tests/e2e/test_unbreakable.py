@@ -14,7 +14,19 @@ from tests.e2e.test_libvirt_migration import (
     assert_reads_its_hashes,
     assert_runs_only_on,
 )
-from tests.e2e.unbreakable import MIB, PATIENCE, Storm, Streams, Tide, carried, leaves_nothing, metronome, seed, startup
+from tests.e2e.unbreakable import (
+    MIB,
+    PATIENCE,
+    SUSPENDED,
+    Storm,
+    Streams,
+    Tide,
+    carried,
+    leaves_nothing,
+    metronome,
+    seed,
+    startup,
+)
 
 KILLS = int(os.environ.get("STORM_KILLS", "300"))  # of both daemons together
 TOTAL = int(os.environ.get("STORM_MIB", "4096")) * MIB
@@ -64,7 +76,8 @@ async def test_a_running_guest_comes_through(parallel: int) -> None:
             at_first = guest.hashes[0]
             kills: list[int] = []
             async with leaves_nothing(lab.nodes):
-                move = await guest.migrate(source, target, parallel=parallel, during=metronome(proxies, BEAT, kills))
+                beating = metronome(proxies, BEAT, kills)
+                move = await guest.migrate(source, target, *SUSPENDED, parallel=parallel, during=beating)
                 print(f"{kills} kills while the guest migrated for {move.seconds:.1f} s")
                 assert min(kills) > 1
                 await assert_runs_only_on(target, lab)

@@ -26,6 +26,8 @@ from migproxy.portmap import Channel
 
 MIB = 1 << 20
 MOST_LOST = 2  # connections in a row; docs/unbreakable.md tells how seldom that moment is met
+SUSPENDED = ("--timeout", "60")
+"""Options of `virsh migrate`: a guest that writes faster than killed daemons relay is suspended after a minute."""
 PATIENCE = 90.0  # seconds, for what takes a fraction of one on a machine that is not overloaded
 
 
@@ -375,7 +377,9 @@ async def leaves_nothing(nodes: list[Node]) -> AsyncIterator[None]:
                 raise LabError(f"{node.name}'s daemon logged what it should not: {found}")
     except BaseException:
         for node in nodes:
-            print(f"--- {node.name}", *node.proxy.log.read_text().splitlines()[-40:], sep="\n")
+            lines = node.proxy.log.read_text().splitlines()
+            troubles = [line for line in lines[:-40] if '"level": "info"' not in line]
+            print(f"--- {node.name}", *troubles, "...", *lines[-40:], sep="\n")
         raise
 
 

@@ -133,6 +133,8 @@ async def survive(vmi: VMIFile, nodes: list[Node], daemons: list[ForkedDaemon], 
             await storm.blow(KILLS // ROUNDS // 2, killing)
             streams.calm()
             await until(lambda: streams.are_settled, f"what is due: {streams}", DEADLINE)
+        # What has ended is in the holders until the daemons have it on record.
+        await until(lambda: offloaded() == seen[0], f"as many offloaded as before, not {offloaded()}", DEADLINE)
         seen.append(offloaded())
         tide.end()
     status = [control.ask(str(one.control)) for one in daemons]

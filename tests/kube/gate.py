@@ -38,8 +38,9 @@ class Gate:
         answering: While it is not set, what the server answers to requests that are no watches is held back.
         slow: Watches by a selector that has this in it tell everything a moment late.
         refuse: Called with each request; an HTTP status to answer instead of passing it on, or None.
-        hold: Called with each request; whether never to answer it.
-        held: How many are held so.
+        hold: Called with each request; whether not to answer it before `released`.
+        held: How many have been held so.
+        released: Set to pass on what is held; it never is otherwise.
     """
 
     def __init__(self, upstream: str, tls: ssl.SSLContext | bool = False, host: str = "127.0.0.1") -> None:
@@ -52,6 +53,7 @@ class Gate:
         self.refuse: Callable[[web.Request], int | None] = lambda request: None
         self.hold: Callable[[web.Request], bool] = lambda request: False
         self.held = 0
+        self.released = asyncio.Event()
         self.url = ""
         self._upstream = upstream
         self._host = host
@@ -113,7 +115,7 @@ class Gate:
             return web.json_response(told, status=status, headers=headers)
         if self.hold(request):
             self.held += 1
-            await asyncio.Event().wait()
+            await self.released.wait()
         passed = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
         body = await request.read()
         url = self._upstream + request.path_qs

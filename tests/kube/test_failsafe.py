@@ -39,20 +39,23 @@ HERE, THERE = NODES
 
 
 SLOW = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from migproxy import cli, failsafe
+
+free = pathlib.Path(sys.argv.pop(1))
 
 def mend(*_):
     print("in a pod's folder", flush=True)
-    while not pathlib.Path(sys.argv[1]).exists():
+    if free.parent.exists():
+        signal.alarm(0)
+    while not free.exists():
         time.sleep(0.01)
     return []
 
 failsafe.mend = mend
-sys.argv[1:2] = []
 cli.main()
 """
-"""A failsafe in a folder that does not answer before a file is there, which is named first."""
+"""A failsafe in a folder that answers once a file is there, which is named first; never, where that cannot be."""
 
 CAPABILITIES = ("sys_ptrace", "dac_override", "chown", "fowner")  # of its container
 
@@ -94,9 +97,14 @@ class Protected(Scene):
         """Starts the failsafe, by this command instead of its own if need be, and waits until it has begun."""
         command = [*(prefix or MIGPROXY), "failsafe", *self.options, *options]
         command += ["--node-name", HERE, "--control-socket", str(self.daemon.control), "--log-format", "json"]
+        before = self.told("watching over the daemon") if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.failsafe = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
-        await until(lambda: self.told("watching over the daemon") > 0, "the failsafe")
+
+        def has_begun() -> bool:
+            return self.told("watching over the daemon") > before or self.failsafe.returncode is not None
+
+        await until(has_begun, "the failsafe")
 
     async def complete(self) -> None:
         """The failsafe has looked at everything since the daemon's death: told to end, it does that first."""
@@ -132,6 +140,11 @@ class Protected(Scene):
             return bool(self.daemon.status())
         except control.ControlError:
             return False
+
+    def is_served(self) -> bool:
+        """Whether the daemon has put its sockets into the source's path."""
+        found = self.daemon.status()["migrations"]
+        return any(one["role"] == "source" and one.get("path") == "migproxy" for one in found)
 
     def told(self, event: str) -> int:
         """How often the failsafe has logged that."""
@@ -208,6 +221,7 @@ async def test_what_is_published_or_runs_is_left_to_the_next_daemon(killable: Pr
     assert await announced(scene.kubernetes, "two")
     assert (await published(scene.kubernetes, "two"))["ports"] == ports
     await scene.daemon.start()
+    await until(scene.is_served, "the sockets to lead to it")
     await scene.connect()
     assert not scene.virt_handler.relayed
 
@@ -247,6 +261,7 @@ async def test_daemon_that_lives_too_short_to_be_seen_is_cleared_away_after(kill
     await scene.kill()
     await until(scene.is_given_back, "virt-handler's sockets")
 
+    await until(lambda: scene.told("virt-handler's sockets are back") > 0, "the failsafe to be done")
     scene.failsafe.send_signal(signal.SIGSTOP)
     await scene.daemon.start()
     await until(scene.is_ours, "our sockets again")
@@ -269,8 +284,8 @@ async def test_request_that_nobody_answers_keeps_no_other_vmi_from_being_looked_
 
     door.hold = lambda request: request.method == "PATCH" and "virtualmachineinstances" in request.path
     await scene.kill()
-    await until(scene.is_given_back, "virt-handler's sockets", 10)
-    await until(lambda: door.held == 3, "the requests that are not answered", 10)
+    await until(scene.is_given_back, "virt-handler's sockets")
+    await until(lambda: door.held == 3, "the requests that are not answered")
     await scene.complete()
     door.hold = lambda request: False
 
@@ -292,7 +307,7 @@ async def test_announcements_of_a_daemon_that_lives_again_stay(killable: Protect
 
     door.refuse = looks
     await scene.kill()
-    await asyncio.wait_for(is_asked.wait(), 10)
+    await asyncio.wait_for(is_asked.wait(), 30)
     await scene.daemon.start()
     ours = await until_announced(scene.kubernetes)
     await until(lambda: scene.told("a daemon has been started") > 0, "the failsafe to see it")
@@ -323,9 +338,9 @@ async def test_failsafe_that_hangs_in_a_folder_ends_and_keeps_no_daemon_waiting(
     await scene.complete()
     await scene.daemon.start()
     await scene.source_in_path()
-    await scene.watch_over(sys.executable, "-c", SLOW, "/nonesuch")
+    await scene.watch_over(sys.executable, "-c", SLOW, "/nonesuch/free")
     await scene.kill()
-    assert await asyncio.wait_for(scene.failsafe.wait(), 2 * HANG_SECONDS) == -signal.SIGALRM
+    assert await asyncio.wait_for(scene.failsafe.wait(), 3 * HANG_SECONDS) == -signal.SIGALRM
     await scene.daemon.start()
     assert not scene.daemon.logged("somebody else has the lock: goes on without it")
 

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from migproxy.inventory import PublishError
 from migproxy.portmap import Channel, PortMap
 from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, begin, start, vmi
 from tests.kube.gate import Gate
-from tests.kube.world import Listener, eventually, listening
+from tests.kube.world import PACE, Listener, eventually, listening
 
 ADDRESS = ipaddress.ip_address("10.1.1.2")
 PORTS = PortMap.of({Channel.LIBVIRT: 32899, Channel.DIRECT: 42691})
 STATE = {"targetNodeAddress": "10.1.1.2", "targetDirectMigrationNodePorts": {"32899": 0, "42691": 49152}}
+DEAF = replace(PACE, silence=60.0)
+"""A watch that falls silent stays so."""
 HERE = NODES[1]
 """The target's node, whose migproxy publishes."""
 
@@ -28,7 +31,7 @@ async def target(kubernetes: Cluster, door: Gate, tmp_path: Path) -> AsyncIterat
     """The target node's inventory, with a VMI called one that migrates to it."""
     await kubernetes.request("POST", VMIS, vmi("one"))
     await kubernetes.request("PATCH", f"{VMIS}/one", begin("first"), MERGE_PATCH)
-    async with listening(kubernetes, tmp_path, door.url, HERE) as listener:
+    async with listening(kubernetes, tmp_path, door.url, HERE, DEAF) as listener:
         yield listener
 
 

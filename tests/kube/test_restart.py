@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -113,19 +112,18 @@ async def disable_tls(kubernetes: Cluster, *, yes: bool = True) -> None:
 @asynccontextmanager
 async def untold(door: Gate) -> AsyncIterator[None]:
     """The API server does not tell KubeVirt's settings in the context, at whose end both daemons wait for them."""
-    asked: Counter[str | None] = Counter()
+    asked: set[str] = set()
 
-    def refuse(request: web.Request) -> int | None:
-        if request.path != KUBEVIRTS:
-            return None
-        asked[request.headers.get("Authorization")] += 1
-        return 503
+    def hold(request: web.Request) -> bool:
+        if request.path == KUBEVIRTS:
+            asked.add(request.headers["Authorization"])
+        return request.path == KUBEVIRTS
 
-    door.refuse = refuse
+    door.hold = hold
     yield
-    before = asked.copy()
-    await until(lambda: len(asked - before) == len(NODES), "both daemons to ask again")
-    door.refuse = lambda request: None
+    await until(lambda: len(asked) == len(NODES), "both daemons to ask")
+    door.hold = lambda request: False
+    door.released.set()
 
 
 async def test_what_is_being_connected_waits_for_kubevirts_settings(

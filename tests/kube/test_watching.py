@@ -90,8 +90,9 @@ async def test_changes_are_told_as_they_happen(kubernetes: Cluster, door: Gate, 
 
 @pytest.mark.parametrize("slow", ["kubevirt.io/nodeName", "kubevirt.io/migrationTargetNodeName"])
 async def test_vmi_that_is_in_both_streams_ends_when_it_left_both(
-    kubernetes: Cluster, door: Gate, tmp_path: Path, slow: str
+    kubernetes: Cluster, door: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
+    monkeypatch.setattr("migproxy.inventory.kube.LEAVING_SECONDS", 5.0)
     door.slow = slow
 
     async def label(name: str, node: str | None) -> None:
@@ -162,7 +163,7 @@ async def test_gone_as_an_event_lists_anew_and_tells_the_difference(
 ) -> None:
     for name in ("stays", "changes", "vanishes"):
         await kubernetes.request("POST", VMIS, vmi(name))
-    async with listening(kubernetes, tmp_path, door.url) as listener:
+    async with listening(kubernetes, tmp_path, door.url, pace=replace(PACE, silence=60.0)) as listener:
         await eventually(lambda: door.watches == 2, "the watches")
         door.stall()
         await change_during_gap(kubernetes)
@@ -193,10 +194,11 @@ async def test_bookmarks_keep_a_silent_watch_resumable(kubernetes: Cluster, door
     double = double_of(kubernetes)
     double.faults.bookmark_seconds = 0.05
     await kubernetes.request("POST", VMIS, vmi("elsewhere", node="node02"))
-    async with listening(kubernetes, tmp_path, door.url):
+    async with listening(kubernetes, tmp_path, door.url) as listener:
         for number in range(30):  # none of this node's business, but the version goes on
             await rename_pod(kubernetes, "elsewhere", f"pod-{number}")
-        await asyncio.sleep(0.3)  # several bookmarks, which nothing else shows
+        told = {str(double._version)}
+        await eventually(lambda: {one._version for one in listener.inventory._reflectors} == told, "the bookmarks")
         double.compact()
         before = door.watches
         door.cut()
@@ -255,7 +257,7 @@ async def test_errors_are_waited_out(kubernetes: Cluster, door: Gate, tmp_path: 
     if status == 429:  # with Retry-After, of which the pace of these tests leaves so much
         assert min(gaps) >= PACE.last_retry * 0.9
     else:
-        assert gaps[0] < PACE.last_retry
+        assert gaps[0] < gaps[-1]
         assert gaps[-1] >= PACE.last_retry / 2 * 0.9
 
 
@@ -314,6 +316,6 @@ async def test_health_tells_of_breaks_of_lists_and_of_the_last_word(
         door.cut()
         await rename_pod(kubernetes, "one", "other")
         await eventually(lambda: "other" in pods(listener), "the change during the gap")
-        await eventually(lambda: listener.inventory.health.reconnects == 2, "both breaks")
+        await eventually(lambda: (listener.inventory.health.reconnects or 0) >= 2, "both breaks")
         assert listener.inventory.health.relists == 0
         assert (listener.inventory.health.last_event or 0) >= (first.last_event or 0)

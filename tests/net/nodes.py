@@ -263,6 +263,10 @@ class Migration:
                 return dict(one)
         return {}
 
+    def connections(self, node: Daemon) -> int:
+        """How many connections of this migration are open at the node's daemon."""
+        return sum(one["connections_open"] for one in self.report(node).get("channels", ()))
+
     def published(self) -> dict[Channel, int]:
         """The ports in the status by channel; empty before they are published."""
         ports = self.read().get("targetDirectMigrationNodePorts", {})

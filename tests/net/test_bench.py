@@ -22,7 +22,7 @@ from migproxy.bench.contestants import MIGPROXY, Migproxy
 from migproxy.bench.measure import Flow, probe, stream
 from migproxy.bench.stage import VETH, Stage, until
 
-SECONDS = 240
+SECONDS = 600
 
 # Of both relays together. The limit's, on an idle machine and on an overloaded one: 8,000 to 16,000 switches, 18,500
 # calls. A relay that wakes up for each packet of 64 KiB has 33,000 and 65,000; one that copies has twice the calls.

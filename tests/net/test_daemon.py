@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -131,7 +131,7 @@ async def test_sighup_reads_the_configuration_again_and_a_wrong_one_changes_noth
 async def test_idle_daemon_ends_at_once(nodes: Nodes) -> None:
     await nodes.source.start("--drain-timeout", "600")
     nodes.source.signal(signal.SIGTERM)
-    assert await nodes.source.ended(5) == 0
+    assert await nodes.source.ended(20) == 0
 
 
 async def test_daemon_with_a_prepared_migration_ends_at_once(nodes: Nodes) -> None:
@@ -143,7 +143,7 @@ async def test_daemon_with_a_prepared_migration_ends_at_once(nodes: Nodes) -> No
     await until(lambda: vm.report(nodes.target)["state"] == vm.report(nodes.source)["state"] == "prepared", "calm")
     for node in nodes.both:
         node.signal(signal.SIGTERM)
-        assert await node.ended(5) == 0
+        assert await node.ended(20) == 0
     assert os.listdir(vm.folder(nodes.source)) == []
 
 
@@ -170,11 +170,10 @@ async def test_drain_waits_for_running_migrations_and_takes_no_new_one(nodes: No
         async with vm.connection(Channel.LIBVIRT) as wire:
             await assert_carries(*wire)
         assert late.published() == {}
-        assert [late.report(node) for node in nodes.both] != [{}]
         vm.end()
         await assert_ends(near)
     for node in nodes.both:
-        assert await node.ended(5) == 0
+        assert await node.ended(20) == 0
     assert os.listdir(vm.folder(nodes.source)) == []
     assert late.published() == {}
 
@@ -190,7 +189,7 @@ async def test_drain_timeout_ends_what_still_runs(nodes: Nodes) -> None:
         nodes.source.signal(signal.SIGTERM)
         await assert_ends(near)
         await assert_ends(far)
-        assert await nodes.source.ended(5) == 0
+        assert await nodes.source.ended(20) == 0
     await assert_logged(nodes.source, "migrations still run: ended now", level="warning")
 
 
@@ -206,7 +205,7 @@ async def test_second_signal_ends_what_still_runs_at_once(nodes: Nodes) -> None:
         await assert_logged(nodes.source, "waiting for a running migration")
         await assert_carries(near, far)
         nodes.source.signal(signal.SIGTERM)
-        assert await nodes.source.ended(5) == 0
+        assert await nodes.source.ended(20) == 0
         await assert_ends(near)
 
 
@@ -218,6 +217,7 @@ async def test_log_tells_each_listener_connection_and_end_with_its_migration(nod
     vm = nodes.migration(block=False)
     vm.begin()
     await vm.served()
+    await until(lambda: not any(map(vm.connections, nodes.both)), "the connections to be over")
     vm.end()
     await vm.gone()
     for node, role in zip(nodes.both, ("source", "target"), strict=True):
@@ -277,7 +277,7 @@ async def test_clients_that_say_nothing_do_not_keep_the_daemon_from_answering_or
     with connect(nodes.source.control), connect(nodes.source.control):
         await until(lambda: nodes.source.status()["ready"], "readiness")
         nodes.source.signal(signal.SIGTERM)
-        assert await nodes.source.ended(5) == 0
+        assert await nodes.source.ended(20) == 0
 
 
 async def test_daemon_that_cannot_start_leaves_no_control_socket(nodes: Nodes) -> None:
@@ -295,8 +295,12 @@ SPLICE = {"x86_64": "275", "aarch64": "76"}  # its number as a system call
 
 def splicing(pid: int) -> set[int]:
     """The threads of a process that wait in splice(2)."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return {int(one.name) for one in tasks if (one / "syscall").read_text().split()[0] == SPLICE[os.uname().machine]}
+    found = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it may end meanwhile
+            if (task / "syscall").read_text().split()[0] == SPLICE[os.uname().machine]:
+                found.add(int(task.name))
+    return found
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,6 +236,7 @@ async def test_ipv6_counts_once_it_is_known_to_be_no_duplicate(link: str) -> Non
     ip("address", "add", "fe80::7/64", "dev", link, "nodad")
     follower = Follower(AddressWatcher(link))
     await follower.until(problem="no global-unicast address")
+    Path(f"/proc/sys/net/ipv6/conf/{link}/dad_transmits").write_text("5")  # one a second
     ip("address", "add", "fd00::1/64", "dev", link)
     assert "still checked for duplicates" in ((await follower.next()).problem or "")
     await follower.until("fd00::1")

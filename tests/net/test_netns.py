@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,16 @@ ctypes.CDLL(None).prctl(15, sys.argv[1].encode(), 0, 0, 0)
 print(flush=True)
 signal.pause()
 """
+
+
+def names_of_processes() -> set[str]:
+    """Of all that this machine runs."""
+    names = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):  # it may end meanwhile
+                names.add((entry / "comm").read_text().strip())
+    return names
 
 
 @contextmanager
@@ -105,9 +115,7 @@ async def test_without_a_migration_interface_it_is_the_processs_pod_ip() -> None
 
 def test_process_in_a_pods_own_process_namespace_is_not_trusted() -> None:
     with process("10.7.0.1/24", unshare=("--net", "--pid", "--fork", "--kill-child")):
-        assert any(
-            Path(f"/proc/{pid}/comm").read_text() == f"{NAME}\n" for pid in os.listdir("/proc") if pid.isdecimal()
-        )
+        assert NAME in names_of_processes()
         with pytest.raises(NamespaceError, match=f"no process called {NAME}"):
             network_namespace(f"process:{NAME}").enter()
 

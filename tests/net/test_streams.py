@@ -86,7 +86,7 @@ async def test_4_gib_each_way_over_8_connections_per_channel_arrive_whole(nodes:
     assert [work.result() for work in arriving] == [(size, work.result()) for work in sending]
     for node in nodes.both:
         channels = vm.report(node)["channels"]
-        await until(lambda node=node: all(one["connections_open"] == 0 for one in vm.report(node)["channels"]), "ends")  # type: ignore[misc]
+        await until(lambda node=node: vm.connections(node) == 0, "ends")  # type: ignore[misc]
         assert [one["bytes_sent"] for one in channels] == [CONNECTIONS * size + 64] * 3
         assert [one["bytes_received"] for one in channels] == [CONNECTIONS * size + 64] * 3
 
@@ -137,7 +137,7 @@ async def test_10000_short_connections_leave_descriptors_and_threads_where_they_
     for _ in range(20):
         async with vm.connection() as (near, far):
             await assert_carries(near, far)
-    await until(lambda: not any(one["connections_open"] for one in vm.report(nodes.target)["channels"]), "idle")
+    await until(lambda: vm.connections(nodes.target) == 0, "idle")
     before = [(node.descriptors(), node.threads()) for node in nodes.both]
     connections, workers = 10_000, 8
 
@@ -185,7 +185,7 @@ async def test_end_that_closes_with_unread_data_ends_the_other_side(nodes: Nodes
         await asyncio.wait_for(_readable(closing), 10)
         closing.close()
         await assert_ends(other)
-    await until(lambda: not any(one["connections_open"] for one in vm.report(nodes.source)["channels"]), "idle")
+    await until(lambda: vm.connections(nodes.source) == 0, "idle")
 
 
 async def _readable(sock: socket.socket) -> None:

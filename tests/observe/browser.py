@@ -96,7 +96,7 @@ class Page:
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Page]:
     """A page in a browser of its own, listened to from before its first request on."""
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its children outlive it for a moment
         process = await asyncio.create_subprocess_exec(
             *("chromium", *_FLAGS, f"--user-data-dir={profile}", "about:blank"),
             stdin=asyncio.subprocess.DEVNULL,

@@ -52,10 +52,6 @@ class Prometheus:
                 await asyncio.sleep(0.3)
         return found
 
-    async def targets(self) -> list[dict[str, Any]]:
-        """What it says of the daemons that it scrapes."""
-        return list((await self._get("targets"))["activeTargets"])
-
     async def _get(self, what: str, **parameters: str) -> Any:
         async with self._session.get(f"http://{_ADDRESS}/api/v1/{what}", params=parameters) as answer:
             body = await answer.json()

@@ -19,7 +19,7 @@ async def test_status_page_shows_a_migration_as_it_runs(lab: Lab) -> None:
     url = f"http://{lab.nodes[0].address}:9470/"
     async with opened(url) as page:
         await page.look(width=1000, height=760)
-        assert await page.eventually("document.getElementById('ready').textContent === 'ready'")
+        assert await page.eventually("document.getElementById('ready')?.textContent === 'ready'")
         assert "No migrations" in await page.evaluate("document.body.innerText")
 
         async with lab.migration(*lab.nodes, block=True), flowing(lab, RATE) as flow:
@@ -27,7 +27,8 @@ async def test_status_page_shows_a_migration_as_it_runs(lab: Lab) -> None:
             first = await _sent(page)
             await flow.arrive(first + 100 * MIB)
             await page.eventually(f"({_shown('sent')}) > {first + 50 * MIB}")
-            assert RATE / 3 < await _sent_rate(page) < RATE * 3
+            # A machine that stood still for a moment shows another rate.
+            await page.eventually(f"({_shown('rate')}) > {RATE / 3} && ({_shown('rate')}) < {RATE * 3}")
             drawn = await page.evaluate("document.querySelector('svg path.line').getAttribute('d')")
             await page.eventually(f"document.querySelector('svg path.line').getAttribute('d') !== {drawn!r}")
             assert await page.eventually("document.querySelector('article .good')?.textContent === 'running'")
@@ -68,7 +69,3 @@ def _rounded(count: int) -> str:
 
 async def _sent(page: Page) -> int:
     return int(await page.evaluate(_shown("sent")))
-
-
-async def _sent_rate(page: Page) -> float:
-    return float(await page.evaluate(_shown("rate")))

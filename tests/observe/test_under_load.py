@@ -50,7 +50,7 @@ async def test_a_migration_that_is_served_again_goes_on_with_its_counters(lab: L
         await source.proxy.ended(uid)
         assert (await source.proxy.traffic(uid))["direct"].sent == flow.sent
         lab.vmi.path.write_text(vmi)
-        await until(lambda: bool(source.sockets()), "the source's sockets")
+        await until(lambda: len(source.sockets()) == 2, "the source's sockets")
         async with flowing(lab, 50_000_000) as again:
             await again.arrive(1_000_000)
         assert (await source.proxy.traffic(uid))["direct"].sent == flow.sent + again.sent
