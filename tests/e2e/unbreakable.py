@@ -112,35 +112,32 @@ async def startup(proxy: Killable) -> float:
 
 @asynccontextmanager
 async def metronome(proxies: Sequence[Killable], seconds: float, kills: list[int]) -> AsyncIterator[None]:
-    """Kills all the daemons and starts them again, so many seconds after all of them serve, until the context ends.
-
-    They live at the same time, however slowly they start: QEMU's NBD server gives its client ten seconds to negotiate.
+    """Kills all the daemons and starts them again, each so many seconds after it serves, until the context ends.
 
     Args:
         proxies: The daemons.
-        seconds: That they live once they serve.
+        seconds: That each lives once it serves.
         kills: Gets the number of kills of each daemon.
     """
 
-    async def beat() -> int:
+    async def beat(proxy: Killable) -> int:
         count = 0
         while not over.is_set():
-            for proxy in proxies:
-                await until(lambda proxy=proxy: proxy.listens, f"{proxy.control}", PATIENCE)  # type: ignore[misc]
+            await until(lambda: proxy.listens, f"{proxy.control}", PATIENCE)
             await asyncio.sleep(seconds)
-            await asyncio.gather(*(proxy.stop(signal.SIGKILL) for proxy in proxies))
+            await proxy.stop(signal.SIGKILL)
             count += 1
-            await asyncio.gather(*(proxy.spawn() for proxy in proxies))
-        await asyncio.gather(*(proxy.ready() for proxy in proxies))
+            await proxy.spawn()
+        await proxy.ready()
         return count
 
     over = asyncio.Event()
-    beating = asyncio.create_task(beat())
+    beating = [asyncio.create_task(beat(proxy)) for proxy in proxies]
     try:
         yield
     finally:
         over.set()
-        kills.append(await beating)
+        kills += await asyncio.gather(*beating)
 
 
 class Tide:
