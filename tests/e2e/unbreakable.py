@@ -25,7 +25,7 @@ from demo.stream import Flow, Wires
 from migproxy.portmap import Channel
 
 MIB = 1 << 20
-MOST_LOST = 2  # connections in a row; docs/unbreakable.md tells how seldom that moment is met
+MOST_LOST = 2  # connections in a row; docs/unbreakable.md tells of the moment in which one is
 SUSPENDED = ("--timeout", "60")
 """Options of `virsh migrate`: a guest that writes faster than killed daemons relay is suspended after a minute."""
 PATIENCE = 90.0  # seconds, for what takes a fraction of one on a machine that is not overloaded

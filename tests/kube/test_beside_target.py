@@ -348,7 +348,7 @@ async def test_restarted_daemon_waits_for_what_it_needs_to_know_before_it_gives_
         await asyncio.sleep(0.3)
         assert await announced(beside) == text
         protection.problem = None
-        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the same ports")
+        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the same ports", 0.9)
         assert await announced(beside) == text
     events = await beside.request("GET", "/api/v1/namespaces/default/events")
     assert not [one for one in events["items"] if one["reason"] == BYPASSED]

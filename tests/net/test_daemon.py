@@ -170,6 +170,7 @@ async def test_drain_waits_for_running_migrations_and_takes_no_new_one(nodes: No
         async with vm.connection(Channel.LIBVIRT) as wire:
             await assert_carries(*wire)
         assert late.published() == {}
+        assert {late.report(node).get("state") for node in nodes.both} <= {None, "waiting"}, "neither serves it"
         vm.end()
         await assert_ends(near)
     for node in nodes.both:

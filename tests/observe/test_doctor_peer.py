@@ -42,11 +42,13 @@ async def serving(node: Node, tls: Sequence[str] = PLAINTEXT) -> AsyncIterator[N
 async def test_a_good_path_is_measured_through_two_daemons(lab: Lab) -> None:
     here, there = lab.nodes
     async with serving(there):
-        status, found = await examine(here, "--peer", there.address)
+        for _ in range(3):  # a machine that stood still for a moment has a long round trip
+            status, found = await examine(here, "--peer", there.address)
+            if found["round trip"]["level"] == "ok":
+                break
     assert status == 0
-    for check in ("peer reachable", "path MTU", "clock"):
+    for check in ("peer reachable", "path MTU", "round trip", "clock"):
         assert found[check]["level"] == "ok", found[check]
-    assert "ms" in found["round trip"]["finding"], "its level depends on how busy this machine is"
     assert "two migproxies (spliced" in found["throughput"]["finding"]
 
 
