@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import ssl
 import tempfile
 import urllib.request
@@ -149,7 +148,7 @@ async def test_guest_migrates_while_the_api_server_is_gone() -> None:
             await assert_counts_agree(move, there, here, memory_connections=1, disk=False)
             await assert_runs_only_on(here, lab)
             for node in lab.nodes:
-                await until(lambda node=node: not os.listdir(node.migrationproxy), f"an empty {node.migrationproxy}")  # type: ignore[misc]
+                await until(lambda node=node: not node.sockets(), f"the end of {node.name}'s sockets")  # type: ignore[misc]
 
 
 async def reopened(lab: KubeLab) -> None:

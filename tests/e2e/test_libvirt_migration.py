@@ -150,7 +150,7 @@ async def assert_counts_agree(move: Move, source: Node, target: Node, *, memory_
 
 
 async def assert_nothing_is_left(node: Node, descriptors: int) -> None:
-    await until(lambda: not os.listdir(node.migrationproxy), f"an empty {node.migrationproxy}")
+    await until(lambda: not node.sockets(), f"the end of {node.sockets()} in {node.migrationproxy}")
     assert await node.exec("ss", "--listening", "--tcp", "--numeric", "--no-header", "sport != :9470") == ""
     await until(lambda: node.proxy.descriptors() <= descriptors, f"{descriptors} file descriptors again")
 
