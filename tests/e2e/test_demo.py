@@ -12,6 +12,8 @@ import pytest
 
 from demo.lab import end, until
 
+pytestmark = pytest.mark.tier("gate")
+
 STREAMS = (sys.executable, "-m", "demo", "--loopback", "--gib", "0.25")
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.e2e.machine import run_guest
 
+pytestmark = pytest.mark.tier("soak")
+
 CONNECTIONS = 8
 GIB = 1 << 30
 

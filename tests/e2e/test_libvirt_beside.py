@@ -27,6 +27,8 @@ from tests.e2e.test_libvirt_migration import assert_heartbeat_goes_on, assert_ru
 from tests.e2e.unbreakable import SUSPENDED, metronome
 from tests.kube.apiserver import ADMIN_TOKEN
 
+pytestmark = pytest.mark.tier("gate")
+
 BEAT = 0.3  # seconds that a daemon lives once it serves
 OLD_STYLE = certificates.Leaf(names=CLIENT_NAMES[1:2], usages=(certificates.CLIENT, certificates.SERVER))
 

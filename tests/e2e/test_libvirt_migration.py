@@ -17,6 +17,8 @@ from demo import guest as vm
 from demo.guest import Beat, Guest, Hashes, Move
 from demo.lab import Lab, LabError, Node, background, end, run, until
 
+pytestmark = pytest.mark.tier("gate")
+
 MALFORMED = Path(__file__).parents[1] / "net/malformed.py"
 BURSTS = 4
 TOLERANCE = 0.05  # between what libvirt counts, payload, and what the daemons count, payload with its framing

@@ -12,6 +12,8 @@ import pytest
 from tests.e2e.booted import ROOT, Booted, boot
 from tests.e2e.services import connected, laboratory
 
+pytestmark = pytest.mark.tier("gate")
+
 UNIT = ROOT / "systemd/migproxy.service"
 PATIENCE = 60.0
 

@@ -8,9 +8,13 @@ import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+import pytest
+
 from demo.lab import Lab, until
 from tests.e2e.services import PATIENCE, Service, carries, connected, laboratory
 from tests.e2e.unbreakable import MIB, Storm, Streams, Tide, carried, seed
+
+pytestmark = pytest.mark.tier("soak")
 
 KILLS = int(os.environ.get("STORM_KILLS", "200"))  # of both daemons together
 TOTAL = int(os.environ.get("STORM_MIB", "4096")) * MIB

@@ -28,6 +28,8 @@ from tests.e2e.unbreakable import (
     startup,
 )
 
+pytestmark = pytest.mark.tier("soak")
+
 KILLS = int(os.environ.get("STORM_KILLS", "300"))  # of both daemons together
 TOTAL = int(os.environ.get("STORM_MIB", "4096")) * MIB
 ROUNDS = 15

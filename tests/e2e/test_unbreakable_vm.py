@@ -2,8 +2,12 @@
 
 import os
 
+import pytest
+
 from tests.e2e.machine import run_guest
 from tests.e2e.unbreakable import seed
+
+pytestmark = pytest.mark.tier("soak")
 
 
 def test_kernel_tls_comes_through_a_storm() -> None:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Any
 
+import pytest
 import yaml
 
 from migproxy import vmi as instances
@@ -26,6 +27,8 @@ from migproxy.portmap import Channel, IPAddress, PortMap
 from tests.kube.apiserver import ApiDouble, Object, Refusal, Target, User, apply_json_patch
 from tests.kube.cluster import BESIDE, MANIFESTS, begin, end, start, vmi
 from tests.virt_handler import publication
+
+pytestmark = pytest.mark.tier("gate")
 
 HERE = "node02"
 ADDRESSES = ("10.1.1.2", "10.1.1.3")

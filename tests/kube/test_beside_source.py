@@ -25,6 +25,8 @@ from tests.kube.cluster import MERGE_PATCH, NODES, VMIS, Cluster, begin, end, st
 from tests.kube.world import LocalNode, eventually
 from tests.virt_handler import VirtHandler, shortened
 
+pytestmark = pytest.mark.tier("gate")
+
 HERE, ADDRESS = NODES[0], "127.77.0.1"
 CHANNELS = (Channel.LIBVIRT, Channel.DIRECT)
 

@@ -12,6 +12,8 @@ from tests import certificates
 from tests.certificates import Leaf
 from tests.virt_handler import VirtHandler, contexts, shortened
 
+pytestmark = pytest.mark.tier("gate")
+
 KEY = "uid"
 
 

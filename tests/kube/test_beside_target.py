@@ -25,6 +25,8 @@ from tests.kube.gate import Gate
 from tests.kube.test_beside_source import Unready
 from tests.kube.world import LocalNode, eventually
 
+pytestmark = pytest.mark.tier("gate")
+
 ADDRESS = "127.77.0.2"
 THEIRS = {"1001": 0, "1002": 49152}
 OURS = {"2001": 0, "2002": 49152}

@@ -20,6 +20,8 @@ from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, end, start, vm
 from tests.kube.gate import Gate, gate
 from tests.kube.world import LocalNode, eventually
 
+pytestmark = pytest.mark.tier("gate")
+
 SEEDS = [int(seed) for seed in os.environ.get("MIGPROXY_CHAOS_SEEDS", "1,2").split(",")]
 CHANGES = 1500
 MOST_VMIS = 40

@@ -20,6 +20,8 @@ from tests.kube.cluster import KUBEVIRTS, MERGE_PATCH, NAMESPACE, Cluster, kubev
 from tests.kube.gate import Gate
 from tests.kube.world import PACE, eventually
 
+pytestmark = pytest.mark.tier("gate")
+
 CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 FULL = {

@@ -4,8 +4,12 @@ import asyncio
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.kube import VMI_BYTES, Daemon
 from tests.kube.cluster import VMIS, cluster, vmi
+
+pytestmark = pytest.mark.tier("gate")
 
 IDLE_SECONDS = 10
 

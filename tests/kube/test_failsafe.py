@@ -34,6 +34,8 @@ from tests.kube.test_beside_target import (
 from tests.kube.world import LocalNode
 from tests.net.nodes import Daemon
 
+pytestmark = pytest.mark.tier("gate")
+
 ADDRESS = "127.77.0.1"
 HERE, THERE = NODES
 

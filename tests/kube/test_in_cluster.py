@@ -9,6 +9,8 @@ import pytest
 from migproxy.kube.api import ApiError, ApiServer
 from tests.kube.apiserver import ApiDouble, User, certificate, serve, server_tls
 
+pytestmark = pytest.mark.tier("gate")
+
 PATH = "/api/v1/namespaces"
 ADMIN = User("admin", ("system:masters",))
 

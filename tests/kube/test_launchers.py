@@ -13,6 +13,8 @@ import pytest
 from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, vmi
 from tests.kube.world import LocalNode, eventually
 
+pytestmark = pytest.mark.tier("gate")
+
 COMMAND_SOCKET = "volumes/kubernetes.io~empty-dir/sockets/launcher-sock"
 PUBLISHED = {"targetNodeAddress": "127.77.0.2", "targetDirectMigrationNodePorts": {"1": 0, "2": 49152}}
 

@@ -16,6 +16,8 @@ from migproxy.inventory import kube
 from migproxy.pki import CLIENT_DIR, SERVER_DIR
 from migproxy.settings import Settings
 
+pytestmark = pytest.mark.tier("gate")
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted([ROOT / "daemonset.yaml", ROOT / "kustomization.yaml", *(ROOT / "deploy").rglob("*.yaml")])
 DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "daemonset.yaml").read_text()))

@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 from migproxy.announcement import TARGET_ANNOTATION
 from tests.kube.apiserver import apply_merge_patch
 from tests.kube.cluster import MERGE_PATCH, NODES, VMIS, Cluster, Refused, begin, vmi
 from tests.kube.test_beside_target import ADDRESS, HERE, OURS, THEIRS, beside
+
+pytestmark = pytest.mark.tier("gate")
 
 __all__ = ["beside"]
 

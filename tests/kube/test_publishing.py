@@ -17,6 +17,8 @@ from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, be
 from tests.kube.gate import Gate
 from tests.kube.world import PACE, Listener, eventually, listening
 
+pytestmark = pytest.mark.tier("gate")
+
 ADDRESS = ipaddress.ip_address("10.1.1.2")
 PORTS = PortMap.of({Channel.LIBVIRT: 32899, Channel.DIRECT: 42691})
 STATE = {"targetNodeAddress": "10.1.1.2", "targetDirectMigrationNodePorts": {"32899": 0, "42691": 49152}}

@@ -19,6 +19,8 @@ from tests.kube.cluster import KUBEVIRTS, MERGE_PATCH, NODES, VMIS, Cluster, beg
 from tests.kube.gate import Gate
 from tests.net.nodes import LIBVIRT_SOCKET, Daemon, assert_carries, assert_ends, receive, send
 
+pytestmark = pytest.mark.tier("gate")
+
 ADDRESSES = ("127.77.0.1", "127.77.0.2")
 
 

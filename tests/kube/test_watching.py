@@ -16,6 +16,8 @@ from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, vmi
 from tests.kube.gate import Gate
 from tests.kube.world import PACE, Listener, eventually, listening
 
+pytestmark = pytest.mark.tier("gate")
+
 
 def double_of(kubernetes: Cluster) -> ApiDouble:
     """The double, for what a real server does not do on request."""

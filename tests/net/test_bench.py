@@ -22,6 +22,8 @@ from migproxy.bench.contestants import MIGPROXY, Migproxy
 from migproxy.bench.measure import Flow, probe, stream
 from migproxy.bench.stage import VETH, Stage, until
 
+pytestmark = pytest.mark.tier("gate")
+
 SECONDS = 600
 
 # Of both relays together. The limit's, on an idle machine and on an overloaded one: 8,000 to 16,000 switches, 18,500

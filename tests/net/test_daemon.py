@@ -17,6 +17,8 @@ from demo.lab import MIGPROXY, LabError, background, until
 from migproxy.portmap import Channel
 from tests.net.nodes import Nodes, assert_carries, assert_ends, assert_logged, connect, receive, send
 
+pytestmark = pytest.mark.tier("gate")
+
 
 def migproxy(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end."""

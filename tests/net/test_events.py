@@ -22,6 +22,8 @@ from tests.net.nodes import (
     listeners,
 )
 
+pytestmark = pytest.mark.tier("gate")
+
 
 async def test_source_that_sees_the_vmi_first_waits_for_the_targets_ports(nodes: Nodes) -> None:
     await nodes.source.start()

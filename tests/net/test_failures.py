@@ -25,6 +25,8 @@ from tests.net.nodes import (
     listeners,
 )
 
+pytestmark = pytest.mark.tier("gate")
+
 UNSERVED = "migration cannot be served, retrying"
 HELD = "migration cannot be served"
 OBEYS_PERMISSIONS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")

@@ -36,6 +36,8 @@ from tests.net.nodes import (
     send,
 )
 
+pytestmark = pytest.mark.tier("gate")
+
 PATTERN = os.urandom(16 * MIB)
 UNPROTECTED, PROTECTED = "migrations would not survive a crash", "migrations are protected again"
 

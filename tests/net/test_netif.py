@@ -24,6 +24,8 @@ from migproxy import netif
 from migproxy.netif import AddressWatcher, Interface, InterfaceAddress, MigrationAddress, choose, is_global_unicast
 from migproxy.netns import NetworkNamespace
 
+pytestmark = pytest.mark.tier("gate")
+
 numbers = itertools.count()
 
 

@@ -22,6 +22,8 @@ from migproxy.sockets import TCPOptions, listen_tcp
 from tests.net.test_netif import Follower
 from tests.unit.test_doctor import api_server
 
+pytestmark = pytest.mark.tier("gate")
+
 NAME = "stand-in"
 _CALLED = """
 import ctypes, signal, sys

@@ -23,6 +23,8 @@ from migproxy.shared import PATIENCE, SharedFolder
 from migproxy.source import SocketFile
 from tests.virt_handler import VirtHandler
 
+pytestmark = pytest.mark.tier("gate")
+
 KEY = "uid"
 NAME = source_socket_name(KEY, Channel.LIBVIRT)
 TARGET = ("10.1.1.2", {"1000": 0})

@@ -29,6 +29,8 @@ from tests.net.nodes import (
     send,
 )
 
+pytestmark = pytest.mark.tier("gate")
+
 CONNECTIONS = 8
 RANDOM = memoryview(os.urandom(4 * MIB))
 

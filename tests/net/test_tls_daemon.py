@@ -22,6 +22,8 @@ from migproxy.verify import TLSError
 from tests.certificates import SOURCE, TARGET, Cluster, SecretMount, authority
 from tests.net.nodes import MIB, Migration, Nodes, assert_carries, assert_ends, assert_logged, connect, receive, send
 
+pytestmark = pytest.mark.tier("gate")
+
 MALFORMED = 100_000
 ROTATION_SECONDS = 60
 

@@ -15,6 +15,8 @@ from migproxy.splice import Transport
 from tests.certificates import Cluster
 from tests.missing import missing
 
+pytestmark = pytest.mark.tier("gate")
+
 DEADLINE = 120.0
 SIZE = 3_000_001
 

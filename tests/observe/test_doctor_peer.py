@@ -9,7 +9,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from demo.lab import Lab, Node, end, run
+
+pytestmark = pytest.mark.tier("gate")
 
 DOCTOR = (sys.executable, "-m", "migproxy", "doctor", "--launcher-run-dir", "/run")
 PLAINTEXT = ("--disable-tls",)

@@ -18,6 +18,8 @@ from demo.lab import end
 from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
 from migproxy.retention import MOST
 
+pytestmark = pytest.mark.tier("gate")
+
 ADDRESS = "127.0.0.1"
 URL = f"http://{ADDRESS}:9470"
 BATCH = 100

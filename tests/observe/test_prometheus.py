@@ -14,6 +14,8 @@ from tests.observe.conftest import WATCHER
 from tests.observe.flow import flowing
 from tests.observe.prometheus import Labels, Prometheus, scraping
 
+pytestmark = pytest.mark.tier("gate")
+
 RETENTION = 20  # seconds
 BYTES = "migproxy_migration_bytes_total"
 Counts = dict[tuple[str, ...], float]

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.tier("gate")
+
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs/observability.md").read_text()
 RULES = ROOT / "deploy/prometheus/rules.yaml"

@@ -3,9 +3,13 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from demo.lab import Lab
 from tests.observe.browser import Page, opened
 from tests.observe.flow import flowing
+
+pytestmark = pytest.mark.tier("gate")
 
 RATE = 40_000_000  # bytes per second
 MIB = 1 << 20

@@ -12,6 +12,8 @@ import pytest
 from demo.lab import Lab, Node, run
 from tests.observe.flow import flowing
 
+pytestmark = pytest.mark.tier("gate")
+
 RATE = 30_000_000  # bytes per second
 ESCAPE = "\x1b"
 

@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from demo.lab import MIGPROXY, Lab, Node, until
 from tests.observe.flow import flowing
 from tests.unit.test_web import write_certificate
+
+pytestmark = pytest.mark.tier("gate")
 
 LATE = 2.0  # seconds; a loop that the pumps held up would not answer at all. The figures are printed.
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from migproxy.announcement import Announcement, parse_announcement
 from migproxy.portmap import Channel, PortMap
 
+pytestmark = pytest.mark.tier("gate")
+
 PORTS = st.dictionaries(st.sampled_from(Channel), st.integers(1, 65535), min_size=1).filter(
     lambda ports: len(set(ports.values())) == len(ports)
 )

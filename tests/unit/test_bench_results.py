@@ -15,6 +15,8 @@ from migproxy.bench.options import make_plan
 from migproxy.bench.results import PING, SETUP, STREAM, SYSTEM, Cell, Results, targets
 from migproxy.bench.stage import BenchError
 
+pytestmark = pytest.mark.tier("gate")
+
 SIZE = 128 << 10
 ONE = Cell(STREAM, "veth", connections=1, chunk=SIZE)
 

@@ -10,6 +10,8 @@ from typer.testing import CliRunner, Result
 
 from migproxy.cli import app
 
+pytestmark = pytest.mark.tier("gate")
+
 VMI = {
     "apiVersion": "kubevirt.io/v1",
     "kind": "VirtualMachineInstance",

@@ -29,6 +29,8 @@ from migproxy.doctor.finding import Finding, Level, render
 from migproxy.netif import MigrationAddress
 from migproxy.pki import SERVER_NAMES
 
+pytestmark = pytest.mark.tier("gate")
+
 LOOPBACK = ip_address("127.0.0.1")
 NOW = dt.datetime.now(dt.UTC)
 DAY = dt.timedelta(days=1)

@@ -21,6 +21,8 @@ from migproxy.notify import Notifier
 from migproxy.relay import Relay
 from migproxy.splice import Transport
 
+pytestmark = pytest.mark.tier("gate")
+
 DEADLINE = 20.0
 
 

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from migproxy.health import WatchHealth
 from migproxy.inventory import Inventory
 from migproxy.inventory.files import FileInventory
@@ -23,6 +25,8 @@ from migproxy.target import PortRange
 from migproxy.tls import Plaintext, Security
 from migproxy.verify import Reason
 from migproxy.watch import Watcher
+
+pytestmark = pytest.mark.tier("gate")
 
 
 class Watched:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from migproxy.inventory import document
 from migproxy.inventory.document import EMPTY, EditError, Flaw, SyntaxFlaw, publish, read
 
+pytestmark = pytest.mark.tier("gate")
+
 PORTS = {"32899": 0, "39497": 49153, "42691": 49152}
 HEAD = "apiVersion: kubevirt.io/v1\nkind: VirtualMachineInstance\nmetadata: {name: vm, uid: u-1}\n"
 

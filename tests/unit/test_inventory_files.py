@@ -25,6 +25,8 @@ from migproxy.portmap import Channel, PortMap
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
 
+pytestmark = pytest.mark.tier("gate")
+
 ADDRESS = ip_address("10.1.1.1")
 PORTS = PortMap.of({Channel.LIBVIRT: 32899, Channel.DIRECT: 42691, Channel.BLOCK: 39497})
 Batch = Mapping[str, VMI | None]

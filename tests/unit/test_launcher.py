@@ -12,6 +12,8 @@ import pytest
 from migproxy.launcher import COMMAND_SOCKET, LauncherError, Launchers, RunDir, Untrusted
 from migproxy.plan import Launcher
 
+pytestmark = pytest.mark.tier("gate")
+
 POD, OTHER_POD = "aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002"
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from migproxy.lifeline import Lifeline, LifelineError, is_locked
 
+pytestmark = pytest.mark.tier("gate")
+
 HOLD = """
 import asyncio, sys
 from migproxy.lifeline import Lifeline

@@ -6,6 +6,8 @@ import pytest
 
 from migproxy import logs
 
+pytestmark = pytest.mark.tier("gate")
+
 
 async def test_the_first_lines_of_a_kind_are_written_and_the_others_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_LIMIT_SECONDS", 0.01)

@@ -15,6 +15,8 @@ from migproxy.notify import Notifier
 from migproxy.service import Service, status_text
 from migproxy.splice import Pump, Splice
 
+pytestmark = pytest.mark.tier("gate")
+
 MIB = 1 << 20
 
 

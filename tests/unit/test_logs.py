@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from migproxy import logs
 
+pytestmark = pytest.mark.tier("gate")
+
 
 def decode(data: bytes) -> dict[str, str]:
     """Reads an entry as journald does (systemd's JOURNAL_NATIVE_PROTOCOL)."""

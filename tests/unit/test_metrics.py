@@ -14,6 +14,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from migproxy.measure import FAILURES, Measures
 from migproxy.metrics import STATES, Exporter, render
 
+pytestmark = pytest.mark.tier("gate")
+
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 DOCUMENT = Path(__file__).parents[2] / "docs/observability.md"
 

@@ -31,6 +31,8 @@ from migproxy.plan import (
 from migproxy.portmap import Channel, IPAddress, PortMap, source_socket_name
 from migproxy.vmi import VMI, InvalidVMI, parse
 
+pytestmark = pytest.mark.tier("gate")
+
 NODE = "node01"
 NOW = datetime(2026, 8, 1, 12, tzinfo=UTC)
 STARTED = {"startTimestamp": "2026-08-01T11:59:00Z"}

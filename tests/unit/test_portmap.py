@@ -30,6 +30,8 @@ from migproxy.portmap import (
     virsh_command,
 )
 
+pytestmark = pytest.mark.tier("gate")
+
 UID = "6f1e9dcb-7d2f-4f0c-9a52-0d8e3f0b9c11"
 SEED = {"32899": 0, "39497": 49153, "42691": 49152}
 ALL = PortMap.of({Channel.LIBVIRT: 32899, Channel.DIRECT: 42691, Channel.BLOCK: 39497})

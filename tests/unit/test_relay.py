@@ -16,6 +16,8 @@ import pytest
 from migproxy.relay import Relay, Traffic
 from migproxy.splice import Splice, Transport
 
+pytestmark = pytest.mark.tier("gate")
+
 DEADLINE = 20.0
 BROKEN = r"reset|Broken"
 

@@ -4,9 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from migproxy.netns import NetworkNamespace
 from migproxy.reload import changed, limits, merge, port_range
 from migproxy.settings import RELOADED, Settings, option
+
+pytestmark = pytest.mark.tier("gate")
 
 DOCS = Path(__file__).parents[2] / "docs/systemd.md"
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from migproxy.portmap import Channel
 from migproxy.relay import Progress, Traffic
 from migproxy.retention import MOST, Ended, Retention
+
+pytestmark = pytest.mark.tier("gate")
 
 
 def ended(at: float) -> Ended:

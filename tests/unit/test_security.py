@@ -16,6 +16,8 @@ from migproxy.settings import Settings
 from migproxy.splice import Transport
 from migproxy.verify import Reason, TLSError
 
+pytestmark = pytest.mark.tier("gate")
+
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -6,6 +6,8 @@ import pytest
 
 from migproxy.settings import SettingsError, load, variables
 
+pytestmark = pytest.mark.tier("gate")
+
 GIVEN = {"vmi_dir": "/vmis"}
 
 

@@ -24,6 +24,8 @@ from migproxy.portmap import Channel
 from migproxy.state import ChannelState, ProxyState, RelayState, State, StateError, UnknownVersion
 from migproxy.takeover import StateKeeper
 
+pytestmark = pytest.mark.tier("gate")
+
 MIGRATIONS = [Migration("default", f"vm{number}", f"vmi-{number}", f"uid-{number}") for number in range(3)]
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from migproxy.status import duration, render, size
 
+pytestmark = pytest.mark.tier("gate")
+
 CHANNEL = {
     "channel": "direct",
     "connections_open": 2,

@@ -14,6 +14,8 @@ from migproxy.portmap import Channel
 from migproxy.state import RelayState
 from migproxy.survival import Connection, Fate, Kind, Name
 
+pytestmark = pytest.mark.tier("gate")
+
 UNIX, TCP, TO_NETWORK, TO_LAUNCHER = "unix", "tcp", "to_network", "to_launcher"
 PIPES = {TO_NETWORK, TO_LAUNCHER}
 BOTH = {UNIX, TCP}

@@ -8,6 +8,8 @@ import pytest
 
 from migproxy import tcpinfo
 
+pytestmark = pytest.mark.tier("gate")
+
 MIB = 1 << 20
 
 

@@ -8,7 +8,11 @@ import threading
 import time
 from functools import partial
 
+import pytest
+
 from migproxy.threads import Threads, prefer_this_thread
+
+pytestmark = pytest.mark.tier("gate")
 
 DEADLINE = 20.0
 

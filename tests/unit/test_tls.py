@@ -36,6 +36,8 @@ from tests.certificates import (
     self_signed,
 )
 
+pytestmark = pytest.mark.tier("gate")
+
 DEADLINE = 60.0
 
 

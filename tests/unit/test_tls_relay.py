@@ -21,6 +21,8 @@ from migproxy.tls import MutualTLS
 from migproxy.verify import Reason, TLSError
 from tests.certificates import DAY, SOURCE, Cluster, client_context
 
+pytestmark = pytest.mark.tier("gate")
+
 DEADLINE = 60.0
 
 

@@ -9,6 +9,8 @@ import pytest
 from migproxy.top import Style, picture
 from tests.unit.test_metrics import channel, migration, report
 
+pytestmark = pytest.mark.tier("gate")
+
 PLAIN = Style(colour=False, unicode=False, cursor=False)
 COLOUR = Style(colour=True, unicode=True, cursor=True)
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from migproxy.vmi import VMI, InvalidVMI, parse
 
+pytestmark = pytest.mark.tier("gate")
+
 UID = "6f1e9dcb-7d2f-4f0c-9a52-0d8e3f0b9c11"
 SOURCE_UID = "0c55c3a2-51b0-4c3e-8c0e-6a4a6b6d1f00"
 NOON = datetime(2026, 8, 1, 12, tzinfo=UTC)

@@ -10,6 +10,8 @@ import uvloop
 
 from migproxy.watch import QUEUE_LIMIT, Event, Mask, Subscription, Watcher
 
+pytestmark = pytest.mark.tier("gate")
+
 MAX_QUEUED_EVENTS = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
 
 

@@ -24,6 +24,8 @@ from migproxy.metrics import Exporter
 from migproxy.settings import SettingsError, load, parse_listen
 from tests.unit.test_metrics import migration, report
 
+pytestmark = pytest.mark.tier("gate")
+
 
 class FakeNode:
     def __init__(self) -> None:
