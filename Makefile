@@ -1,5 +1,6 @@
 # make demo: a virtual machine migrates live between two nodes through migproxy
-# make test: everything that CI checks
+# make test: the gate, which is what CI runs: ten minutes (PYTEST_ARGS='-k holder': only these)
+# make soak: all other tests: long storms, every mix, kernel TLS in a virtual machine (SLICE=2/4: the second of four parts)
 # make bench: migproxy beside other relays and the limit, in about five minutes (BENCH_ARGS=--quick: in one)
 # make install: as a service of systemd (DESTDIR=, PREFIX=/usr/local, PYTHON=); make uninstall: takes it away again
 # make venv, lint, unit, net, kube, e2e, observe, docs, lock: the parts
@@ -8,16 +9,18 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test bench venv lint unit net kube e2e observe policies docs lock lab-packages bench-packages observability-packages \
+.PHONY: demo test soak bench venv lint unit net kube e2e observe policies docs lock lab-packages bench-packages observability-packages \
 	install installed uninstall clean
 
 demo: venv lab-packages
 	@scripts/demo
 
 test: venv lab-packages bench-packages observability-packages installed lint
-	@rm -f .coverage .coverage.*
-	scripts/sandbox $(BIN)/pytest --cov --cov-report= $(PYTEST_ARGS)
+	scripts/run-tests gate $(PYTEST_ARGS)
 	$(BIN)/coverage report
+
+soak: venv lab-packages bench-packages observability-packages installed
+	scripts/run-tests soak $(SLICE) $(PYTEST_ARGS)
 
 bench: venv bench-packages
 	@$(BIN)/migproxy bench --json benchmarks/latest.json --chart benchmarks/latest.svg $(BENCH_ARGS)

@@ -1,7 +1,81 @@
-"""What all tests share."""
+"""What all tests share: tiers, slices, sandboxes that each test leaves as it found them, and the record of a run.
 
+The gate is what everybody runs: `make test`, and CI. The soak is all the rest: `make soak`, or a slice of it.
+"""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+from tests import record, tidy
 
 # A loaded machine is no counterexample. (Where CI is set, hypothesis also takes the same examples each time.)
 settings.register_profile("migproxy", settings.get_profile(settings.get_current_profile_name()), deadline=None)
 settings.load_profile("migproxy")
+
+TIERS = ("gate", "soak")
+ROOT = Path(__file__).parent
+_PATIENCE = {"gate": 120.0, "soak": 1800.0}  # seconds that a test may take: then its sandbox ends, and it has failed
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("migproxy")
+    group.addoption("--tier", choices=(*TIERS, "all"), default="all", help="run the tests of this tier only")
+    group.addoption("--slice", metavar="K/N", default="1/1", help="run the K-th of N parts of what is selected")
+    group.addoption("--record", metavar="FILE", help="add to this file, as JSON lines, how each test ended")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--record"):
+        config.pluginmanager.register(record.Recorder(Path(path)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted, (part, parts) = config.getoption("--tier"), _parse_slice(config.getoption("--slice"))
+    chosen: list[pytest.Item] = []
+    for item in items:
+        tier = tier_of(item)
+        if wanted in (tier, "all") and zlib.crc32(item.nodeid.encode()) % parts == part - 1:
+            chosen.append(item)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(_PATIENCE[tier]))
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def tier_of(item: pytest.Item) -> str:
+    """The tier that a test says it is of: by the nearest marker `tier`.
+
+    Raises:
+        pytest.UsageError: it says none, or one that is not known.
+    """
+    marker = item.get_closest_marker("tier")
+    if marker is None or marker.args not in {(tier,) for tier in TIERS}:
+        raise pytest.UsageError(f'{item.nodeid}: mark it with @pytest.mark.tier("gate") or @pytest.mark.tier("soak")')
+    return str(marker.args[0])
+
+
+def _parse_slice(text: str) -> tuple[int, int]:
+    try:
+        part, parts = map(int, text.split("/"))
+    except ValueError:
+        part, parts = 0, 0
+    if not 1 <= part <= parts:
+        raise pytest.UsageError(f"--slice {text}: K/N is wanted, with K from 1 to N, such as 2/4")
+    return part, parts
+
+
+@pytest.fixture(autouse=True)
+def leaves_its_sandbox_tidy() -> Iterator[None]:
+    """Fails a test that leaves processes, interfaces or mounts in its sandbox, and takes them away for the next one."""
+    if not tidy.is_sandbox():
+        yield
+        return
+    before = tidy.look()
+    yield
+    if left := tidy.clean(before):
+        pytest.fail(f"left in the sandbox: {left}", pytrace=False)
