@@ -3,8 +3,11 @@
 The gate is what everybody runs: `make test`, and CI. The soak is all the rest: `make soak`, or a slice of it.
 """
 
+import faulthandler
+import os
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,8 @@ settings.register_profile("migproxy", settings.get_profile(settings.get_current_
 settings.load_profile("migproxy")
 
 TIERS = ("gate", "soak")
-ROOT = Path(__file__).parent
-_PATIENCE = {"gate": 120.0, "soak": 1800.0}  # seconds that a test may take: then its sandbox ends, and it has failed
+_PATIENCE = {"gate": 120.0, "soak": 1800.0}  # seconds that a test may take, unless its marker `patience` says more
+_STDERR = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_STDERR] = os.dup(2)  # pytest captures what tests write there
     if path := config.getoption("--record"):
         config.pluginmanager.register(record.Recorder(Path(path)))
 
@@ -41,8 +45,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         tier = tier_of(item)
         if wanted in (tier, "all") and zlib.crc32(item.nodeid.encode()) % parts == part - 1:
             chosen.append(item)
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(_PATIENCE[tier]))
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
@@ -67,6 +69,28 @@ def _parse_slice(text: str) -> tuple[int, int]:
     if not 1 <= part <= parts:
         raise pytest.UsageError(f"--slice {text}: K/N is wanted, with K from 1 to N, such as 2/4")
     return part, parts
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Ends a process whose test hangs, and so its sandbox; pytest-xdist starts the next test in a new one."""
+    marker = item.get_closest_marker("patience")
+    seconds = float(marker.args[0]) if marker else _PATIENCE[tier_of(item)]
+    timer = threading.Timer(seconds, _give_up, (item, seconds))
+    timer.daemon = True
+    timer.start()
+    try:
+        return (yield)
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _give_up(item: pytest.Item, seconds: float) -> None:
+    stderr = item.config.stash[_STDERR]
+    os.write(stderr, f"\n{item.nodeid} hangs: it took {seconds:g} s\n".encode())
+    faulthandler.dump_traceback(stderr)
+    os._exit(1)
 
 
 @pytest.fixture(autouse=True)

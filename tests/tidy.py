@@ -14,6 +14,9 @@ _SETTLE_SECONDS = (
 )
 
 
+_TOOLS = {"mount", "netns", "lock"}  # in /run: what mount(8) and ip(8) make there once, for themselves
+
+
 @dataclass(frozen=True, slots=True)
 class Contents:
     """What is in a sandbox.
@@ -64,7 +67,7 @@ def look() -> Contents:
         _processes(),
         frozenset(name for _, name in socket.if_nameindex()),
         {fields[0]: fields[4] for fields in mounts},
-        frozenset(os.listdir("/run")),
+        frozenset(os.listdir("/run")) - _TOOLS,
     )
 
 
