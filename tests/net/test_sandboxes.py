@@ -49,27 +49,11 @@ def outcomes(folder: Path, source: str, *options: str) -> tuple[int, set[str], s
     """Runs tests by one worker in a sandbox; returns the exit status, which did not pass, and the output."""
     (folder / "test_it.py").write_text(source)
     worker = f"popen//python={ROOT}/scripts/sandbox {sys.executable}"
+    command = [sys.executable, "-m", "pytest", "-c", f"{ROOT}/pyproject.toml", "--rootdir", str(folder)]
+    command += ["-p", "no:cacheprovider", "-p", "tests.conftest", "-o", f"pythonpath={ROOT}"]
+    command += ["--dist", "load", "--tx", worker, *options, str(folder)]
     done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-c",
-                ROOT / "pyproject.toml",
-                "--rootdir",
-                folder,
-                "-p",
-                "no:cacheprovider",
-            ),
-            *("-p", "tests.conftest", "-o", f"pythonpath={ROOT}", "--dist", "load", "--tx", worker, *options, folder),
-        ],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False
     )
     text = done.stdout + done.stderr
     return done.returncode, set(re.findall(r"^(?:FAILED|ERROR) \S*test_it\.py::(\w+)", text, re.MULTILINE)), text
