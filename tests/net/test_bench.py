@@ -85,6 +85,8 @@ def medians(results: dict[str, Any], kind: str, contestant: str = MIGPROXY) -> l
     ]
 
 
+@pytest.mark.tier("soak")
+@pytest.mark.alone
 async def test_a_short_run_moves_every_byte_with_few_wake_ups_and_little_memory(tmp_path: Path) -> None:
     table, chart = tmp_path / "results.json", tmp_path / "chart.svg"
     options = ["--quick", "--rounds", "1", "--growth", "5", "--json", str(table), "--chart", str(chart)]
@@ -149,6 +151,8 @@ def stage() -> Iterator[Stage]:
         yield made
 
 
+@pytest.mark.tier("soak")
+@pytest.mark.alone
 @pytest.mark.parametrize("connections", [1, 8])
 def test_system_calls_for_each_gibibyte_are_the_limits(stage: Stage, tmp_path: Path, connections: int) -> None:
     """Two splices for hundreds of KiB in each relay, and hardly a call besides."""

@@ -325,6 +325,7 @@ def stopped(pid: int, threads: set[int]) -> Iterator[None]:
             libc.ptrace(detach, thread, None, None)
 
 
+@pytest.mark.tier("soak")
 async def test_pump_that_is_wedged_starves_the_watchdog_until_it_gets_on(nodes: Nodes) -> None:
     said: list[str] = []
 

@@ -286,6 +286,7 @@ async def test_without_a_usable_state_file_connections_go_on_all_the_same(held: 
             await assert_logged(held.source, "the state file is of no use: what it counted is lost", "state.json")
 
 
+@pytest.mark.tier("soak")
 async def test_daemon_that_is_killed_again_and_again_while_it_starts(held: Held) -> None:
     vm = await held.start()
     async with vm.connection() as (near, far):
@@ -299,6 +300,7 @@ async def test_daemon_that_is_killed_again_and_again_while_it_starts(held: Held)
         await assert_carries(near, far)
 
 
+@pytest.mark.tier("soak")
 async def test_short_connections_all_through_a_storm(held: Held) -> None:
     vm = await held.start()
     counts: Counter[str] = Counter()
@@ -402,6 +404,7 @@ async def test_full_holder_is_told_and_the_rest_goes_unprotected(held: Held) -> 
     await vm.served()
 
 
+@pytest.mark.tier("soak")
 @pytest.mark.parametrize("limit", range(3, 9))
 async def test_what_a_full_holder_has_a_part_of_is_never_taken_for_the_whole(held: Held, limit: int) -> None:
     vm = await held.start()
@@ -500,6 +503,7 @@ async def test_a_stop_leaves_nothing_in_the_holder_however_much_there_was(held: 
         await migration.served(30)
 
 
+@pytest.mark.tier("soak")
 async def test_a_stop_with_a_holder_that_takes_nothing_leaves_nothing_that_the_next_daemon_takes_for_alive(
     held: Held,
 ) -> None:
@@ -578,6 +582,7 @@ async def test_user_space_tls_is_waited_for_when_the_rest_is_handed_over(held: H
     await vm.served()
 
 
+@pytest.mark.tier("soak")
 async def test_a_holder_that_answers_too_late_at_the_start_is_told_and_keeps_what_it_has(held: Held) -> None:
     vm = await held.start()
     holder = held.holders[held.source]
@@ -604,6 +609,7 @@ async def test_a_holder_that_is_told_to_end_waits_for_the_daemon(held: Held) -> 
     assert await holder.stop() == 0
 
 
+@pytest.mark.tier("soak")
 async def test_connections_of_a_burst_reach_the_launcher_once_whoever_dies_meanwhile(held: Held) -> None:
     """QEMU counts the connections of a migration: one too many, that comes and goes, and it waits for ever."""
     vm = await held.start()

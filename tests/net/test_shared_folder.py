@@ -21,7 +21,7 @@ from migproxy.portmap import Channel, source_socket_name
 from migproxy.proxy import ProxyError
 from migproxy.shared import PATIENCE, SharedFolder
 from migproxy.source import SocketFile
-from tests.virt_handler import VirtHandler
+from tests.virt_handler import VirtHandler, shortened
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -174,7 +174,8 @@ class Scene:
         """Whose listener a connection by the path reaches."""
         with socket.socket(socket.AF_UNIX) as near:
             try:
-                near.connect(str(self.path))
+                with shortened(self.path) as path:
+                    near.connect(path)
             except OSError as error:
                 return f"nobody: {error}"
             for who, listeners in (("us", [file.listener for file in self.ours]), ("virt-handler", [self.theirs])):

@@ -56,6 +56,7 @@ async def test_a_good_path_is_measured_through_two_daemons(lab: Lab) -> None:
     assert "two migproxies (spliced" in found["throughput"]["finding"]
 
 
+@pytest.mark.tier("soak")
 async def test_the_path_is_measured_as_it_is_protected_and_a_peer_with_another_ca_is_found(
     lab: Lab, tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ async def test_the_path_is_measured_as_it_is_protected_and_a_peer_with_another_c
         assert "the same CA" in found["peer"]["remedy"]
 
 
+@pytest.mark.tier("soak")
 async def test_a_path_that_drops_large_packets_is_found_and_so_is_a_slow_one(lab: Lab) -> None:
     here, there = lab.nodes
     await run("ip", "link", "set", here.name, "mtu", "1300")

@@ -137,6 +137,7 @@ def memory(exposition: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.tier("soak")
 async def test_2000_migrations_leave_no_series_and_no_memory(tmp_path: Path) -> None:
     async with daemon(tmp_path, retention=1) as node:
         for begin in range(0, WARM_UP, BATCH):

@@ -21,6 +21,7 @@ BYTES = "migproxy_migration_bytes_total"
 Counts = dict[tuple[str, ...], float]
 
 
+@pytest.mark.tier("soak")
 async def test_database_has_exactly_the_bytes_of_a_stream_and_lets_go_of_them(lab: Lab) -> None:
     await start(lab)
     async with scraping(lab.nodes) as prometheus:
@@ -43,6 +44,8 @@ async def test_database_has_exactly_the_bytes_of_a_stream_and_lets_go_of_them(la
         await prometheus.eventually(f'{{migration_uid="{uid}"}}', 0, RETENTION + 120)
 
 
+@pytest.mark.tier("soak")
+@pytest.mark.alone
 async def test_database_has_the_bytes_of_a_libvirt_migration_as_both_nodes_counted_them() -> None:
     vm.check()
     async with Lab(tls=False) as lab:  # a parallel migration: its counters are what is looked at here

@@ -17,6 +17,7 @@ MIB = 1 << 20
 _SIZE = "document.querySelector('article [data-figure={}]')?.textContent"
 
 
+@pytest.mark.tier("soak")
 async def test_status_page_shows_a_migration_as_it_runs(lab: Lab) -> None:
     for node in lab.nodes:
         await node.proxy.start()

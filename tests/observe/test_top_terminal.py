@@ -63,8 +63,8 @@ async def top(node: Node, environment: str) -> AsyncIterator[Terminal]:
     ("environment", "bar", "coloured"),
     [
         pytest.param("LANG=C.UTF-8 PYTHONUTF8=1", "█", True, id="colour"),
-        pytest.param("LANG=C.UTF-8 PYTHONUTF8=1 NO_COLOR=1", "█", False, id="no-color"),
-        pytest.param("TERM=dumb PYTHONIOENCODING=ascii", "#", False, id="dumb-ascii"),
+        pytest.param("LANG=C.UTF-8 PYTHONUTF8=1 NO_COLOR=1", "█", False, id="no-color", marks=pytest.mark.tier("soak")),
+        pytest.param("TERM=dumb PYTHONIOENCODING=ascii", "#", False, id="dumb-ascii", marks=pytest.mark.tier("soak")),
     ],
 )
 async def test_top_shows_a_running_migration_at_80_columns(

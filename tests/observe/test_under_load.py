@@ -19,6 +19,8 @@ pytestmark = pytest.mark.tier("gate")
 LATE = 2.0  # seconds; a loop that the pumps held up would not answer at all. The figures are printed.
 
 
+@pytest.mark.tier("soak")
+@pytest.mark.alone
 async def test_every_path_answers_while_migrations_run_at_full_speed(lab: Lab) -> None:
     for node in lab.nodes:
         await node.proxy.start()
