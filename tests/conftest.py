@@ -20,7 +20,7 @@ settings.register_profile("migproxy", settings.get_profile(settings.get_current_
 settings.load_profile("migproxy")
 
 TIERS = ("gate", "soak")
-_PATIENCE = {"gate": 120.0, "soak": 1800.0}  # seconds that a test may take, unless its marker `patience` says more
+_PATIENCE = {"gate": 300.0, "soak": 1800.0}  # seconds that a test may take, unless its marker `patience` says more
 _STDERR = pytest.StashKey[int]()
 
 
