@@ -50,6 +50,7 @@ venv: .venv/ready
 	[ -x $(BIN)/python ] || "$$python" -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m compileall -q migproxy
 	@touch $@
 
 lab-packages:
@@ -75,7 +76,7 @@ lock:
 
 export DESTDIR PREFIX PYTHON
 
-# Without bytecode, each daemon of a test would compile migproxy anew: another 0.1 s of CPU.
+# Without bytecode, each daemon of a test would compile migproxy anew: another 0.06 s of CPU.
 export PYTHONDONTWRITEBYTECODE :=
 
 install: venv
