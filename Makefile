@@ -53,6 +53,7 @@ venv: .venv/ready
 	[ -x $(BIN)/python ] || "$$python" -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m compileall -q migproxy
 	@touch $@
 
 lab-packages:
@@ -77,6 +78,9 @@ lock:
 	$(COMPILE) pyproject.toml -c requirements.lock -o requirements-runtime.lock
 
 export DESTDIR PREFIX PYTHON
+
+# Without bytecode, each daemon of a test would compile migproxy anew: another 0.06 s of CPU.
+export PYTHONDONTWRITEBYTECODE :=
 
 install: venv
 	@scripts/install files

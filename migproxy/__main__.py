@@ -1,5 +1,14 @@
-"""`python -m migproxy`: the same as the `migproxy` command."""
+"""`migproxy`, and `python -m migproxy`: the same."""
 
-from migproxy.cli import main
+from migproxy.imports import uncollected
 
-main()
+
+def main() -> None:
+    """Runs the command line."""
+    with uncollected():
+        from migproxy.cli import app
+    app()
+
+
+if __name__ == "__main__":
+    main()

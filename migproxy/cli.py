@@ -10,7 +10,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from migproxy import __version__
 from migproxy import settings as options
+from migproxy.imports import uncollected
 from migproxy.portmap import LAUNCHER_RUN_DIR, migration_uris, virsh_command
 
 app = typer.Typer(
@@ -29,9 +31,7 @@ def _common(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"migproxy {installed('migproxy')}")
+        typer.echo(f"migproxy {__version__}")
         raise typer.Exit
 
 
@@ -39,11 +39,6 @@ _CONTROL_SOCKET = typer.Option(
     "--control-socket", envvar="MIGPROXY_CONTROL_SOCKET", help="The control socket of the daemon to ask."
 )
 _DEFAULT_CONTROL_SOCKET = str(options.Settings.model_fields["control_socket"].default)
-
-
-def main() -> None:
-    """Runs the command line."""
-    app()
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
@@ -81,17 +76,18 @@ def _run(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = Non
     """Run the daemon of one node."""
     settings, read = _load(invocation, config, flags)
 
-    import faulthandler
+    with uncollected():
+        import faulthandler
 
-    import uvloop
+        import uvloop
 
-    from migproxy import logs
-    from migproxy.control import ControlError
-    from migproxy.daemon import serve
-    from migproxy.inventory import InventoryError
-    from migproxy.lifeline import LifelineError
-    from migproxy.security import SecurityError
-    from migproxy.web import HTTPError
+        from migproxy import logs
+        from migproxy.control import ControlError
+        from migproxy.daemon import serve
+        from migproxy.inventory import InventoryError
+        from migproxy.lifeline import LifelineError
+        from migproxy.security import SecurityError
+        from migproxy.web import HTTPError
 
     faulthandler.enable()  # a watchdog ends a process that hangs by SIGABRT: every thread then says where it is
     logs.configure(settings.log_format, settings.log_level)
@@ -315,11 +311,12 @@ def uri(
     only_uris: Annotated[bool, typer.Option("--uris", help="Print the three URIs, one a line, instead.")] = False,
 ) -> None:
     """Print the virsh command that migrates a VMI by hand, through the source proxy's sockets."""
-    from migproxy.inventory.document import Contents, SyntaxFlaw, read
+    from migproxy.inventory.contents import EMPTY, SyntaxFlaw
+    from migproxy.inventory.document import read
 
     try:
         with open(0 if file == "-" else file, encoding="utf-8") as text:
-            contents = read(text.read(), Contents())
+            contents = read(text.read(), EMPTY)
     except (OSError, UnicodeDecodeError, SyntaxFlaw) as error:
         _fail(f"{file}: {error}")
     for flaw in contents.flaws:

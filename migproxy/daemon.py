@@ -10,20 +10,19 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from migproxy import control, web
+from migproxy import __version__, control, web
 from migproxy.fdstore import Store
+from migproxy.imports import uncollected
 from migproxy.inventory import Inventory, InventoryError
 from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
 from migproxy.lifeline import Lifeline, is_locked
 from migproxy.liveness import Liveness
 from migproxy.measure import Measures
-from migproxy.metrics import Exporter
 from migproxy.netif import AddressWatcher, read_interface
 from migproxy.netns import NamespaceError, NetworkNamespace, network_namespace
 from migproxy.node import Node, NodeOptions
@@ -94,11 +93,11 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
         async with (
             control.serve(settings.control_socket, report),
             _lives(settings.daemon_lock) if node.is_beside else nullcontext(),
-            _http(settings, report, lambda: node.checks, Exporter(report, measures), liveness),
+            _http(settings, report, lambda: node.checks, measures, liveness),
         ):
             log.info(
                 "started",
-                version=version("migproxy"),
+                version=__version__,
                 node=settings.node_name,
                 vmi_dir=settings.vmi_dir,
                 kubeconfig=settings.kubeconfig,
@@ -205,11 +204,11 @@ async def _inputs(
     if settings.vmi_dir is not None:
         yield _Inputs(FileInventory(settings.vmi_dir, watcher, liveness), OptionsSecurity(settings))
         return
-    # Slow to import, and only needed here.
-    from migproxy.inventory.announcements import Announcements
-    from migproxy.inventory.kube import KubeInventory
-    from migproxy.kube.api import ApiServer, ConfigurationError
-    from migproxy.kube.cluster import Cluster
+    with uncollected():  # slow to import, and only needed here
+        from migproxy.inventory.announcements import Announcements
+        from migproxy.inventory.kube import KubeInventory
+        from migproxy.kube.api import ApiServer, ConfigurationError
+        from migproxy.kube.cluster import Cluster
 
     async with AsyncExitStack() as stack:
         try:
@@ -290,9 +289,9 @@ async def _reload(reloader: Reloader, service: Service, signals: _Signals) -> No
 @asynccontextmanager
 async def _http(
     settings: Settings,
-    report: Callable[[], web.Report],
-    checks: Callable[[], web.Checks],
-    exporter: Exporter,
+    report: Callable[[], dict[str, Any]],
+    checks: Callable[[], dict[str, str | None]],
+    measures: Measures,
     liveness: Liveness,
 ) -> AsyncIterator[None]:
     where = parse_listen(settings.http_listen)
@@ -300,7 +299,7 @@ async def _http(
         yield
         return
     options = web.HTTPOptions(*where, settings.http_tls_cert, settings.http_tls_key)
-    async with web.serve(options, report, checks, exporter, lambda: liveness.problems) as url:
+    async with web.serve(options, report, checks, measures, lambda: liveness.problems) as url:
         log.info("serving HTTP", url=url)
         yield
 

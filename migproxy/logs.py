@@ -16,8 +16,11 @@ import traceback
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Generic, Literal, TypeVar
 
-import structlog
-from structlog.tracebacks import ExceptionDictTransformer
+from migproxy.imports import without
+
+with without("rich"):  # which structlog loads for its own tracebacks
+    import structlog
+    from structlog.tracebacks import ExceptionDictTransformer
 
 Style = Literal["auto", "console", "json", "journald"]
 Event = MutableMapping[str, Any]
@@ -88,11 +91,12 @@ _output = _Output()
 def _choose(style: Style) -> tuple[list[structlog.typing.Processor], Any]:
     if style == "journald" or (style == "auto" and leads_to_journal(os.environ, sys.stderr.fileno())):
         return [_as_entry], _journal().write
+    # Tracebacks come without local variables: a key might be among them.
     # A line is one write(2), so that a SIGKILL leaves none without its end: the next daemon's would follow on it.
     lines = structlog.WriteLogger(sys.stderr).msg
     if style == "console" or (style == "auto" and sys.stderr.isatty()):
-        return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())], lines
-    # Without local variables: a key might be among them.
+        plain = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)], lines
     tracebacks = ExceptionDictTransformer(show_locals=False)
     return [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()], lines
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prometheus_client import Counter, Histogram
+from migproxy.imports import bare
+
+with bare("prometheus_client"):  # whose __init__ loads an HTTP server
+    from prometheus_client.metrics import Counter, Histogram
 
 FAILURES = ("dial", "handshake", "reset", "timeout", "closed", "lost", "other")
 """Why a connection failed: its other leg could not be had; the peer was refused or refused us; the network reset it;

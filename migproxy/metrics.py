@@ -11,7 +11,6 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from importlib.metadata import version
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -24,6 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from migproxy import __version__
 from migproxy.measure import Measures
 
 STATES = ("waiting", "preparing", "prepared", "running", "bypassed", "error", "ended")
@@ -94,7 +94,7 @@ def families(report: Report) -> Iterator[Metric]:
     yield InfoMetricFamily(
         "migproxy_build",
         "Version of migproxy and of the Python that runs it.",
-        {"version": version("migproxy"), "python_version": platform.python_version()},
+        {"version": __version__, "python_version": platform.python_version()},
     )
     yield from _node(report)
     yield from _health(report)

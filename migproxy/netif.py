@@ -16,27 +16,31 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final
 
-from pyroute2.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE
-from pyroute2.netlink.rtnl import (
-    RTM_GETADDR,
-    RTM_GETLINK,
-    RTMGRP_IPV4_IFADDR,
-    RTMGRP_IPV6_IFADDR,
-    RTMGRP_LINK,
-)
-from pyroute2.netlink.rtnl.ifaddrmsg import (
-    IFA_F_DADFAILED,
-    IFA_F_DEPRECATED,
-    IFA_F_OPTIMISTIC,
-    IFA_F_SECONDARY,
-    IFA_F_TENTATIVE,
-    ifaddrmsg,
-)
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.marshal import MarshalRtnl
-
+from migproxy.imports import bare
 from migproxy.netns import NamespaceError, NetworkNamespace
 from migproxy.portmap import IPAddress
+
+with bare("pyroute2"):  # whose __init__ loads every protocol there is
+    from pyroute2.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE
+    from pyroute2.netlink.marshal import Marshal
+    from pyroute2.netlink.rtnl import (
+        RTM_GETADDR,
+        RTM_GETLINK,
+        RTM_NEWADDR,
+        RTM_NEWLINK,
+        RTMGRP_IPV4_IFADDR,
+        RTMGRP_IPV6_IFADDR,
+        RTMGRP_LINK,
+    )
+    from pyroute2.netlink.rtnl.ifaddrmsg import (
+        IFA_F_DADFAILED,
+        IFA_F_DEPRECATED,
+        IFA_F_OPTIMISTIC,
+        IFA_F_SECONDARY,
+        IFA_F_TENTATIVE,
+        ifaddrmsg,
+    )
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 DUMP_ATTEMPTS: Final = 10
@@ -345,7 +349,8 @@ def _request(namespace: NetworkNamespace, message: Any, kind: int, flags: int) -
 
 
 def _replies(netlink: socket.socket, *, is_dump: bool) -> list[Any]:
-    marshal = MarshalRtnl()
+    marshal = Marshal()
+    marshal.msg_map = {RTM_NEWLINK: ifinfmsg, RTM_NEWADDR: ifaddrmsg}
     replies: list[Any] = []
     while not replies or (is_dump and replies[-1]["header"]["type"] != NLMSG_DONE):
         for reply in marshal.parse(netlink.recv(1 << 18)):

@@ -43,7 +43,7 @@ Side = Annotated[str, AfterValidator(_one_of("source", "target"))]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class RelayState(_Record):

@@ -483,6 +483,7 @@ def _try_offload(server_context: ssl.SSLContext, client_context: ssl.SSLContext)
                 with server:
                     for end in (client, server):
                         end.setblocking(False)
+                        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # nothing waits for an ACK
                     while {_handshake(client), _handshake(server)} != {"done"}:
                         pass
                     (sends, receives), (also_sends, also_receives) = map(ktls.offloaded, (client, server))

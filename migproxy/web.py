@@ -1,27 +1,30 @@
-"""HTTP for Prometheus, for probes and for people: /metrics, /healthz, /readyz, a status page, and its JSON."""
+"""HTTP for Prometheus, for probes and for people: where it is served, and its certificate.
+
+What is answered (`pages`) is loaded at the first connection: it would double what a start costs.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import errno
-import hashlib
 import os
-import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from importlib.resources import files
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from aiohttp import web
+import structlog
 
-from migproxy.metrics import Exporter, render
+from migproxy.measure import Measures
+from migproxy.sockets import ready
 
-Report = Mapping[str, Any]
-Checks = Mapping[str, str | None]
+if TYPE_CHECKING:
+    from migproxy.pages import Checks, Report
+
+log = structlog.get_logger(__name__)
 
 
 class HTTPError(Exception):
@@ -52,7 +55,7 @@ async def serve(
     options: HTTPOptions,
     report: Callable[[], Report],
     checks: Callable[[], Checks],
-    exporter: Exporter,
+    measures: Measures,
     hangs: Callable[[], Sequence[str]],
 ) -> AsyncIterator[str]:
     """Serves HTTP while the context lasts.
@@ -61,7 +64,7 @@ async def serve(
         options: Where and how.
         report: `Node.report`; called for each request.
         checks: `Node.checks`; likewise.
-        exporter: Of the metrics.
+        measures: The node's instruments.
         hangs: What of this process hangs, so that it should be started anew; likewise.
 
     Returns:
@@ -71,16 +74,28 @@ async def serve(
         HTTPError: The port is taken, the address is not this machine's, or the certificate cannot be used.
     """
     protection = _protection(options)
-    runner = web.AppRunner(_application(report, checks, exporter, hangs), access_log=None)
-    await runner.setup()
-    try:
-        sock = _listen(options)
-        await web.SockSite(runner, sock, ssl_context=protection).start()
-        port = sock.getsockname()[1]
-        host = f"[{options.host}]" if ":" in options.host else options.host or socket.gethostname()
-        yield f"{'https' if protection else 'http'}://{host}:{port}/"
-    finally:
-        await runner.cleanup()
+    with _listen(options) as listener:
+
+        async def answer() -> None:
+            await ready(listener.fileno(), writing=False)
+            try:
+                await asyncio.to_thread(import_module, "migproxy.pages")  # aside: it takes 0.1 s
+                from migproxy import pages
+
+                async with pages.answer(listener, protection, report, checks, measures, hangs):
+                    await asyncio.Event().wait()
+            except Exception:  # such as files that an upgrade has replaced meanwhile
+                log.error("HTTP cannot be answered: restart the daemon", exc_info=True)
+
+        answering = asyncio.create_task(answer())
+        try:
+            port = listener.getsockname()[1]
+            host = f"[{options.host}]" if ":" in options.host else options.host or socket.gethostname()
+            yield f"{'https' if protection else 'http'}://{host}:{port}/"
+        finally:
+            answering.cancel()
+            with suppress(asyncio.CancelledError):
+                await answering
 
 
 def _listen(options: HTTPOptions) -> socket.socket:
@@ -143,59 +158,3 @@ class _Certificate:
 def _identity(path: str) -> tuple[int, int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_mtime_ns
-
-
-def _application(
-    report: Callable[[], Report],
-    checks: Callable[[], Checks],
-    exporter: Exporter,
-    hangs: Callable[[], Sequence[str]],
-) -> web.Application:
-    page = files("migproxy").joinpath("page.html").read_text(encoding="utf-8")
-    headers = {"Content-Security-Policy": _policy(page), "X-Content-Type-Options": "nosniff"}
-
-    async def status_page(_: web.Request) -> web.Response:
-        return web.Response(text=page, content_type="text/html", headers=headers)
-
-    async def status(_: web.Request) -> web.Response:
-        return web.json_response(report(), headers={"Cache-Control": "no-store"})
-
-    async def metrics(request: web.Request) -> web.Response:
-        # Formatting takes most of the time, and needs nothing of the event loop's.
-        body, content_type = await asyncio.to_thread(render, exporter.scrape(), request.headers.get("Accept", ""))
-        return web.Response(body=body, headers={"Content-Type": content_type})
-
-    async def alive(_: web.Request) -> web.Response:
-        problems = hangs()
-        return web.Response(text="\n".join(problems or ["ok"]) + "\n", status=503 if problems else 200)
-
-    async def ready(_: web.Request) -> web.Response:
-        now = checks()
-        lines = [f"[{'-' if reason else '+'}] {name}: {reason or 'ok'}" for name, reason in now.items()]
-        return web.Response(text="\n".join(lines) + "\n", status=503 if any(now.values()) else 200)
-
-    app = web.Application()
-    routes: dict[str, Any] = {
-        "/": status_page,
-        "/api/status": status,
-        "/metrics": metrics,
-        "/healthz": alive,
-        "/readyz": ready,
-    }
-    for path, handler in routes.items():
-        app.router.add_get(path, handler)
-    return app
-
-
-def _policy(page: str) -> str:
-    """The page may run its own script, use its own style, and talk to this daemon: nothing leaves the host."""
-
-    def allow(tag: str) -> str:
-        contents = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        hashes = [base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in contents]
-        return " ".join(f"'sha256-{one}'" for one in hashes)
-
-    return (
-        f"default-src 'none'; script-src {allow('script')}; style-src {allow('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )

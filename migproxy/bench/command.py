@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
+from migproxy import __version__
 from migproxy.bench import growth, measure
 from migproxy.bench.chart import svg
 from migproxy.bench.contestants import (
@@ -225,7 +225,7 @@ def _about(plan: Plan, stage: Stage) -> dict[str, object]:
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ":")
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "migproxy": version("migproxy"),
+        "migproxy": __version__,
         "python": platform.python_version(),
         "kernel": platform.release(),
         "cpu": model.partition(":")[2].strip(),

@@ -18,6 +18,7 @@ import yaml
 from yaml.events import CollectionEndEvent, CollectionStartEvent
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 
+from migproxy.inventory.contents import Contents, EditError, Entry, Flaw, SyntaxFlaw
 from migproxy.vmi import VMI, InvalidVMI, parse
 
 VMI_KIND: Final = "VirtualMachineInstance"
@@ -27,58 +28,6 @@ LIST_KINDS: Final = {"List": None, f"{VMI_KIND}List": VMI_KIND}
 MAX_DEPTH: Final = 100
 
 Published = Mapping[str, str | Mapping[str, int]]
-
-
-class SyntaxFlaw(ValueError):
-    """The text is not YAML.
-
-    Args:
-        reason: what the parser says, without the position.
-        line: where, from 1; None where the parser does not tell.
-    """
-
-    def __init__(self, reason: str, line: int | None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.line = line
-
-
-class EditError(ValueError):
-    """The address and ports cannot be put into the text; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A VMI and the line that it begins on, from 1."""
-
-    vmi: VMI
-    line: int
-
-
-@dataclass(frozen=True, slots=True)
-class Flaw:
-    """What is wrong with one document or VMI, and the line that it begins on (None: the whole file)."""
-
-    reason: str
-    line: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What a file holds.
-
-    Args:
-        entries: the VMIs in force, in the file's order; of one that is flawed now, its last good state.
-        flaws: what is wrong now.
-        ignored: objects of other kinds: the line and the kind.
-    """
-
-    entries: tuple[Entry, ...] = ()
-    flaws: tuple[Flaw, ...] = ()
-    ignored: tuple[tuple[int, str], ...] = ()
-
-
-EMPTY: Final = Contents()
 
 
 def read(text: str, last: Contents) -> Contents:

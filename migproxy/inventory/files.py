@@ -23,7 +23,7 @@ import structlog
 
 from migproxy.health import WatchHealth
 from migproxy.inventory import InventoryError, PublishError
-from migproxy.inventory.document import EMPTY, Contents, EditError, Flaw, SyntaxFlaw, publish, read
+from migproxy.inventory.contents import EMPTY, Contents, EditError, Flaw, SyntaxFlaw
 from migproxy.liveness import Liveness
 from migproxy.portmap import IPAddress, PortMap
 from migproxy.vmi import VMI
@@ -419,6 +419,8 @@ def _load(path: str, before: _File) -> _File:
     digest = hashlib.blake2b(data, digest_size=16).digest()
     if digest == before.digest:
         return before
+    from migproxy.inventory.document import read  # with a YAML parser
+
     try:
         return _File(digest, read(data.decode(), before.contents))
     except UnicodeDecodeError as error:
@@ -432,6 +434,8 @@ def _load(path: str, before: _File) -> _File:
 
 
 def _publish(path: str, vmi: VMI, address: str, ports: Mapping[str, int]) -> None:
+    from migproxy.inventory.document import publish  # with a YAML parser
+
     assert vmi.migration
     uid, migration_uid = vmi.uid, vmi.migration.migration_uid
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migproxy.inventory import document
-from migproxy.inventory.document import EMPTY, EditError, Flaw, SyntaxFlaw, publish, read
+from migproxy.inventory.contents import EMPTY, EditError, Flaw, SyntaxFlaw
+from migproxy.inventory.document import publish, read
 
 pytestmark = pytest.mark.tier("gate")
 

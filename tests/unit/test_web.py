@@ -20,7 +20,6 @@ from cryptography.x509.oid import NameOID
 
 from migproxy import web
 from migproxy.measure import Measures
-from migproxy.metrics import Exporter
 from migproxy.settings import SettingsError, load, parse_listen
 from tests.unit.test_metrics import migration, report
 
@@ -39,9 +38,7 @@ class FakeNode:
 @asynccontextmanager
 async def served(node: FakeNode, host: str = "127.0.0.1", **options: Any) -> AsyncIterator[str]:
     made = web.HTTPOptions(host, 0, **options)
-    async with web.serve(
-        made, node.report, lambda: node.checks, Exporter(node.report, Measures()), lambda: node.hangs
-    ) as url:
+    async with web.serve(made, node.report, lambda: node.checks, Measures(), lambda: node.hangs) as url:
         yield url
 
 
@@ -100,14 +97,14 @@ async def test_a_taken_port_is_named_with_what_to_do() -> None:
         port = other.getsockname()[1]
         options = web.HTTPOptions("127.0.0.1", port)
         with pytest.raises(web.HTTPError, match=rf"--http-listen 127.0.0.1:{port}: .*in use.*ss -ltnp"):
-            async with web.serve(options, dict, dict, Exporter(dict, Measures()), list):
+            async with web.serve(options, dict, dict, Measures(), list):
                 pass
 
 
 async def test_a_foreign_address_is_named() -> None:
     options = web.HTTPOptions("192.0.2.1", 0)
     with pytest.raises(web.HTTPError, match=r"192\.0\.2\.1:0: .*not an address of this machine"):
-        async with web.serve(options, dict, dict, Exporter(dict, Measures()), list):
+        async with web.serve(options, dict, dict, Measures(), list):
             pass
 
 
