@@ -30,15 +30,17 @@ SEED = Path(__file__).with_name("vmi-migratable.yaml")
 
 # The first process of a node's PID namespace, which reaps what libvirtd and QEMU leave behind. The node's
 # folders go over the machine's; /run is the last, because the laboratory's own files are in it.
-# /dev/kvm is hidden: emulation gives the same result on every machine.
+# /dev/kvm is hidden: emulation gives the same result on every machine. What is there instead cannot be written
+# to, or libvirtd would take KVM to be usable and ask QEMU a dozen times a migration why it has none.
 _INIT = """
 set -e
 node=$1; shift
 read -r pid _ </proc/self/stat
+: >"$node/no-kvm"
+[ ! -e /dev/kvm ] || mount --bind -o ro "$node/no-kvm" /dev/kvm
 for folder in etc/libvirt var/lib/libvirt var/cache/libvirt var/log/libvirt run; do
     [ ! -d /$folder ] || mount --bind "$node/$folder" /$folder
 done
-[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
 mount -t proc proc /proc
 echo "$pid"
 exec </dev/null >/dev/null
