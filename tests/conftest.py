@@ -1,7 +1,19 @@
 """What all tests share."""
 
+import asyncio
+from collections.abc import Callable
+
+import pytest
 from hypothesis import settings
+
+from tests.clock import SimulatedLoop
 
 # A loaded machine is no counterexample. (Where CI is set, hypothesis also takes the same examples each time.)
 settings.register_profile("migproxy", settings.get_profile(settings.get_current_profile_name()), deadline=None)
 settings.load_profile("migproxy")
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Which event loop a test runs on."""
+    simulated = item.get_closest_marker("simulated_time")
+    return {"loop": SimulatedLoop if simulated else asyncio.new_event_loop}
