@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from datetime import UTC, datetime
@@ -118,22 +117,23 @@ class Failsafe:
 
     async def _death(self) -> bytes:
         """Waits until the daemon has been dead for a while; returns which one."""
-        alive = time.monotonic()
-        while time.monotonic() - alive < _PATIENCE:
+        loop = asyncio.get_running_loop()
+        alive = loop.time()
+        while loop.time() - alive < _PATIENCE:
             if self._daemon.is_held:
-                alive = time.monotonic()
+                alive = loop.time()
             await asyncio.sleep(_LOOK_SECONDS)
         return self._daemon.life
 
     async def _clear(self, life: bytes, following: asyncio.Task[None], ending: asyncio.Event) -> bool:
         """Waits until there has been another daemon, or this process is done: returns whether it is."""
-        deadline = float("inf")
+        loop, deadline = asyncio.get_running_loop(), float("inf")
         while not self._daemon.is_held and self._daemon.life == life:
             if following.done():
                 following.result()
             if ending.is_set():
-                deadline = min(deadline, time.monotonic() + _END_SECONDS)
-                if self._is_done or time.monotonic() > deadline:
+                deadline = min(deadline, loop.time() + _END_SECONDS)
+                if self._is_done or loop.time() > deadline:
                     return True
             await asyncio.sleep(_LOOK_SECONDS)
         return False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -80,9 +80,13 @@ class Liveness:
 
     Attributes:
         problems: What hangs now, for people; empty while all is well.
+
+    Args:
+        clock: Seconds that only go forward.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.problems: list[str] = []
         self._stalls = Stalls()
         self._writes: dict[object, tuple[str, float]] = {}
@@ -91,7 +95,7 @@ class Liveness:
     def writing(self, path: str) -> Iterator[None]:
         """Within it a thread writes to that file; on a disk that hangs it does not return."""
         token = object()
-        self._writes[token] = (path, time.monotonic())
+        self._writes[token] = (path, self._clock())
         try:
             yield
         finally:
@@ -106,7 +110,7 @@ class Liveness:
         Returns:
             The problems.
         """
-        now = time.monotonic()
+        now = self._clock()
         about = {pump: description for description, pump in pumps}
         wedged = self._stalls.note({pump: read(pump) for pump in about}, now)
         writes = list(self._writes.values())

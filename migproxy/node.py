@@ -103,13 +103,14 @@ class Node:
         self.bypassed: dict[Key, Bypassed] = {}
         self._announcements = announcements
         self._known_beside: Beside | None = None
-        self._starts_until: float | None = time.monotonic() + _START_SECONDS if announcements else None
+        self._clock = asyncio.get_running_loop().time
+        self._starts_until: float | None = self._clock() + _START_SECONDS if announcements else None
         # By the VMI's UID: what may stand on it by this daemon's doing, whatever the watch has told by now.
         self._standing: dict[str, VMI] = {}
         self._void: set[str] = set()  # those whose announcement is to go
         self._withdrawing: dict[str, asyncio.Task[None]] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # one request at a time for each
-        self._ended: Retention[Key] = Retention(options.retention)
+        self._ended: Retention[Key] = Retention(options.retention, self._clock)
         self._survivors: dict[survival.Key, Survivor] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._next_start: asyncio.TimerHandle | None = None
@@ -291,7 +292,7 @@ class Node:
         state = self.address
         address = state.addresses[0] if state and state.addresses and not state.problem else None
         unready = rows.certificate_problem(self._around.security.report())
-        if self._starts_until and ((address and not unready) or time.monotonic() > self._starts_until):
+        if self._starts_until and ((address and not unready) or self._clock() > self._starts_until):
             self._starts_until = None
         can_dial, starting = bool(state and state.addresses), bool(self._starts_until) and not self.draining
         return Beside(address, self._announcements.unsupported, unready, self._serving(), can_dial, starting)
@@ -683,8 +684,9 @@ class _Worker:
                 exc_info=unexpected,
             )
         self.problem = problem
-        self._failing_since = self._failing_since or time.monotonic()
-        if problem != self._noted and time.monotonic() - self._failing_since > _NOTED_AFTER:
+        now = asyncio.get_running_loop().time()
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        if problem != self._noted and now - self._failing_since > _NOTED_AFTER:
             self._noted = problem
             self._node.warn(self._key, problem)
 

@@ -225,11 +225,12 @@ class Relay:
 
     async def _flush(self) -> None:
         """Waits until TCP has delivered what the launcher wrote before it went away: a reset would discard it."""
-        deadline = time.monotonic() + _FLUSH_SECONDS
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _FLUSH_SECONDS
         while (
             tcpinfo.unsent(self._tcp)
             and not tcpinfo.is_over(self._tcp)
-            and time.monotonic() < deadline
+            and loop.time() < deadline
             and not self._stopped
         ):
             await asyncio.sleep(0.01)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from migproxy.relay import Progress
@@ -22,12 +22,10 @@ class Ended:
     Attributes:
         report: What it last said of itself.
         progress: What it had done, in case its migration is served again.
-        at: When it ended (`time.monotonic`).
     """
 
     report: dict[str, Any]
     progress: Progress
-    at: float = field(default_factory=time.monotonic)
 
 
 class Retention(Generic[K]):
@@ -35,30 +33,36 @@ class Retention(Generic[K]):
 
     Attributes:
         seconds: How long each is kept.
+
+    Args:
+        seconds: See above.
+        clock: Seconds that only go forward.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
-        self._kept: dict[K, Ended] = {}
+        self._clock = clock
+        self._kept: dict[K, tuple[float, Ended]] = {}
 
     def add(self, key: K, ended: Ended) -> None:
         """Keeps what a proxy left."""
         self._kept.pop(key, None)
-        self._kept[key] = ended
+        self._kept[key] = self._clock(), ended
         self._expire()
 
     def take(self, key: K) -> Ended | None:
         """Lets go of what a proxy left, because another one goes on in its place."""
-        return self._kept.pop(key, None)
+        _, ended = self._kept.pop(key, (0.0, None))
+        return ended
 
     def items(self) -> Iterator[tuple[K, Ended]]:
         """Everything that is kept, the oldest first."""
         self._expire()
-        yield from list(self._kept.items())
+        yield from [(key, ended) for key, (_, ended) in self._kept.items()]
 
     def _expire(self) -> None:
-        horizon = time.monotonic() - self.seconds
-        for key in [key for key, ended in self._kept.items() if ended.at < horizon]:
+        horizon = self._clock() - self.seconds
+        for key in [key for key, (at, _) in self._kept.items() if at < horizon]:
             del self._kept[key]
         while len(self._kept) > MOST:
             del self._kept[next(iter(self._kept))]

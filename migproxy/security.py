@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
@@ -147,21 +146,18 @@ class ClusterSecurity(OptionsSecurity):
     _cluster: ClusterSettings | None = None
 
     def __init__(self, settings: Settings) -> None:
-        self._told = asyncio.Event()
-        self._waits_until = time.monotonic() + _WAIT_SECONDS
+        self._settled = asyncio.Event()
+        asyncio.get_running_loop().call_later(_WAIT_SECONDS, self._settled.set)
         super().__init__(settings)
 
     @property
     def encrypts(self) -> bool | None:
         """See Security."""
-        waits = not self._told.is_set() and time.monotonic() < self._waits_until
-        return None if waits else super().encrypts
+        return super().encrypts if self._settled.is_set() else None
 
     async def settled(self) -> None:
         """See Security."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, self._waits_until - time.monotonic())):
-                await self._told.wait()
+        await self._settled.wait()
 
     def reconfigure(self, settings: Settings) -> None:
         if self._cluster is not None:
@@ -194,7 +190,7 @@ class ClusterSecurity(OptionsSecurity):
             log.error("KubeVirt's settings cannot be followed, the last good ones stay in use", error=str(error))
         else:
             self.problem = None
-        self._told.set()
+        self._settled.set()
 
     def _merged(self, settings: Settings, cluster: ClusterSettings) -> Settings:
         from migproxy.kube.cluster import Overrides, merge  # slow to import, and only needed with a cluster

@@ -15,11 +15,11 @@ every moment, whatever either does:
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import os
 import stat
-import time
 from contextlib import suppress
 from typing import Final
 
@@ -49,7 +49,7 @@ class SharedFolder(SocketFolder):
     mode = 0o1660
     is_shared = True
     longest_pause = 0.02  # virt-handler makes its sockets anew, one after the other, and then asks the launcher
-    patience = PATIENCE
+    patience = PATIENCE + 0.001  # a tick of the event loop's clock more than `invites` asks for
 
     def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:
         super().__init__(run, owner)
@@ -60,9 +60,10 @@ class SharedFolder(SocketFolder):
             self._missing_since.pop(name, None)
             return True
         now = self._now()
-        return now - self._missing_since.setdefault(name, now) >= self.patience
+        return now - self._missing_since.setdefault(name, now) >= PATIENCE
 
-    _now = staticmethod(time.monotonic)
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _put(self, temporary: str, name: str) -> bool:
         while True:

@@ -7,7 +7,6 @@ import hashlib
 import os
 import socket
 import stat
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -389,9 +388,9 @@ class Source(Proxy):
 
     async def _keep(self) -> None:
         """Keeps the socket files in place, whoever removes or replaces them, until cancelled."""
-        pause = 0.0
+        loop, pause = asyncio.get_running_loop(), 0.0
         while True:
-            began = time.monotonic()
+            began = loop.time()
             try:
                 await self._await_change()
                 async with self._change:
@@ -409,7 +408,7 @@ class Source(Proxy):
                     self.log.info("socket files put over virt-handler's", names=put_back)
                 else:
                     self.log.warning("socket files put back that somebody removed or replaced", names=put_back)
-            pause = min(max(pause * 2, 0.01), self._folders.longest_pause) if time.monotonic() - began < _CALM else 0.0
+            pause = min(max(pause * 2, 0.01), self._folders.longest_pause) if loop.time() - began < _CALM else 0.0
             await asyncio.sleep(pause)
 
     async def _await_change(self) -> None:

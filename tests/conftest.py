@@ -3,17 +3,19 @@
 The gate is what everybody runs: `make test`, and CI. The soak is all the rest: `make soak`, or a slice of it.
 """
 
+import asyncio
 import faulthandler
 import os
 import threading
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests import record, tidy
+from tests.clock import SimulatedLoop
 
 # A loaded machine is no counterexample. (Where CI is set, hypothesis also takes the same examples each time.)
 settings.register_profile("migproxy", settings.get_profile(settings.get_current_profile_name()), deadline=None)
@@ -103,3 +105,9 @@ def leaves_its_sandbox_tidy() -> Iterator[None]:
     yield
     if left := tidy.clean(before):
         pytest.fail(f"left in the sandbox: {left}", pytrace=False)
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Which event loop a test runs on."""
+    simulated = item.get_closest_marker("simulated_time")
+    return {"loop": SimulatedLoop if simulated else asyncio.new_event_loop}

@@ -183,7 +183,7 @@ class KubeInventory:
             self._leaving.pop(uid, None)
         self._untold = waiting
         if waiting:
-            loop.call_later(LEAVING_SECONDS, self._news.set)
+            loop.call_at(min(self._leaving[uid] for uid in waiting), self._news.set)
         return batch
 
     def _note_validity(self, uid: str, seen: _Seen | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,7 +30,7 @@ class _Series:
     Attributes:
         count: How often, as the API server knows it; 0 before it knows the Event.
         pending: How often since.
-        due: When it may be written again (`time.monotonic`).
+        due: When it may be written again, by the event loop's clock.
     """
 
     vmi: VMI
@@ -92,15 +91,15 @@ class EventRecorder:
 
     async def run(self) -> None:
         """Writes what is noted until cancelled."""
+        loop = asyncio.get_running_loop()
         while True:
             self._noted.clear()
             waiting = [series for series in self._series.values() if series.pending]
-            for series in [series for series in waiting if series.due <= time.monotonic()]:
+            for series in [series for series in waiting if series.due <= loop.time()]:
                 await self._write(series)
             waiting = [series for series in self._series.values() if series.pending]
-            pause = min((series.due for series in waiting), default=None)
             try:
-                async with asyncio.timeout(None if pause is None else max(0.0, pause - time.monotonic())):
+                async with asyncio.timeout_at(min((series.due for series in waiting), default=None)):
                     await self._noted.wait()
             except TimeoutError:
                 continue
@@ -121,11 +120,11 @@ class EventRecorder:
             series.count += counted
             series.pending -= counted
             series.failures = 0
-            series.due = time.monotonic() + self._interval
+            series.due = asyncio.get_running_loop().time() + self._interval
 
     def _failed(self, series: _Series, error: ApiError) -> None:
         series.failures += 1
-        series.due = time.monotonic() + max(_RETRY_SECONDS, error.retry_after or 0)
+        series.due = asyncio.get_running_loop().time() + max(_RETRY_SECONDS, error.retry_after or 0)
         if error.status == 403 and not self._denied:
             self._denied = True
             log.warning(

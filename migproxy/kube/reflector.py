@@ -143,7 +143,8 @@ class Reflector(Generic[T]):
         self._watching_since = None
         async with aclosing(self._api.lines(self._path, query, self._pace.silence)) as lines:
             async for line in lines:
-                self._watching_since = self._watching_since or time.monotonic()
+                if self._watching_since is None:
+                    self._watching_since = asyncio.get_running_loop().time()
                 self.heard = time.time()
                 self._end_problem()
                 if line.strip() and (change := self._change(line)):
@@ -168,7 +169,7 @@ class Reflector(Generic[T]):
 
     def _was_healthy(self) -> bool:
         since = self._watching_since
-        return since is not None and time.monotonic() - since >= self._pace.healthy
+        return since is not None and asyncio.get_running_loop().time() - since >= self._pace.healthy
 
     async def _pause(self, error: ApiError) -> None:
         """Waits before the next attempt: not at all after the first failure, a watch that was merely cut."""

@@ -70,21 +70,24 @@ async def test_before_the_cluster_is_known_nothing_is_relayed_and_never_in_plain
     assert "not known yet" in security.report()["problem"]
 
 
-async def test_connections_wait_for_the_cluster_and_not_for_ever(
-    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.simulated_time
+async def test_connections_wait_for_the_cluster_and_not_for_ever(certificates: Path, tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
     given = settings(certificates, tmp_path, tls_ca=str(certificates / "ca.crt"))
     security = ClusterSecurity(given)
     waiting = asyncio.create_task(security.settled())
     await asyncio.sleep(0)
     assert (waiting.done(), security.encrypts) == (False, None)
     security.apply(cluster(certificates, disable_tls=True))
-    await asyncio.wait_for(waiting, 5)
+    await waiting
     assert security.encrypts is False
+    assert loop.time() == 0
 
-    monkeypatch.setattr("migproxy.security._WAIT_SECONDS", 0.01)
     security = ClusterSecurity(given)
-    await asyncio.wait_for(security.settled(), 5)
+    await asyncio.sleep(9.9)
+    assert (security.encrypts, loop.time()) == (None, 9.9)
+    await security.settled()
+    assert loop.time() == 10
     assert security.encrypts is True
     assert (await label(security)).startswith("TLS")
 
