@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+Clock = Callable[[], float]
+
 _MOMENT = 0.0005  # seconds of real time, twice before each jump, in which something may turn up
 
 
