@@ -171,7 +171,7 @@ async def test_final_state_is_what_the_plan_says(
             await retried(kubevirt, trouble)
             if chance.random() < 0.02:
                 await trouble.make()
-            await asyncio.sleep(chance.uniform(0, 0.002))
+            await asyncio.sleep(chance.uniform(0, 0.01))
         await trouble.end()
         assert len(trouble.seen) == 11, trouble.seen
         for node in nodes:
