@@ -17,7 +17,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-_MOMENT = 0.0005  # seconds of real time, twice before each jump, in which something may turn up
+Clock = Callable[[], float]
+
+_MOMENT = 0.001  # seconds of real time before each jump, in which something may turn up
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
@@ -74,11 +76,11 @@ class _Selector(selectors.DefaultSelector):
         """Waits for what is ready; where there is a time-out, time jumps instead of passing."""
         if timeout is not None and timeout <= 0:
             return super().select(0)
-        quiet = 0
+        quiet, wait = 0, 0.0
         while quiet < 2:
-            if ready := super().select(None if timeout is None else _MOMENT):
+            if ready := super().select(None if timeout is None else wait):
                 return ready
-            quiet = quiet + 1 if self._loop.is_quiet else 0
+            quiet, wait = quiet + 1 if self._loop.is_quiet else 0, _MOMENT
         if timeout is not None and not self._loop.tell():
             self._loop.jump(timeout)
         return []

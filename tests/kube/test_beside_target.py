@@ -20,12 +20,13 @@ from migproxy.portmap import Channel
 from migproxy.state import ProxyState
 from migproxy.survival import Estate, Kind, Listener, Name, fingerprint
 from migproxy.takeover import Survivor
+from tests.clock import Clock, eventually
 from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, Refused, begin, end, start, vmi
 from tests.kube.gate import Gate
 from tests.kube.test_beside_source import Unready
-from tests.kube.world import LocalNode, eventually
+from tests.kube.world import LocalNode
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 ADDRESS = "127.77.0.2"
 THEIRS = {"1001": 0, "1002": 49152}
@@ -339,7 +340,7 @@ async def test_restarted_daemon_keeps_the_word_of_the_one_before(beside: Cluster
 
 
 async def test_restarted_daemon_waits_for_what_it_needs_to_know_before_it_gives_an_announcement_up(
-    beside: Cluster, tmp_path: Path, protection: Unready
+    beside: Cluster, tmp_path: Path, protection: Unready, clock: Clock
 ) -> None:
     async with target_node(beside, tmp_path / "a") as node:
         ours = await until_announced(beside)
@@ -347,10 +348,11 @@ async def test_restarted_daemon_waits_for_what_it_needs_to_know_before_it_gives_
     protection.problem = "KubeVirt's settings are not known yet"
     async with target_node(beside, tmp_path / "b", protection=protection) as node:
         await eventually(lambda: node.migration("one").get("state") == "waiting", "the wait")
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(9.9)
         assert await announced(beside) == text
-        protection.problem = None
-        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the same ports", 0.9)
+        protection.problem, ready = None, clock()
+        await eventually(lambda: node.tcp_ports() == {int(port) for port in ours}, "the same ports")
+        assert round(clock() - ready, 6) <= 0.05
         assert await announced(beside) == text
     events = await beside.request("GET", "/api/v1/namespaces/default/events")
     assert not [one for one in events["items"] if one["reason"] == BYPASSED]
@@ -369,12 +371,13 @@ async def test_drain_of_a_daemon_that_has_just_started_takes_back_what_the_one_b
 
 
 async def test_daemon_that_never_gets_ready_leaves_migrations_to_virt_handler(
-    beside: Cluster, tmp_path: Path, protection: Unready, monkeypatch: pytest.MonkeyPatch
+    beside: Cluster, tmp_path: Path, protection: Unready, clock: Clock
 ) -> None:
-    monkeypatch.setattr("migproxy.node._START_SECONDS", 0.3)
+    began = clock()
     protection.problem = "KubeVirt's settings are not known yet"
     async with target_node(beside, tmp_path, protection=protection) as node:
-        await eventually(lambda: path(node) == ("virt-handler", "unready"), "the path", 5)
+        await eventually(lambda: path(node) == ("virt-handler", "unready"), "the path")
+    assert clock() - began == pytest.approx(10, abs=0.05)
 
 
 async def test_port_that_is_published_and_taken_is_an_error_and_no_reason_to_take_another(
@@ -490,7 +493,7 @@ async def test_draining_daemon_serves_what_virt_handler_has_published(beside: Cl
         await eventually(lambda: path(node) == ("migproxy", ""), "the path")
         drained = asyncio.create_task(node.node.drain())
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(drained), 0.5)
+            await asyncio.wait_for(asyncio.shield(drained), 60)
         assert node.tcp_ports() == {int(port) for port in ours}
         await change(beside, end())
         await asyncio.wait_for(drained, 30)

@@ -16,11 +16,12 @@ import pytest
 from migproxy.plan import SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import source_socket_name
 from migproxy.vmi import TARGET_NODE_LABEL, parse
+from tests.clock import eventually
 from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, end, start, vmi
 from tests.kube.gate import Gate, gate
-from tests.kube.world import LocalNode, eventually
+from tests.kube.world import LocalNode
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 SEEDS = [int(seed) for seed in os.environ.get("MIGPROXY_CHAOS_SEEDS", "1,2").split(",")]
 CHANGES = 1500
@@ -170,7 +171,7 @@ async def test_final_state_is_what_the_plan_says(
             await retried(kubevirt, trouble)
             if chance.random() < 0.02:
                 await trouble.make()
-            await asyncio.sleep(chance.uniform(0, 0.002))
+            await asyncio.sleep(chance.uniform(0, 0.01))
         await trouble.end()
         assert len(trouble.seen) == 11, trouble.seen
         for node in nodes:

@@ -16,11 +16,12 @@ from migproxy.kube.cluster import ClusterSettings, Overrides, merge, parse_kubev
 from migproxy.netns import NetworkNamespace
 from migproxy.settings import Settings
 from migproxy.status import render
+from tests.clock import eventually
 from tests.kube.cluster import KUBEVIRTS, MERGE_PATCH, NAMESPACE, Cluster, kubevirt
 from tests.kube.gate import Gate
-from tests.kube.world import PACE, eventually
+from tests.kube.world import PACE
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"

@@ -2,29 +2,32 @@
 
 import asyncio
 import os
-import signal
 import socket
-import stat
-import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import AsyncExitStack, closing
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
-from demo.lab import MIGPROXY, end, until
-from migproxy import control
+from migproxy.failsafe import Failsafe
 from migproxy.inventory import BYPASSED
-from migproxy.lifeline import HANG_SECONDS
-from migproxy.portmap import source_socket_name
-from migproxy.status import render
+from migproxy.kube.api import ApiServer
+from migproxy.launcher import Launchers
+from migproxy.lifeline import Lifeline
+from migproxy.shared import SharedFolder
+from tests.clock import Clock, eventually
 from tests.kube.cluster import NODES, VMIS, Cluster, begin, start, vmi
 from tests.kube.gate import Gate
-from tests.kube.test_beside_source import CHANNELS, Scene, through
+from tests.kube.test_beside_source import Scene
 from tests.kube.test_beside_target import (
     THEIRS,
     announced,
     change,
+    path,
     policy_in_force,
     publish,
     published,
@@ -32,181 +35,137 @@ from tests.kube.test_beside_target import (
     until_withdrawn,
 )
 from tests.kube.world import LocalNode
-from tests.net.nodes import Daemon
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 ADDRESS = "127.77.0.1"
 HERE, THERE = NODES
+PATIENCE = pytest.approx(1.0, abs=0.26)
+"""Seconds that a daemon has been dead when something is done about it: looked at four times in each."""
 
 
-SLOW = """
-import pathlib, signal, sys, time
-from migproxy import cli, failsafe
-
-free = pathlib.Path(sys.argv.pop(1))
-
-def mend(*_):
-    print("in a pod's folder", flush=True)
-    if free.parent.exists():
-        signal.alarm(0)
-    while not free.exists():
-        time.sleep(0.01)
-    return []
-
-failsafe.mend = mend
-cli.main()
-"""
-"""A failsafe in a folder that answers once a file is there, which is named first; never, where that cannot be."""
-
-CAPABILITIES = ("sys_ptrace", "dac_override", "chown", "fowner")  # of its container
-
-# Listens on its pod's command socket, as virt-launcher does; then it is QEMU's user.
-LAUNCHER = """
-import os, socket, sys
-os.chdir(sys.argv[1])
-listener = socket.socket(socket.AF_UNIX)
-listener.bind("launcher-sock")
-listener.listen()
-os.setgid(107)
-os.setuid(107)
-print(flush=True)
-sys.stdin.read()
-"""
-
-
-class Protected(Scene):
-    """A node whose daemon and whose failsafe are processes, and a VMI that migrates from it, or to it.
+class Guarded(Scene):
+    """A node with a daemon and a failsafe, and a VMI that migrates from it, or to it.
 
     Attributes:
-        daemon: `migproxy run`.
-        failsafe: `migproxy failsafe`.
-        log: The failsafe's.
+        logs: What both have logged.
+        failsafe: It runs.
+        ending: Tells it to end.
     """
 
     def __init__(self, kubernetes: Cluster, node: LocalNode, uid: str, target: socket.socket, url: str) -> None:
         super().__init__(kubernetes, node, uid, target)
-        self.folder_of_node = node.launchers.parent
-        kubeconfig = kubernetes.kubeconfig(self.folder_of_node, HERE, url)
-        self.options = ["--kubeconfig", str(kubeconfig), "--launcher-run-dir", f"{node.launchers}/{{uid}}"]
-        self.options += ["--socket-owner", f"{os.getuid()}:{os.getgid()}"]
-        beside = ["--beside-virt-handler", "--migration-address", ADDRESS]
-        self.daemon = Daemon(HERE, ADDRESS, self.folder_of_node / "daemon", *self.options, *beside)
-        self.log = self.folder_of_node / "failsafe.log"
-        self.failsafe: asyncio.subprocess.Process
+        folder = node.launchers.parent
+        self.logs: list[MutableMapping[str, Any]] = []
+        self.failsafe: asyncio.Task[None]
+        self.ending = asyncio.Event()
+        self._lock, self._kubeconfig = str(folder / "lock"), kubernetes.kubeconfig(folder, HERE, url)
+        self._life = AsyncExitStack()
 
-    async def watch_over(self, *prefix: str, options: Sequence[str] = ()) -> None:
-        """Starts the failsafe, by this command instead of its own if need be, and waits until it has begun."""
-        command = [*(prefix or MIGPROXY), "failsafe", *self.options, *options]
-        command += ["--node-name", HERE, "--control-socket", str(self.daemon.control), "--log-format", "json"]
-        before = self.told("watching over the daemon") if self.log.exists() else 0
-        with self.log.open("ab") as log:
-            self.failsafe = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+    async def start(self) -> None:
+        """Starts the daemon."""
+        lifeline = self._life.enter_context(closing(Lifeline(self._lock)))
+        await self._life.enter_async_context(lifeline.held())
+        await self._life.enter_async_context(self.node.run(self._kubeconfig, beside=True))
 
-        def has_begun() -> bool:
-            return self.told("watching over the daemon") > before or self.failsafe.returncode is not None
+    async def kill(self) -> None:
+        """The daemon dies, and nobody starts it anew: its sockets are closed, and all else stays as it is."""
+        with pytest.MonkeyPatch.context() as death:
+            death.setattr(SharedFolder, "remove", lambda *_: None)
+            await self._life.aclose()
 
-        await until(has_begun, "the failsafe")
+    async def watch_over(self) -> None:
+        """Runs the failsafe until it has been told to end."""
+        launchers, owner = Launchers(f"{self.node.launchers}/{{uid}}", "/nowhere"), (os.getuid(), os.getgid())
+        with closing(Lifeline(self._lock)) as daemon:
+            async with ApiServer(str(self._kubeconfig)) as api:
+                await Failsafe(daemon, HERE, launchers, owner, api).run(self.ending)
 
     async def complete(self) -> None:
         """The failsafe has looked at everything since the daemon's death: told to end, it does that first."""
-        assert await end(self.failsafe, signal.SIGTERM) == 0, self.log.read_text()
-
-    async def close(self) -> None:
-        """Ends both."""
-        await self.daemon.stop()
-        if self.failsafe.returncode is None:
-            await self.complete()
-        assert "Traceback" not in self.log.read_text()
+        self.ending.set()
+        await self.failsafe
 
     async def source_in_path(self) -> None:
         """The VMI migrates from here, virt-handler has prepared that, and ours lead there."""
         await self.change(begin("first"))
         await self.publish()
         self.prepare()
-        await until(self.is_ours, "our sockets over virt-handler's")
-
-    def is_given_back(self) -> bool:
-        """virt-handler's own sockets are at the paths, and nothing is beside them."""
-        names = {source_socket_name(self.uid, channel) for channel in CHANNELS}
-        files = list(self.folder.iterdir())
-        return {one.name for one in files} == names and not any(one.stat().st_mode & stat.S_ISVTX for one in files)
-
-    async def kill(self) -> None:
-        """The daemon dies, and nobody starts it anew."""
-        await self.daemon.stop(signal.SIGKILL)
-
-    def answers(self) -> bool:
-        """Whether the daemon has begun to start."""
-        try:
-            return bool(self.daemon.status())
-        except control.ControlError:
-            return False
-
-    def is_served(self) -> bool:
-        """Whether the daemon has put its sockets into the source's path."""
-        found = self.daemon.status()["migrations"]
-        return any(one["role"] == "source" and one.get("path") == "migproxy" for one in found)
+        await eventually(self.is_ours, "our sockets over virt-handler's")
 
     def told(self, event: str) -> int:
-        """How often the failsafe has logged that."""
-        return self.log.read_text().count(f'"{event}')
+        """How often that has been logged."""
+        return sum(one["event"].startswith(event) for one in self.logs)
 
 
 @pytest.fixture
-async def killable(kubernetes: Cluster, tmp_path: Path, door: Gate) -> AsyncIterator[Protected]:
+async def scene(kubernetes: Cluster, tmp_path: Path, door: Gate) -> AsyncIterator[Guarded]:
+    """The daemon and the failsafe run."""
     await kubernetes.install_beside()
     await policy_in_force(kubernetes)
     uid = (await kubernetes.request("POST", VMIS, vmi("one")))["metadata"]["uid"]
     node = LocalNode(HERE, ADDRESS, tmp_path)
     node.boot_launcher(uid)
-    with socket.create_server(("127.77.0.3", 0)) as target:
+    with socket.create_server(("127.77.0.3", 0)) as target, capture_logs() as logs:
         target.setblocking(False)
-        made = Protected(kubernetes, node, uid, target, door.url)
-        await made.watch_over()
-        try:
-            yield made
-            await made.close()
-        finally:
-            if made.failsafe.returncode is None:
-                made.failsafe.kill()
-                await made.failsafe.wait()
+        made = Guarded(kubernetes, node, uid, target, door.url)
+        made.logs = logs
+        made.failsafe = asyncio.create_task(made.watch_over())
+        await made.start()
+        yield made
+        await made.kill()
+        await made.complete()
         await made.virt_handler.close()
 
 
 async def test_killed_daemons_sources_go_by_virt_handler_again_until_there_is_another_daemon(
-    killable: Protected,
+    scene: Guarded, clock: Clock
 ) -> None:
-    scene = killable
-    await scene.daemon.start()
     await scene.source_in_path()
+    await asyncio.sleep(60)
+    assert scene.is_ours()
 
+    death = clock()
     await scene.kill()
-    await until(scene.is_given_back, "virt-handler's sockets")
+    await eventually(scene.is_given_back, "virt-handler's sockets")
+    assert clock() - death == PATIENCE
     await scene.connect()
     assert scene.virt_handler.relayed == {"source": 1}
 
-    await scene.daemon.start()
-    await until(scene.is_ours, "our sockets again")
+    await scene.start()
+    await eventually(scene.is_ours, "our sockets again")
     await scene.connect()
     assert scene.virt_handler.relayed == {"source": 1}
 
 
-async def test_killed_daemons_announcement_goes_before_virt_handler_publishes(killable: Protected) -> None:
-    scene = killable
-    await scene.daemon.start()
+async def test_daemon_that_is_started_anew_at_once_finds_its_sockets_where_they_were(
+    scene: Guarded, clock: Clock
+) -> None:
+    await scene.source_in_path()
+    death = clock()
+    await scene.kill()
+    await asyncio.sleep(0.7)
+    await scene.start()
+    assert clock() - death == pytest.approx(0.7)
+    assert scene.is_ours()
+    await asyncio.sleep(60)
+    assert scene.is_ours()
+    assert not scene.told("the daemon does not run")
+
+
+async def test_killed_daemons_announcement_goes_before_virt_handler_publishes(scene: Guarded, clock: Clock) -> None:
     await scene.change(begin("first", source=THERE, target=HERE))
     await until_announced(scene.kubernetes)
 
+    death = clock()
     await scene.kill()
     await until_withdrawn(scene.kubernetes)
+    assert clock() - death == PATIENCE
     await publish(scene.kubernetes, targetNodeAddress=ADDRESS)
     assert (await published(scene.kubernetes))["ports"] == THEIRS
 
 
-async def test_what_is_published_or_runs_is_left_to_the_next_daemon(killable: Protected) -> None:
-    scene = killable
-    await scene.daemon.start()
+async def test_what_is_published_or_runs_is_left_to_the_next_daemon(scene: Guarded) -> None:
     await scene.source_in_path()
     await scene.change(start())
     await scene.kubernetes.request("POST", VMIS, vmi("two", node=THERE))
@@ -222,61 +181,61 @@ async def test_what_is_published_or_runs_is_left_to_the_next_daemon(killable: Pr
     assert scene.is_ours()
     assert await announced(scene.kubernetes, "two")
     assert (await published(scene.kubernetes, "two"))["ports"] == ports
-    await scene.daemon.start()
-    await until(scene.is_served, "the sockets to lead to it")
+    await scene.start()
+    await eventually(lambda: path(scene.node) == ("migproxy", ""), "the sockets to lead to it")
     await scene.connect()
     assert not scene.virt_handler.relayed
 
 
-async def test_what_cannot_be_given_back_at_once_is_tried_again(killable: Protected, door: Gate) -> None:
-    scene = killable
-    await scene.daemon.start()
+async def test_what_cannot_be_given_back_at_once_is_tried_again(scene: Guarded, door: Gate, clock: Clock) -> None:
     await scene.change(begin("first", source=THERE, target=HERE))
     await until_announced(scene.kubernetes)
+    tries: list[float] = []
 
-    door.refuse = lambda request: 500 if request.method == "PATCH" else None
+    def refuse(request: web.Request) -> int | None:
+        if request.method != "PATCH" or "virtualmachineinstances" not in request.path:
+            return None
+        tries.append(clock())
+        return 500 if len(tries) < 7 else None
+
+    door.refuse = refuse
     await scene.kill()
-    await until(lambda: scene.told("cannot give back, trying again") > 0, "a refusal")
-    door.refuse = lambda request: None
+    await eventually(lambda: len(tries) == 7, "the last try")
     await until_withdrawn(scene.kubernetes)
+    assert scene.told("cannot give back, trying again") == 1
+    pauses = [later - earlier for earlier, later in pairwise(tries)]
+    assert pauses == pytest.approx([0.25, 0.5, 1, 2, 2, 2])
 
 
-async def test_api_server_that_is_away_at_the_daemons_death_is_waited_for(killable: Protected, door: Gate) -> None:
-    scene = killable
-    await scene.daemon.start()
+async def test_api_server_that_is_away_at_the_daemons_death_is_waited_for(scene: Guarded, door: Gate) -> None:
     await scene.source_in_path()
 
     await door.close()
-    deaths = scene.told("the daemon does not run")
     await scene.kill()
-    await until(lambda: scene.told("the daemon does not run") > deaths, "the failsafe to see it")
-    await until(lambda: scene.told("cannot follow the API server") > 0, "the failsafe to look for the API server")
+    await eventually(lambda: scene.told("the daemon does not run") > 0, "the failsafe to see it")
+    await asyncio.sleep(60)
+    assert scene.told("cannot follow the API server") > 0
     assert scene.is_ours()
     await door.open()
-    await until(scene.is_given_back, "virt-handler's sockets")
+    await eventually(scene.is_given_back, "virt-handler's sockets")
 
 
-async def test_daemon_that_lives_too_short_to_be_seen_is_cleared_away_after(killable: Protected) -> None:
-    scene = killable
-    await scene.daemon.start()
+async def test_daemon_that_lives_too_short_to_be_seen_is_cleared_away_after(scene: Guarded, clock: Clock) -> None:
     await scene.source_in_path()
     await scene.kill()
-    await until(scene.is_given_back, "virt-handler's sockets")
+    await eventually(lambda: scene.told("virt-handler's sockets are back") == 1, "virt-handler's sockets")
 
-    await until(lambda: scene.told("virt-handler's sockets are back") > 0, "the failsafe to be done")
-    scene.failsafe.send_signal(signal.SIGSTOP)
-    await scene.daemon.start()
-    await until(scene.is_ours, "our sockets again")
+    life = clock()
+    await scene.start()
+    await eventually(scene.is_ours, "our sockets again")
     await scene.kill()
-    scene.failsafe.send_signal(signal.SIGCONT)
-    await until(scene.is_given_back, "virt-handler's sockets again")
+    assert clock() - life < 0.25, "the failsafe has looked meanwhile"
+    await eventually(scene.is_given_back, "virt-handler's sockets again")
 
 
 async def test_request_that_nobody_answers_keeps_no_other_vmi_from_being_looked_after_nor_the_end(
-    killable: Protected, door: Gate
+    scene: Guarded, door: Gate, clock: Clock
 ) -> None:
-    scene = killable
-    await scene.daemon.start()
     await scene.source_in_path()
     for number in range(3):
         name = f"target-{number}"
@@ -286,15 +245,14 @@ async def test_request_that_nobody_answers_keeps_no_other_vmi_from_being_looked_
 
     door.hold = lambda request: request.method == "PATCH" and "virtualmachineinstances" in request.path
     await scene.kill()
-    await until(scene.is_given_back, "virt-handler's sockets")
-    await until(lambda: door.held == 3, "the requests that are not answered")
+    await eventually(scene.is_given_back, "virt-handler's sockets")
+    await eventually(lambda: door.held == 3, "the requests that are not answered")
+    told = clock()
     await scene.complete()
-    door.hold = lambda request: False
+    assert 10 < clock() - told <= 10.5
 
 
-async def test_announcements_of_a_daemon_that_lives_again_stay(killable: Protected, door: Gate) -> None:
-    scene = killable
-    await scene.daemon.start()
+async def test_announcements_of_a_daemon_that_lives_again_stay(scene: Guarded, door: Gate) -> None:
     await scene.change(begin("first", source=THERE, target=HERE))
     await until_announced(scene.kubernetes)
     answer = asyncio.Event()
@@ -309,120 +267,24 @@ async def test_announcements_of_a_daemon_that_lives_again_stay(killable: Protect
 
     door.refuse = looks
     await scene.kill()
-    await asyncio.wait_for(is_asked.wait(), 30)
-    await scene.daemon.start()
+    await is_asked.wait()
+    await scene.start()
     ours = await until_announced(scene.kubernetes)
-    await until(lambda: scene.told("a daemon has been started") > 0, "the failsafe to see it")
+    await eventually(lambda: scene.told("a daemon has been started") > 0, "the failsafe to see it")
     answer.set()
+    await asyncio.sleep(60)
     assert await until_announced(scene.kubernetes) == ours
     assert not scene.told("nothing is announced any more")
 
 
-async def test_daemon_waits_for_a_failsafe_that_is_in_a_folder(killable: Protected) -> None:
-    scene, free = killable, killable.folder_of_node / "free"
-    await scene.complete()
-    await scene.daemon.start()
-    await scene.source_in_path()
-    await scene.watch_over(sys.executable, "-c", SLOW, str(free))
-    await scene.kill()
-    await until(lambda: "in a pod's folder" in scene.log.read_text(), "the failsafe to act")
-
-    lives = len(scene.daemon.logged("synchronised"))
-    await scene.daemon.spawn()
-    await until(scene.answers, "its start")
-    assert len(scene.daemon.logged("synchronised")) == lives
-    free.touch()
-    await until(lambda: len(scene.daemon.logged("synchronised")) > lives, "it")
-
-
-async def test_failsafe_that_hangs_in_a_folder_ends_and_keeps_no_daemon_waiting(killable: Protected) -> None:
-    scene = killable
-    await scene.complete()
-    await scene.daemon.start()
-    await scene.source_in_path()
-    await scene.watch_over(sys.executable, "-c", SLOW, "/nonesuch/free")
-    await scene.kill()
-    assert await asyncio.wait_for(scene.failsafe.wait(), 3 * HANG_SECONDS) == -signal.SIGALRM
-    await scene.daemon.start()
-    assert not scene.daemon.logged("somebody else has the lock: goes on without it")
-
-
-async def test_its_containers_capabilities_are_all_that_it_needs(killable: Protected) -> None:
-    scene = killable
-    await scene.complete()
-    pod = scene.folder_of_node / "pods/one-pod-1/volumes/kubernetes.io~empty-dir/sockets"
-    pod.mkdir(parents=True)
-    pipe = asyncio.subprocess.PIPE
-    launcher = await asyncio.create_subprocess_exec(sys.executable, "-c", LAUNCHER, str(pod), stdin=pipe, stdout=pipe)
-    try:
-        assert launcher.stdout
-        await launcher.stdout.readline()
-        await scene.daemon.start("--socket-owner", "107:107")
-        await scene.source_in_path()
-        for path in (scene.folder.parent, scene.folder):
-            os.chown(path, 107, 107)
-            path.chmod(0o1700)
-        await scene.kill()
-        bound = ",".join(f"+{one}" for one in CAPABILITIES)
-        options = ["--pods-dir", str(scene.folder_of_node / "pods"), "--socket-owner", "107:107"]
-        options += ["--launcher-run-dir", f"/proc/{{pid}}/root{scene.node.launchers}/{scene.uid}"]
-        await scene.watch_over("setpriv", f"--bounding-set=-all,{bound}", *MIGPROXY, options=options)
-        await until(scene.is_given_back, "virt-handler's sockets")
-    finally:
-        launcher.kill()
-        await launcher.wait()
-
-
-async def test_second_failsafe_of_a_daemon_is_refused(killable: Protected) -> None:
-    scene = killable
-    first = scene.failsafe
-    await scene.watch_over()
-    assert await asyncio.wait_for(scene.failsafe.wait(), 20) == 1
-    assert "another failsafe watches over the daemon" in scene.log.read_text()
-    scene.failsafe = first
-
-
-async def test_failsafe_that_is_told_to_end_waits_for_a_daemon_that_drains(killable: Protected) -> None:
-    scene = killable
-    await scene.daemon.start()
+async def test_failsafe_that_is_told_to_end_waits_for_a_daemon_that_drains(scene: Guarded) -> None:
     await scene.source_in_path()
 
-    scene.failsafe.send_signal(signal.SIGTERM)
+    scene.ending.set()
     async with scene.connection():  # it lives as long as the daemon does
-        assert scene.failsafe.returncode is None
+        await asyncio.sleep(60)
+        assert not scene.failsafe.done()
         await scene.kill()
-        assert await asyncio.wait_for(scene.failsafe.wait(), 20) == 0
+        await scene.failsafe
     assert scene.is_given_back()
     assert any("daemon does not run" in one for one in await scene.events(BYPASSED))
-
-
-async def test_who_has_connected_to_a_dead_daemon_is_served_by_the_next_one(killable: Protected) -> None:
-    scene, store = killable, killable.folder_of_node / "holder.sock"
-    holder = await asyncio.create_subprocess_exec(*MIGPROXY, "holder", str(store))
-    try:
-        await until(store.is_socket, "the holder")
-        environment = {"NOTIFY_SOCKET": str(store)}
-        await scene.daemon.start(env=environment)
-        await scene.source_in_path()
-        await until(lambda: scene.daemon.status()["store"]["descriptors"] >= 2, "the listeners in the holder")
-
-        await scene.kill()
-        assert scene.is_ours()
-        with scene.dial() as near:
-            await until(scene.is_given_back, "virt-handler's sockets")
-            await scene.daemon.start(env=environment)
-            with await scene.arrived() as far:
-                await through(near, far)
-        assert not scene.virt_handler.relayed
-        await scene.daemon.stop()
-    finally:
-        assert await end(holder, signal.SIGTERM) == 0
-
-
-async def test_status_says_whether_a_failsafe_runs(killable: Protected) -> None:
-    scene = killable
-    await scene.daemon.start()
-    assert "no failsafe" not in render(scene.daemon.status())
-    scene.failsafe.kill()
-    await scene.failsafe.wait()
-    assert "no failsafe" in render(scene.daemon.status())

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from tests.clock import Clock, eventually
 from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, vmi
-from tests.kube.world import LocalNode, eventually
+from tests.kube.world import LocalNode
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 COMMAND_SOCKET = "volumes/kubernetes.io~empty-dir/sockets/launcher-sock"
 PUBLISHED = {"targetNodeAddress": "127.77.0.2", "targetDirectMigrationNodePorts": {"1": 0, "2": 49152}}
@@ -51,31 +53,29 @@ class Pods:
     async def pod(self, uid: str) -> AsyncIterator["Pod"]:
         """A pod that runs while the context lasts; its folder goes with it, as the kubelet's do."""
         command = [sys.executable, "-c", LAUNCHER, str(self._runs), str(self.folder / uid / COMMAND_SOCKET)]
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout
-        await process.stdout.readline()
+        process.stdout.readline()  # blocks: no time goes by
         made = Pod(self._runs / str(process.pid), self.folder / uid, process)
         try:
             yield made
         finally:
-            await made.end()
+            made.end()
 
 
 class Pod:
     """A running launcher pod."""
 
-    def __init__(self, run: Path, folder: Path, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, run: Path, folder: Path, process: subprocess.Popen[bytes]) -> None:
         self._run, self._folder, self._process = run, folder, process
 
     def sockets(self) -> int:
         """How many sockets the source proxy has put there."""
         return len(list(self._run.glob("kubevirt/migrationproxy/*.sock")))
 
-    async def end(self) -> None:
-        if self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -121,7 +121,7 @@ async def test_replaced_pod_gets_the_sockets(kubernetes: Cluster, node: LocalNod
     async with pods.pod("a") as first:
         await migrating(kubernetes, "one", "a")
         await eventually(lambda: first.sockets() == 2, "the first pod's sockets")
-        await first.end()
+        first.end()
         async with pods.pod("b") as second:
             await set_pods(kubernetes, "one", a=None, b="node01")
             await eventually(lambda: second.sockets() == 2, "the second pod's sockets")
@@ -133,7 +133,7 @@ async def test_two_candidates_are_waited_for_to_be_one(kubernetes: Cluster, node
         await migrating(kubernetes, "one", "a", "b")
         await eventually(lambda: "several pods have a launcher-sock: a, b" in complaint(node, "one"), "the complaint")
         assert first.sockets() + second.sockets() == 0
-        await first.end()
+        first.end()
         await eventually(lambda: second.sockets() == 2, "the sockets")
         assert complaint(node, "one") == ""
 
@@ -144,7 +144,7 @@ async def test_pod_that_goes_away_midway_is_told_and_ends_cleanly(
     async with pods.pod("a") as pod:
         await migrating(kubernetes, "one", "a")
         await eventually(lambda: pod.sockets() == 2, "the sockets")
-        await pod.end()
+        pod.end()
         await set_pods(kubernetes, "one", c="node02")  # anything that has it looked at again
         await kubernetes.request("PATCH", f"{VMIS}/one", {"status": {"migrationMethod": "BlockMigration"}}, MERGE_PATCH)
         await eventually(lambda: "no launcher-sock" in complaint(node, "one"), "the complaint")
@@ -153,7 +153,7 @@ async def test_pod_that_goes_away_midway_is_told_and_ends_cleanly(
 
 
 async def test_launcher_that_is_late_keeps_nobody_waiting_and_is_told(
-    kubernetes: Cluster, node: LocalNode, pods: Pods
+    kubernetes: Cluster, node: LocalNode, pods: Pods, clock: Clock
 ) -> None:
     for number in range(10):
         await migrating(kubernetes, f"late-{number}", f"late-pod-{number}")
@@ -163,9 +163,10 @@ async def test_launcher_that_is_late_keeps_nobody_waiting_and_is_told(
         await eventually(lambda: pod.sockets() == 2, "the sockets of the one that is there")
         assert all("no launcher-sock" in complaint(node, f"late-{number}") for number in range(10))
 
-        async with asyncio.timeout(60):  # a few seconds: it might just be coming up
+        async with asyncio.timeout(4):
             while not (found := await events(kubernetes, "late-0")):
                 await asyncio.sleep(0.1)
+        assert clock() > 3, "it might just be coming up"
         (event,) = found
         assert (event["reason"], event["type"]) == ("MigrationProxyFailed", "Warning")
         assert "migration source proxy on node01: no launcher-sock" in event["message"]

@@ -13,11 +13,12 @@ import pytest
 
 from migproxy.inventory import PublishError
 from migproxy.portmap import Channel, PortMap
+from tests.clock import Clock, eventually
 from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, begin, start, vmi
 from tests.kube.gate import Gate
-from tests.kube.world import PACE, Listener, eventually, listening
+from tests.kube.world import PACE, Listener, listening
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 ADDRESS = ipaddress.ip_address("10.1.1.2")
 PORTS = PortMap.of({Channel.LIBVIRT: 32899, Channel.DIRECT: 42691})
@@ -352,7 +353,9 @@ async def test_listening_is_an_event_on_the_vmi(kubernetes: Cluster, target: Lis
     assert found["source"] == {"component": "migproxy", "host": HERE}
 
 
-async def test_same_event_is_counted_not_repeated(kubernetes: Cluster, target: Listener, door: Gate) -> None:
+async def test_same_event_is_counted_not_repeated(
+    kubernetes: Cluster, target: Listener, door: Gate, clock: Clock
+) -> None:
     found = target.named("one")
     assert found
     for number in range(100):
@@ -363,7 +366,9 @@ async def test_same_event_is_counted_not_repeated(kubernetes: Cluster, target: L
     target.inventory.note(found, "MigrationProxyFailed", "no launcher (100)", warning=True)
     await publish(target)
     await event(kubernetes, "MigrationProxyListening")
-    assert sum("events" in one.path for one in door.passed) == 2  # the later one waits its turn
+    assert sum("events" in one.path for one in door.passed) == 2
+    await eventually(lambda: sum("events" in one.path for one in door.passed) == 3, "the later one's turn")
+    assert clock() == 30
 
 
 async def test_event_of_an_earlier_life_is_counted_on(

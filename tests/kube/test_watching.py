@@ -11,12 +11,13 @@ from aiohttp import web
 
 from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer
+from tests.clock import Clock, eventually
 from tests.kube.apiserver import ApiDouble
 from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, vmi
 from tests.kube.gate import Gate
-from tests.kube.world import PACE, Listener, eventually, listening
+from tests.kube.world import PACE, Listener, listening
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 
 def double_of(kubernetes: Cluster) -> ApiDouble:
@@ -92,9 +93,8 @@ async def test_changes_are_told_as_they_happen(kubernetes: Cluster, door: Gate, 
 
 @pytest.mark.parametrize("slow", ["kubevirt.io/nodeName", "kubevirt.io/migrationTargetNodeName"])
 async def test_vmi_that_is_in_both_streams_ends_when_it_left_both(
-    kubernetes: Cluster, door: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
+    kubernetes: Cluster, door: Gate, tmp_path: Path, slow: str
 ) -> None:
-    monkeypatch.setattr("migproxy.inventory.kube.LEAVING_SECONDS", 5.0)
     door.slow = slow
 
     async def label(name: str, node: str | None) -> None:
@@ -137,13 +137,14 @@ async def test_watch_that_the_server_ends_is_begun_again(kubernetes: Cluster, do
         assert listener.inventory.problems == {}
 
 
-async def test_silent_connection_is_noticed(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
+async def test_silent_connection_is_noticed(kubernetes: Cluster, door: Gate, tmp_path: Path, clock: Clock) -> None:
     await kubernetes.request("POST", VMIS, vmi("one"))
     async with listening(kubernetes, tmp_path, door.url) as listener:
         await eventually(lambda: door.watches == 2, "the watches")
         door.stall()
         await rename_pod(kubernetes, "one", "other")
         await eventually(lambda: "other" in pods(listener), "the change, by a new connection")
+        assert clock() == PACE.silence
         assert door.lists == 2
 
 
@@ -242,13 +243,15 @@ async def test_server_that_is_away_keeps_everything_and_is_followed_again(
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-async def test_errors_are_waited_out(kubernetes: Cluster, door: Gate, tmp_path: Path, status: int) -> None:
+async def test_errors_are_waited_out(
+    kubernetes: Cluster, door: Gate, tmp_path: Path, clock: Clock, status: int
+) -> None:
     refusals: list[float] = []
 
     def refuse(request: web.Request) -> int | None:
         if "migrationTargetNodeName" not in request.query.get("labelSelector", ""):
             return None  # one of the two streams is enough, and can be timed
-        refusals.append(time.monotonic())
+        refusals.append(clock())
         return status if len(refusals) <= 6 else None
 
     door.refuse = refuse
@@ -257,10 +260,10 @@ async def test_errors_are_waited_out(kubernetes: Cluster, door: Gate, tmp_path: 
         assert listener.names == {"one"}
     gaps = [later - earlier for earlier, later in pairwise(refusals[:7])]
     if status == 429:  # with Retry-After, of which the pace of these tests leaves so much
-        assert min(gaps) >= PACE.last_retry * 0.9
-    else:
-        assert gaps[0] < gaps[-1]
-        assert gaps[-1] >= PACE.last_retry / 2 * 0.9
+        assert gaps == pytest.approx([PACE.last_retry] * 6)
+    else:  # less up to half of it by chance
+        longest = [0, *(min(PACE.first_retry * 2**number, PACE.last_retry) for number in range(5))]
+        assert all(most / 2 <= gap <= most for gap, most in zip(gaps, longest, strict=True)), gaps
 
 
 async def test_refused_token_is_said_and_read_again(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import ipaddress
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,11 @@ from migproxy.target import PortRange
 from migproxy.tls import Plaintext, Security
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
+from tests.clock import eventually
 from tests.kube.cluster import Cluster
 
 PACE = Pace(page=7, watch=30, silence=1.0, first_retry=0.02, last_retry=0.3, healthy=0.5)
 """As patient as tests can be; the pages are so small that every list has several."""
-
-
-async def eventually(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    """Waits for a condition that an event brings about."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    while not condition():
-        assert asyncio.get_running_loop().time() < deadline, f"waited {seconds} s in vain for {what}"
-        await asyncio.sleep(0.005)
 
 
 class Listener:

@@ -283,7 +283,7 @@ def api_server(folder: Path, *, forbidden: str = "", ahead: float = 0, mutating:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield kubeconfig(folder, f"http://127.0.0.1:{server.server_address[1]}")
         server.shutdown()
 

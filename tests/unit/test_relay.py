@@ -15,6 +15,7 @@ import pytest
 
 from migproxy.relay import Relay, Traffic
 from migproxy.splice import Splice, Transport
+from migproxy.threads import Threads
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -52,7 +53,8 @@ async def legs() -> AsyncIterator[Legs]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left() -> Iterator[None]:
+def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("migproxy.relay._threads", Threads(linger=0.01))
     threads = len(os.listdir("/proc/self/task"))
     yield
     deadline = time.monotonic() + DEADLINE
