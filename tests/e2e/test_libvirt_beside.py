@@ -341,7 +341,7 @@ async def test_migration_goes_on_though_its_migproxies_are_killed_while_it_runs(
             kills: list[int] = []
             proxies = [node.proxy for node in lab.nodes]
             await guest.migrate(here, there, *SUSPENDED, during=metronome(proxies, BEAT, kills))
-            assert min(kills) > 0
+            assert kills[0] > 0
             await assert_runs_only_on(there, lab)
             await assert_heartbeat_goes_on(guest, *await guest.handover(here, there))
             assert (await guest.fresh_hashes()).memory == at_first.memory

@@ -80,8 +80,8 @@ async def test_a_running_guest_comes_through(parallel: int) -> None:
             async with leaves_nothing(lab.nodes):
                 beating = metronome(proxies, BEAT, kills)
                 move = await guest.migrate(source, target, *SUSPENDED, parallel=parallel, during=beating)
-                print(f"{kills} kills while the guest migrated for {move.seconds:.1f} s")
-                assert min(kills) > 1
+                print(f"{kills[0]} kills of each while the guest migrated for {move.seconds:.1f} s")
+                assert kills[0] > 1
                 await assert_runs_only_on(target, lab)
                 await assert_heartbeat_goes_on(guest, *await guest.handover(source, target))
                 for node in lab.nodes:
