@@ -27,7 +27,7 @@ from tests.e2e.test_libvirt_migration import assert_heartbeat_goes_on, assert_ru
 from tests.e2e.unbreakable import SUSPENDED, metronome
 from tests.kube.apiserver import ADMIN_TOKEN
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("soak"), pytest.mark.alone]
 
 BEAT = 0.3  # seconds that a daemon lives once it serves
 OLD_STYLE = certificates.Leaf(names=CLIENT_NAMES[1:2], usages=(certificates.CLIENT, certificates.SERVER))
@@ -242,6 +242,15 @@ async def migrate(lab: BesideLab, guest: Guest, source: Node, target: Node, *, o
 @pytest.fixture(scope="module", autouse=True)
 def _machine_has_what_it_takes() -> None:
     vm.check()
+
+
+@pytest.mark.tier("gate")
+async def test_two_migproxies_migrate_it() -> None:
+    async with BesideLab.prepare(tls=True) as lab:
+        here, there = lab.nodes
+        async with Guest.boot(lab, here) as guest:
+            await lab.use(here, there)
+            await migrate(lab, guest, here, there, ours=(here, there))
 
 
 @pytest.mark.parametrize(
