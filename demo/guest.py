@@ -17,7 +17,7 @@ from typing import Self
 from demo.lab import MIGPROXY, Lab, LabError, Node, background, run, until
 
 DOMAIN = "default_vmi-migratable"  # what KubeVirt calls it in libvirt: the VMI's namespace and name
-DISK_MIB = 64
+DISK_MIB = 32
 TAIL_MIB = 8  # of the disk, which the guest rewrites all the time
 REMEDY = "run scripts/system-packages lab as root"
 _MIGRATION_SECONDS = 600  # of one that takes one on an idle machine

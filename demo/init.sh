@@ -14,7 +14,7 @@ exec </dev/ttyS0 >/dev/ttyS0 2>&1
 
 # MiB: memory that stays, memory that is rewritten; the end of the disk that is rewritten comes from the
 # kernel's command line, whose unknown words are this program's environment.
-kept=32 dirty=32 tail=${tail:?}
+kept=16 dirty=32 tail=${tail:?}
 disk=0
 [ ! -e /dev/vda ] || disk=$(($(cat /sys/block/vda/size) / 2048))
 
@@ -50,7 +50,7 @@ report() {
         front=-
         [ $disk = 0 ] || front=$(dd if=/dev/vda bs=1M count=$((disk - tail)) iflag=direct 2>/dev/null | sha256sum | cut -d ' ' -f 1)
         echo "hashes $since $memory $front"
-        usleep 500000
+        usleep 100000
     done
 }
 

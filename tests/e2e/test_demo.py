@@ -27,6 +27,7 @@ async def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.alone
 async def test_virtual_machine_goes_there_and_back() -> None:
     said = await finish(await start(sys.executable, "-m", "demo"), 0)
     assert "hashes of memory and disk" in said
@@ -58,6 +59,7 @@ async def test_interrupted_demo_takes_everything_down(signum: signal.Signals) ->
     assert "Interrupted" in await finish(process, 130)
 
 
+@pytest.mark.alone
 async def test_killed_demo_leaves_nothing() -> None:
     before = running()
     process = await start("scripts/sandbox", sys.executable, "-m", "demo")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.machine import run_guest
 
-pytestmark = pytest.mark.tier("soak")
+pytestmark = [pytest.mark.tier("soak"), pytest.mark.alone]
 
 CONNECTIONS = 8
 GIB = 1 << 30

@@ -25,7 +25,7 @@ from tests.kube.apiserver import ADMIN_TOKEN
 from tests.kube.cluster import KUBEVIRTS, VMIS, Cluster, cluster, kubevirt
 from tests.kube.gate import Gate, gate
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("soak"), pytest.mark.alone]
 
 SERVER = "10.1.1.254"
 """The API server's address in the nodes' network."""

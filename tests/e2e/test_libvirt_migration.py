@@ -17,7 +17,7 @@ from demo import guest as vm
 from demo.guest import Beat, Guest, Hashes, Move
 from demo.lab import Lab, LabError, Node, background, end, run, until
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("soak"), pytest.mark.alone]
 
 MALFORMED = Path(__file__).parents[1] / "net/malformed.py"
 BURSTS = 4
@@ -32,6 +32,7 @@ def _machine_has_what_it_takes() -> None:
 @pytest.mark.parametrize(
     ("disk", "parallel", "tls"),
     [
+        pytest.param(True, 4, True, id="copy-storage-all-parallel", marks=pytest.mark.tier("gate")),
         pytest.param(False, 0, True, id="plain"),
         pytest.param(False, 4, True, id="parallel"),
         pytest.param(True, 0, True, id="copy-storage-all"),

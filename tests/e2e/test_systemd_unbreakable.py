@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import random
 import signal
 from collections.abc import Awaitable, Callable
@@ -16,8 +15,8 @@ from tests.e2e.unbreakable import MIB, Storm, Streams, Tide, carried, seed
 
 pytestmark = pytest.mark.tier("soak")
 
-KILLS = int(os.environ.get("STORM_KILLS", "200"))  # of both daemons together
-TOTAL = int(os.environ.get("STORM_MIB", "4096")) * MIB
+KILLS = 200  # of both daemons together
+TOTAL = 4096 * MIB
 ROUNDS = 10
 RESTARTS = 5  # of each daemon
 STATE = "run/migproxy/control.state.json"

@@ -112,32 +112,35 @@ async def startup(proxy: Killable) -> float:
 
 @asynccontextmanager
 async def metronome(proxies: Sequence[Killable], seconds: float, kills: list[int]) -> AsyncIterator[None]:
-    """Kills all the daemons and starts them again, each so many seconds after it serves, until the context ends.
+    """Kills all the daemons and starts them again, so many seconds after all of them serve, until the context ends.
+
+    They live at the same time, however slowly they start: QEMU's NBD server gives its client ten seconds to negotiate.
 
     Args:
         proxies: The daemons.
-        seconds: That each lives once it serves.
+        seconds: That they live once they serve.
         kills: Gets the number of kills of each daemon.
     """
 
-    async def beat(proxy: Killable) -> int:
+    async def beat() -> int:
         count = 0
         while not over.is_set():
-            await until(lambda: proxy.listens, f"{proxy.control}", PATIENCE)
+            for proxy in proxies:
+                await until(lambda proxy=proxy: proxy.listens, f"{proxy.control}", PATIENCE)  # type: ignore[misc]
             await asyncio.sleep(seconds)
-            await proxy.stop(signal.SIGKILL)
+            await asyncio.gather(*(proxy.stop(signal.SIGKILL) for proxy in proxies))
             count += 1
-            await proxy.spawn()
-        await proxy.ready()
+            await asyncio.gather(*(proxy.spawn() for proxy in proxies))
+        await asyncio.gather(*(proxy.ready() for proxy in proxies))
         return count
 
     over = asyncio.Event()
-    beating = [asyncio.create_task(beat(proxy)) for proxy in proxies]
+    beating = asyncio.create_task(beat())
     try:
         yield
     finally:
         over.set()
-        kills += await asyncio.gather(*beating)
+        kills.append(await beating)
 
 
 class Tide:

@@ -23,8 +23,8 @@ from migproxy import control, holder, logs
 from tests.e2e.ktls_guest import ADDRESSES, DEADLINE, kernel_counters, prepared, serve
 from tests.e2e.unbreakable import MIB, Storm, Streams, Tide, carried, seed
 
-KILLS = int(os.environ.get("STORM_KILLS", "20"))
-TOTAL = int(os.environ.get("STORM_MIB", "64")) * MIB
+KILLS = 20
+TOTAL = 64 * MIB
 ROUNDS = 4
 
 
