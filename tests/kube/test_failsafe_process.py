@@ -42,7 +42,7 @@ def mend(*_):
     return []
 
 failsafe.mend = mend
-cli.main()
+cli.app()
 """
 """A failsafe in a folder that answers once a file is there, which is named first; never, where that cannot be."""
 
