@@ -262,6 +262,8 @@ async def _real(assets: Path, folder: Path) -> AsyncIterator[str]:
         str(assets / "kube-apiserver"),
         f"--etcd-servers=http://127.0.0.1:{etcd}",
         "--bind-address=127.0.0.1",
+        "--advertise-address=127.0.0.1",  # else the address of the default route's interface, and a sandbox has none
+        "--endpoint-reconciler-type=none",  # endpoints may not be loopback addresses
         f"--secure-port={secure}",
         f"--cert-dir={folder / 'certs'}",
         f"--token-auth-file={folder / 'tokens.csv'}",
