@@ -120,7 +120,29 @@ class Cluster:
 
     async def use_unbound_token(self, node: str) -> None:
         """Has migproxy on a node use a token of its ServiceAccount that no pod holds."""
-        self._tokens[node] = await self._request_token({})
+        self._tokens[node] = await self._request_token("migproxy", {})
+
+    async def kubevirt_token(self, account: str) -> str:
+        """A token of one of KubeVirt's ServiceAccounts, with the right to do what it likes to VMIs.
+
+        Args:
+            account: Its name, such as kubevirt-handler.
+        """
+        group, name = "rbac.authorization.k8s.io", {"name": account}
+        verbs = ["get", "list", "watch", "create", "update", "patch", "delete"]
+        rules = [{"apiGroups": ["kubevirt.io"], "resources": ["virtualmachineinstances"], "verbs": verbs}]
+        account_object = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {**name, "namespace": NAMESPACE}}
+        role = {"apiVersion": f"{group}/v1", "kind": "ClusterRole", "metadata": name, "rules": rules}
+        binding = {
+            "apiVersion": f"{group}/v1",
+            "kind": "ClusterRoleBinding",
+            "metadata": name,
+            "roleRef": {"apiGroup": group, "kind": "ClusterRole", **name},
+            "subjects": [{"kind": "ServiceAccount", "namespace": NAMESPACE, **name}],
+        }
+        for document in (account_object, role, binding):
+            await self.create(document)
+        return await self._request_token(account, {})
 
     async def _issue_token(self, node: str) -> str:
         pod = await self.create(
@@ -136,10 +158,10 @@ class Cluster:
             }
         )
         bound = {"kind": "Pod", "apiVersion": "v1", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
-        return await self._request_token({"boundObjectRef": bound})
+        return await self._request_token("migproxy", {"boundObjectRef": bound})
 
-    async def _request_token(self, bound: dict[str, Any]) -> str:
-        path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/migproxy/token"
+    async def _request_token(self, account: str, bound: dict[str, Any]) -> str:
+        path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{account}/token"
         body = {
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenRequest",
@@ -210,12 +232,13 @@ def resource_definition(kind: str) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Cluster]:
+async def cluster(folder: Path, *, separate: bool = False, kubevirt_webhook: bool = False) -> AsyncIterator[Cluster]:
     """A cluster with migproxy's objects in it.
 
     Args:
         folder: For the files of a real one.
         separate: The double is a process of its own, as a real one always is.
+        kubevirt_webhook: The double has KubeVirt's webhooks for VMIs; a real one has none.
     """
     assets, policy_server = os.environ.get("KUBEBUILDER_ASSETS"), os.environ.get("MIGPROXY_POLICY_SERVER")
     tls = ssl._create_unverified_context() if assets or policy_server else False
@@ -226,9 +249,9 @@ async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Clus
         elif policy_server:
             url = await stack.enter_async_context(_policy_server(Path(policy_server), folder))
         elif separate:
-            url = await stack.enter_async_context(_double())
+            url = await stack.enter_async_context(_double("--kubevirt-webhook") if kubevirt_webhook else _double())
         else:
-            double = ApiDouble()
+            double = ApiDouble(kubevirt_webhook=kubevirt_webhook)
             url = await stack.enter_async_context(serve(double))
         connector = aiohttp.TCPConnector(ssl=tls, limit=0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, read_bufsize=2**21))
@@ -239,8 +262,8 @@ async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Clus
 
 
 @asynccontextmanager
-async def _double() -> AsyncIterator[str]:
-    command = [sys.executable, "-m", "tests.kube.apiserver"]
+async def _double(*options: str) -> AsyncIterator[str]:
+    command = [sys.executable, "-m", "tests.kube.apiserver", *options]
     process = await asyncio.create_subprocess_exec(*command, cwd=MANIFESTS.parent, stdout=asyncio.subprocess.PIPE)
     try:
         assert process.stdout
