@@ -8,7 +8,7 @@ it knows by then, it is killed and started anew.
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
@@ -26,7 +26,7 @@ from migproxy.plan import Beside, Migration, Plan, TargetProxy, is_forsaken, mak
 from migproxy.portmap import Channel, IPAddress, PortMap
 from tests.kube.apiserver import ApiDouble, Object, Refusal, Target, User, apply_json_patch
 from tests.kube.cluster import BESIDE, MANIFESTS, begin, end, start, vmi
-from tests.virt_handler import publication
+from tests.virt_handler import published
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -134,11 +134,21 @@ class Server:
         Raises:
             Refusal: It refuses it.
         """
-        asked = (user.name, dump(document), json.dumps(patch))
+        return self._answer(user, document, json.dumps(patch), lambda: apply_json_patch(document, patch))
+
+    def put(self, user: User, document: Object, after: Object) -> Object:
+        """What the API server makes of a whole object.
+
+        Raises:
+            Refusal: It refuses it.
+        """
+        return self._answer(user, document, dump(after), lambda: after)
+
+    def _answer(self, user: User, document: Object, body: str, wanted: Callable[[], Object]) -> Object:
+        asked = (user.name, dump(document), body)
         if asked not in self._answers:
             try:
-                after = apply_json_patch(document, patch)
-                after = self.double._mutate(user, VMI, document, after)
+                after = self.double._mutate(user, VMI, document, wanted())
                 self.double._admit(user, VMI, document, after)
                 self._answers[asked] = after
             except Refusal as refusal:
@@ -207,8 +217,8 @@ class Model:
         state = world.state
         if world.theirs is None or "startTimestamp" in state or state.get("targetNodeAddress") == world.their_address:
             return None
-        patch = publication(world.document, world.their_address, as_published(world.theirs))
-        after = replace(world, vmi=dump(self.server.patch(VIRT_HANDLER, world.document, patch)))
+        written = published(world.document, world.their_address, as_published(world.theirs))
+        after = replace(world, vmi=dump(self.server.put(VIRT_HANDLER, world.document, written)))
         announced = parse_announcement(world.document["metadata"]["annotations"].get("migproxy.io/target"))
         in_time = announced is not None and str(announced.address) == world.their_address and self.policy
         assert after.published == (announced.ports.published() if in_time and announced else as_published(world.theirs))
