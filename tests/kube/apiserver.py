@@ -24,11 +24,13 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import celpy
+import lark
 from aiohttp import web
 from celpy import InterpretedRunner, celtypes
 from celpy.adapter import CELJSONEncoder, json_to_cel
@@ -186,7 +188,6 @@ class ApiDouble:
     _history: list[Change] = field(default_factory=list)
     _snapshots: dict[str, list[Object]] = field(default_factory=dict)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-    _policies: dict[str, "_Expression"] = field(default_factory=dict)
     _session: aiohttp.ClientSession = field(init=False)
 
     def application(self) -> web.Application:
@@ -356,9 +357,9 @@ class ApiDouble:
                 continue
             for mutation in policy["spec"]["mutations"] if values else ():
                 assert values
-                values["object"] = after
+                values["object"] = json_to_cel(after)
                 try:
-                    patch = self._expression(mutation["jsonPatch"]["expression"])(values)
+                    patch = _expression(mutation["jsonPatch"]["expression"])(values)
                     after = apply_json_patch(after, json.loads(json.dumps(patch, cls=CELJSONEncoder)))
                 except Refusal:
                     assert policy["spec"]["failurePolicy"] == "Ignore"
@@ -372,13 +373,16 @@ class ApiDouble:
         """What a policy's expressions are about; None where it does not apply."""
         extra = {"authentication.kubernetes.io/node-name": [user.node]} if user.node else {}
         request = {"userInfo": {"username": user.name, "groups": list(user.groups), "extra": extra}}
-        values: dict[str, Any] = {"object": after, "oldObject": before, "request": request, "variables": {}}
+        variables = celtypes.MapType()
+        plain = {"object": after, "oldObject": before, "request": request}
+        values = {"variables": variables, **{name: json_to_cel(value) for name, value in plain.items()}}
         for condition in policy["spec"].get("matchConditions") or ():
-            if not self._expression(condition["expression"])(values):
+            if not _expression(condition["expression"])(values):
                 return None
         for variable in policy["spec"].get("variables") or ():
             with suppress(Refusal):  # it fails where it is used
-                values["variables"][variable["name"]] = self._expression(variable["expression"])(values)
+                value = json_to_cel(_expression(variable["expression"])(values))
+                variables[celtypes.StringType(variable["name"])] = value
         return values
 
     def _evaluate(self, policy: Object, user: User, before: Object, after: Object, binding: str) -> None:
@@ -386,7 +390,7 @@ class ApiDouble:
         values = self._values(policy, user, before, after)
         for validation in policy["spec"]["validations"] if values else ():
             assert values
-            if self._expression(validation["expression"])(values) is not True:
+            if _expression(validation["expression"])(values) is not True:
                 code = {"Forbidden": 403, "Invalid": 422}[validation.get("reason", "Invalid")]
                 raise Refusal(
                     code,
@@ -395,11 +399,6 @@ class ApiDouble:
                     f"ValidatingAdmissionPolicy '{policy['metadata']['name']}' with binding '{binding}' denied "
                     f"request: {validation.get('message')}",
                 )
-
-    def _expression(self, text: str) -> "_Expression":
-        if text not in self._policies:
-            self._policies[text] = _Expression(text)
-        return self._policies[text]
 
     # Reading
 
@@ -552,21 +551,37 @@ class _Runner(InterpretedRunner):
         return _Evaluator(ast=self.ast, activation=self.new_activation()).evaluate(context)
 
 
+_OPERATORS = {"conditionalor", "conditionaland", "relation", "addition", "multiplication", "unary", "member"}
+
+
 class _Expression:
     """A compiled CEL expression."""
 
     _environment = celpy.Environment(annotations={"JSONPatch": _JSONPatch}, runner_class=_Runner)
 
     def __init__(self, text: str) -> None:
-        self._program = self._environment.program(self._environment.compile(text), functions={"split": _split})
+        tree = _flat(self._environment.compile(text))
+        self._program = self._environment.program(tree, functions={"split": _split})
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
-        context = {name: json_to_cel(value) for name, value in values.items()} | {"JSONPatch": _JSONPatch}
         try:
-            result = self._program.evaluate(context)
+            result = self._program.evaluate({**values, "JSONPatch": _JSONPatch})
         except CELEvalError as error:
             raise Refusal(422, "Invalid", f"expression failed: {error}") from error
         return bool(result) if isinstance(result, celpy.celtypes.BoolType) else result
+
+
+def _flat(tree: Any) -> Any:
+    """A syntax tree without what only stands for its one child, half of the time that the library takes."""
+    children = [_flat(child) if isinstance(child, lark.Tree) else child for child in tree.children]
+    if tree.data in _OPERATORS and len(children) == 1 and isinstance(children[0], lark.Tree):
+        return children[0]
+    return lark.Tree(tree.data, children, tree.meta)
+
+
+@cache
+def _expression(text: str) -> _Expression:
+    return _Expression(text)
 
 
 async def _send(response: web.StreamResponse, event: Object) -> None:

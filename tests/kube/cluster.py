@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ MERGE_PATCH = "application/merge-patch+json"
 
 _PLURALS = {kind: plural for plural, kind in KINDS.items()}
 _START_SECONDS = 90
+
+
+@cache
+def documents(path: Path) -> tuple[Any, ...]:
+    """What a manifest holds; not to be changed."""
+    return tuple(yaml.safe_load_all(path.read_text()))
 
 
 class Refused(Exception):
@@ -93,7 +100,7 @@ class Cluster:
             except Refused as error:
                 if "already exists" not in str(error):
                     raise
-        for document in yaml.safe_load_all(MANIFESTS.read_text()):
+        for document in documents(MANIFESTS):
             await self.create(document)
         for node in NODES:
             await self.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}})
@@ -106,12 +113,12 @@ class Cluster:
         Args:
             policy: The mutating one too.
         """
-        rules = yaml.safe_load((BESIDE / "rules.yaml").read_text())
+        (rules,) = documents(BESIDE / "rules.yaml")
         group, kind = rules["apiVersion"], _PLURALS[rules["kind"]]
         merged = f"/apis/{group}/{kind}/{rules['metadata']['name']}"
         await self.request("PATCH", merged, {"spec": rules["spec"]}, MERGE_PATCH)
         for name in ("policy.yaml", "guard.yaml") if policy else ("guard.yaml",):
-            for document in yaml.safe_load_all((BESIDE / name).read_text()):
+            for document in documents(BESIDE / name):
                 await self.create(document)
 
     def token(self, node: str) -> str:
