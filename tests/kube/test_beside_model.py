@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from ipaddress import ip_address
 from typing import Any
 
@@ -70,7 +71,7 @@ class World:
 
     @property
     def document(self) -> Object:
-        return dict(json.loads(self.vmi))
+        return loaded(self.vmi)
 
     @property
     def state(self) -> Object:
@@ -95,6 +96,17 @@ class World:
         if self.alive and self.ours and self.ours[0] == self.moves and self.published == self.ours[1].published():
             return "us"
         return "nobody"
+
+
+@cache
+def loaded(text: str) -> Object:
+    """A VMI that was written as JSON; not to be changed."""
+    return dict(json.loads(text))
+
+
+@cache
+def parsed(text: str) -> instances.VMI:
+    return instances.parse(loaded(text))
 
 
 def as_published(ports: tuple[int, int]) -> dict[str, int]:
@@ -262,7 +274,7 @@ class Model:
 
     def retreat(self, world: World) -> World | None:
         """What the failsafe does when the daemon is dead."""
-        known = instances.parse(world.document)
+        known = parsed(world.vmi)
         if world.alive or not is_forsaken(known, HERE):
             return None
         connection = Connection(self.server, world.document)
@@ -274,7 +286,7 @@ class Model:
         """Makes its listeners as the plan has them, then announces or withdraws."""
         if not world.alive or world.known is None:
             return None
-        known = instances.parse(json.loads(world.known))
+        known = parsed(world.known)
         address = ip_address(world.address) if world.address else None
         plan = self._plan(world, known, address)
         item = next(iter(plan.targets), None)
@@ -389,6 +401,7 @@ def test_what_is_published_stays_served_though_somebody_takes_the_announcement_a
     assert model.outcomes == {"us", "virt-handler"}
 
 
+@pytest.mark.tier("soak")
 def test_without_the_policy_every_order_leads_to_virt_handler() -> None:
     model = Model(policy=False)
     model.explore(first_world(), DEPTH)
