@@ -14,7 +14,7 @@ import struct
 from contextlib import suppress
 
 from migproxy.splice import Pipe, Pump, Splice, Transport, shutdown
-from migproxy.verify import Reason, TLSError
+from migproxy.verify import Reason, TLSError, Truncated
 
 OP_ENABLE_KTLS = 1 << 3
 """OpenSSL's option; Python names it since 3.12, and passes it on before."""
@@ -65,6 +65,7 @@ class KernelReceive(Splice):
 
     __slots__ = ()
     mode = "ktls"
+    unmissed = (Truncated,)  # see UserReceive
 
     def _fill(self, source: int, writer: int, capacity: int) -> int:
         while True:
@@ -79,9 +80,7 @@ class KernelReceive(Splice):
                     return 0
             else:
                 if not count:
-                    raise TLSError(
-                        Reason.TRUNCATED, "the peer ended the stream without a close_notify: it may be truncated"
-                    )
+                    raise Truncated
                 return count
 
     def _read_control(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import socket
 import termios
 from abc import ABC, abstractmethod
@@ -80,11 +81,13 @@ class Pump(ABC):
         spliced: Whether the bytes stay in the kernel.
         moved: Bytes delivered to `target` so far; written by the pump's thread alone, read by anyone.
         error: What ended the stream before its end; None while it runs and after a clean end.
+        unmissed: Errors that are a clean end where the launcher has closed its end: nobody misses what may be missing.
     """
 
     __slots__ = ("error", "moved", "source", "target")
     mode = "user-space"
     spliced = False
+    unmissed: tuple[type[OSError], ...] = ()
 
     def __init__(self, source: socket.socket, target: socket.socket) -> None:
         self.source = source
@@ -95,7 +98,11 @@ class Pump(ABC):
     def run(self) -> None:
         """Pumps until the end of the stream or an error, which is left in `error`."""
         try:
-            self._move()
+            try:
+                self._move()
+            except self.unmissed:
+                if not has_hung_up(self.target):
+                    raise
             self._finish()
         except Exception as error:  # noqa: BLE001 - a defect of ours must not leave a connection that nobody moves
             self.error = error if isinstance(error, OSError) else OSError(errno.EIO, f"defect: {error!r}")
@@ -213,6 +220,13 @@ def ended_by_reset(source: socket.socket) -> bool:
     this direction that is its end. A TCP peer's reset is a truncation.
     """
     return source.family == socket.AF_UNIX
+
+
+def has_hung_up(launcher: socket.socket) -> bool:
+    """Whether a launcher has closed its end of a unix socket, of which we have shut nothing down."""
+    events = select.poll()
+    events.register(launcher, 0)  # a hang-up is told in any case
+    return bool(events.poll(0))
 
 
 def shutdown(sock: socket.socket, how: int) -> None:

@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 
 from migproxy.splice import Pipe, Pump, Transport, ended_by_reset, shutdown
-from migproxy.verify import Reason, TLSError
+from migproxy.verify import Reason, TLSError, Truncated
 
 HANDSHAKE_READ = 1 << 14
 """Bytes taken from the socket at once during the handshake; application data may be among them."""
@@ -167,6 +167,9 @@ class UserReceive(Pump):
     """Decrypts what the launcher receives."""
 
     __slots__ = ("_session",)
+    # KubeVirt's source ends without a close_notify, some time after the target's launcher has closed: Go's garbage
+    # collector closes the connection that it has dialled.
+    unmissed = (Truncated,)
 
     def __init__(self, tcp: socket.socket, unix: socket.socket, session: MemorySession) -> None:
         super().__init__(tcp, unix)
@@ -199,6 +202,7 @@ class SocketReceive(Pump):
     """
 
     __slots__ = ("_tls",)
+    unmissed = (Truncated,)  # see UserReceive
 
     def __init__(self, tls: ssl.SSLSocket, unix: socket.socket) -> None:
         super().__init__(tls, unix)
@@ -257,7 +261,7 @@ def broken(error: ssl.SSLError) -> TLSError:
     """What ended an established connection, as its reason."""
     why = error.reason or str(error)
     if isinstance(error, ssl.SSLEOFError) or "EOF" in why:
-        return TLSError(Reason.TRUNCATED, "the peer ended the stream without a close_notify: it may be truncated")
+        return Truncated()
     if "_ALERT_" in why:
         return TLSError(Reason.REFUSED_BY_PEER, f"the peer ended the connection with a TLS alert: {alert(why)}")
     return TLSError(Reason.BAD_RECORD, f"the encrypted stream is damaged: {why.lower().replace('_', ' ')}")

@@ -55,6 +55,13 @@ class TLSError(OSError):
         self.reason = reason
 
 
+class Truncated(TLSError):
+    """A stream that ended without a close_notify."""
+
+    def __init__(self) -> None:
+        super().__init__(Reason.TRUNCATED, "the peer ended the stream without a close_notify: it may be truncated")
+
+
 @dataclass(frozen=True, slots=True)
 class Peers:
     """Who is accepted at the other end.

@@ -1,10 +1,16 @@
 """A stand-in for KubeVirt's virt-handler: what its migration proxy does, on one node, as far as another proxy can tell.
 
-Target: wildcard listeners in its own network namespace; where they are is published once, and again before the start
-whenever the status has another address than its own. Source: each channel's path is removed, listened at and given to
-QEMU's user, and only then may the launcher be asked to migrate; where the target's address or ports change before the
-start, the listeners go with all their connections, and are made anew. It polls; the first end of stream in either
-direction closes both; what stands at its paths at the end is removed, whoever made it.
+Target: wildcard listeners, made once. Where they are is published with the whole VMI, again before the start whenever
+the status has another address than its own; a conflict is left to the next look. Source: each channel's path is
+removed, listened at and given to QEMU's user, and only then may the launcher be asked to migrate. Where the pairs of
+address and port change before the start, the listeners go with all their connections, and are made anew. What stands
+at its paths at the end is removed, whoever made it.
+
+Of a connection, it closes the leg that it accepted as soon as either direction ends. The leg that it dialled stays open
+until its own reading ends, and is then closed by Go's garbage collector, some time later and without a close_notify.
+Of TLS, a target begins the handshake only once it has dialled its launcher.
+
+Not here: decentralized migrations, and the seconds for which a source that has migrated away keeps its listeners.
 
 As a program it does this by itself, until SIGTERM, and keeps a JSON file that says what it has done.
 """
@@ -13,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import ctypes
 import json
 import os
@@ -20,46 +27,39 @@ import signal
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
 from migproxy.pki import CLIENT_NAMES, SERVER_NAMES
-from migproxy.portmap import Channel, channels_for, source_socket_name, target_socket_path
+from migproxy.portmap import channels_for, target_socket_path
 
-JSON_PATCH = "application/json-patch+json"
 VMIS = "/apis/kubevirt.io/v1/virtualmachineinstances"
-STATE = "/status/migrationState"
+
+CHUNK = 1 << 20
+_CLOSE_SECONDS = 5.0  # for which Go tries to send a close_notify
+_BAD_CERTIFICATE = bytes([21, 3, 3, 0, 2, 2, 42])  # the alert, not encrypted
+_DAMAGED = bytes([23, 3, 3, 0, 32]) + bytes(32)  # a record that cannot be decrypted
 
 Object = dict[str, Any]
+Ports = dict[str, int]
+"""A port map: by port, the number of a channel."""
+T = TypeVar("T")
 
 
-@dataclass
-class Listeners:
-    """The listening sockets of one migration, and the connections that came in by them.
-
-    Attributes:
-        servers: By channel.
-        leads_to: The address and ports that a source's lead to.
-    """
-
-    servers: dict[Channel, socket.socket] = field(default_factory=dict)
-    leads_to: tuple[str, dict[str, int]] | None = None
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-
-
-def publication(vmi: Object, address: str, ports: dict[str, int]) -> list[Object]:
-    """The patch with which a target publishes where it listens."""
-    values: Object = {"targetNodeAddress": address, "targetDirectMigrationNodePorts": ports}
-    patch = [{"op": "add", "path": f"{STATE}/{name}", "value": value} for name, value in values.items()]
-    if "targetState" in vmi["status"]["migrationState"]:
-        side = {"nodeAddress": address, "directMigrationNodePorts": ports}
-        patch += [{"op": "add", "path": f"{STATE}/targetState/{name}", "value": value} for name, value in side.items()]
-    return patch
+def published(vmi: Object, address: str, ports: Ports) -> Object:
+    """The VMI with which a target publishes where it listens."""
+    after = copy.deepcopy(vmi)
+    state = after["status"]["migrationState"]
+    state |= {"targetNodeAddress": address, "targetDirectMigrationNodePorts": ports}
+    if "targetState" in state:
+        state["targetState"] |= {"nodeAddress": address, "directMigrationNodePorts": ports}
+    return after
 
 
 @contextmanager
@@ -72,13 +72,192 @@ def shortened(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
+class Leg:
+    """One of the two sockets of a connection.
+
+    As in Go, whatever waits for it fails when it is closed.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._is_closed = False
+        self._waiting: set[asyncio.Task[Any]] = set()
+
+    async def read(self) -> bytes:
+        """What has arrived; nothing at the end of the stream."""
+        return await self._wait(asyncio.get_running_loop().sock_recv(self._sock, CHUNK))
+
+    async def write(self, data: bytes) -> None:
+        """Sends all of it."""
+        await self._wait(asyncio.get_running_loop().sock_sendall(self._sock, data))
+
+    async def close(self) -> None:
+        """Closes it properly."""
+        await self.drop()
+
+    async def drop(self) -> None:
+        """Closes the socket and says nothing, as Go's garbage collector does, and the end of the process."""
+        self._is_closed = True
+        for task in self._waiting:
+            task.cancel()
+        await asyncio.gather(*self._waiting, return_exceptions=True)
+        self._sock.close()
+
+    async def _wait(self, operation: Coroutine[Any, Any, T]) -> T:
+        if self._is_closed:
+            operation.close()
+            raise ConnectionAbortedError("the connection is closed")
+        task = asyncio.create_task(operation)
+        self._waiting.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self._is_closed:
+                raise ConnectionAbortedError("the connection is closed") from None
+            raise
+        finally:
+            self._waiting.discard(task)
+
+
+class SecureLeg(Leg):
+    """A leg with KubeVirt's mTLS. As in Go, its handshake is made by whoever first reads or writes.
+
+    Args:
+        sock: Its socket.
+        context: What it speaks.
+        names: Common names, one of which the peer must have.
+        server: Whether this end accepted the connection.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, names: Collection[str], *, server: bool) -> None:
+        super().__init__(sock)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
+        self._names = names
+        self._shaking, self._sending = asyncio.Lock(), asyncio.Lock()
+        self._is_established = False
+        self._failure: OSError | None = None
+
+    async def handshake(self) -> None:
+        """Makes the handshake, unless that has been done.
+
+        Raises:
+            OSError: The peer is refused, or refuses.
+        """
+        async with self._shaking:
+            if self._failure:
+                raise self._failure
+            if not self._is_established:
+                try:
+                    await self._take(self._shake)
+                except OSError as error:
+                    self._failure = error
+                    raise
+                self._is_established = True
+
+    async def read(self) -> bytes:
+        await self.handshake()
+        return await self._take(self._open)
+
+    async def write(self, data: bytes) -> None:
+        await self.handshake()
+        await self._take(lambda: self._tls.write(data))
+
+    async def close(self) -> None:
+        """Sends a close_notify first, unless something is just being sent."""
+        if self._is_established and not self._sending.locked():
+            with suppress(OSError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    with suppress(ssl.SSLError):
+                        self._tls.unwrap()
+                    await self._flush()
+        await super().close()
+
+    async def _take(self, step: Callable[[], T]) -> T:
+        """Takes a step of OpenSSL's: sends what it wants to send, and receives what it waits for."""
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                await self._flush()
+            arrived = await super().read()
+            if arrived:
+                self._incoming.write(arrived)
+            else:
+                self._incoming.write_eof()
+
+    async def _flush(self) -> None:
+        async with self._sending:
+            if data := self._outgoing.read():
+                await super().write(data)
+
+    def _open(self) -> bytes:
+        """What can be decrypted by now; nothing after a close_notify."""
+        opened = bytearray()
+        try:
+            while len(opened) < CHUNK and (record := self._tls.read(CHUNK)):
+                opened += record
+        except ssl.SSLError:
+            if not opened:
+                raise
+        return bytes(opened)
+
+    def _shake(self) -> None:
+        self._tls.do_handshake()
+        # KubeVirt's certificates have no names but the common one: whose it is.
+        certificate: Any = self._tls.getpeercert()
+        found = [value for part in certificate["subject"] for kind, value in part if kind == "commonName"]
+        if not set(found) & set(self._names):
+            self._refuse()
+            raise ConnectionAbortedError(f"the peer is {found}, none of {self._names}")
+
+    def _refuse(self) -> None:
+        """Tells the peer by an alert: OpenSSL sends none once it has finished the handshake."""
+        if self._tls.server_side is (self._tls.version() == "TLSv1.3"):
+            # The peer has finished it too, and expects an encrypted one: OpenSSL makes one of a damaged record.
+            self._incoming.read()
+            self._incoming.write(_DAMAGED)
+            with suppress(ssl.SSLError):
+                self._tls.read(1)
+        else:  # in place of the last flight
+            self._outgoing.read()
+            self._outgoing.write(_BAD_CERTIFICATE)
+
+
+@dataclass
+class Listeners:
+    """The listening sockets for one VMI in one role.
+
+    Attributes:
+        servers: By the number of the channel.
+        leads_to: The address and ports that a source's lead to.
+        stopped: Set at their end.
+    """
+
+    servers: dict[int, socket.socket] = field(default_factory=dict)
+    leads_to: tuple[str, Ports] | None = None
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def pairs(self) -> set[tuple[str, str]]:
+        """The pairs of address and port that a source's lead to."""
+        address, ports = self.leads_to or ("", {})
+        return {(address, port) for port in ports}
+
+    def ports(self) -> Ports:
+        """The port map of a target's."""
+        return {str(server.getsockname()[1]): channel for channel, server in self.servers.items()}
+
+
 class VirtHandler:
     """One node's.
 
     Attributes:
         relayed: Connections that it has relayed as a source and as a target.
-        sources: What it listens with, by the VMI's UID.
-        targets: What it listens with, by the migration's UID.
+        sources: What it listens with as a source, by the VMI's UID.
+        targets: What it listens with as a target, by the VMI's UID.
 
     Args:
         address: That it publishes: its own, which it has looked up once.
@@ -86,6 +265,9 @@ class VirtHandler:
         libvirt_socket: Below it.
         tls: Of the target's role and of the source's; None for plaintext.
         owner: Whom it gives its sockets to.
+        client_names: Common names that it accepts as a target.
+        collected_after: Seconds for which a leg that nobody uses any more stays open. Go's garbage collector takes less
+            than one second where there is much to do, and two minutes where there is nothing.
     """
 
     def __init__(
@@ -95,43 +277,59 @@ class VirtHandler:
         libvirt_socket: str,
         tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
         owner: tuple[int, int] = (0, 0),
+        client_names: Collection[str] = CLIENT_NAMES[:1],
+        collected_after: float = 0.2,
     ) -> None:
         self.address = address
         self._run_dir, self._libvirt_socket = run_dir, libvirt_socket
         self._server_tls = tls[0] if tls else None
         self._client_tls = tls[1] if tls else None
-        self._owner = owner
+        self._owner, self._client_names = owner, client_names
+        self._collected_after = collected_after
         self.relayed: Counter[str] = Counter()
         self.sources: dict[str, Listeners] = {}
         self.targets: dict[str, Listeners] = {}
+        self._connections: set[asyncio.Task[None]] = set()
 
-    # The target's steps
+    # The target
 
-    def listen_for(self, migration: str, key: str, *, block: bool = False) -> dict[str, int]:
-        """Listens at the wildcard address, and returns what is to be published of it."""
-        listeners = self.targets.setdefault(migration, Listeners())
-        for channel in channels_for(block):
-            if channel not in listeners.servers:
-                server = listeners.servers[channel] = socket.create_server(("0.0.0.0", 0))
+    def start_target(self, key: str, *, block: bool = False) -> Ports:
+        """Listens at the wildcard address, unless it does already; returns what is to be published of it."""
+        if key not in self.targets:
+            listeners = self.targets[key] = Listeners()
+            for channel in channels_for(block):
+                server = listeners.servers[channel] = socket.create_server(("", 0))
                 path = self._run_dir / target_socket_path(key, channel, self._libvirt_socket)
-                self._serve(listeners, server, str(path), None)
-        return {str(server.getsockname()[1]): int(channel) for channel, server in listeners.servers.items()}
+                self._serve("target", listeners, server, partial(_dial_unix, path))
+        return self.targets[key].ports()
 
-    def must_publish(self, vmi: Object) -> bool:
-        """Whether the status has another address than its own, or none."""
-        state = vmi["status"]["migrationState"]
-        return state.get("targetNodeAddress") != self.address and "startTimestamp" not in state
+    def stop_target(self, key: str) -> None:
+        """Closes the listeners and cuts their connections."""
+        if listeners := self.targets.pop(key, None):
+            _stop(listeners)
 
-    # The source's steps
+    # The source
 
-    def remove(self, key: str, channel: Channel) -> None:
+    def start_source(self, key: str, address: str, ports: Ports) -> None:
+        """Listens for each channel in the port map, known or not; made anew where other ports are listed."""
+        if known := self.sources.get(key):
+            if known.pairs() == {(address, port) for port in ports}:
+                return
+            self.stop_source(key)
+        self.sources[key] = Listeners(leads_to=(address, ports))
+        for channel in ports.values():
+            self.remove(key, channel)
+            self.bind(key, channel, (address, ports))
+            self.give(key, channel)
+
+    def remove(self, key: str, channel: int) -> None:
         """Removes what stands at a path."""
         self.path(key, channel).unlink(missing_ok=True)
 
-    def bind(self, key: str, channel: Channel, target: tuple[str, dict[str, int]]) -> None:
+    def bind(self, key: str, channel: int, target: tuple[str, Ports]) -> None:
         """Listens at a path, which leads to the target from then on."""
         listeners = self.sources.setdefault(key, Listeners())
-        listeners.leads_to = target
+        listeners.leads_to = address, ports = target
         server = socket.socket(socket.AF_UNIX)
         try:
             with shortened(self.path(key, channel)) as path:
@@ -141,71 +339,73 @@ class VirtHandler:
             raise
         server.listen()
         listeners.servers[channel] = server
-        address, ports = target
         port = next(int(port) for port, number in ports.items() if number == channel)
-        self._serve(listeners, server, None, (address, port))
+        self._serve("source", listeners, server, partial(self._dial_tcp, address, port))
 
-    def give(self, key: str, channel: Channel) -> None:
+    def give(self, key: str, channel: int) -> None:
         """Gives what stands at the path by now to QEMU's user."""
         os.chown(self.path(key, channel), *self._owner, follow_symlinks=False)
 
-    def path(self, key: str, channel: Channel) -> Path:
+    def path(self, key: str, channel: int) -> Path:
         """Of a channel's socket on the source."""
-        return self._run_dir / "kubevirt/migrationproxy" / source_socket_name(key, channel)
+        name = f"{key}-{int(channel)}" if channel else key
+        return self._run_dir / "kubevirt/migrationproxy" / f"{name}-source.sock"
 
-    async def end_source(self, key: str) -> None:
-        """Closes the listeners and all their connections; what stands at the paths is removed, as Go does."""
+    def stop_source(self, key: str) -> None:
+        """Closes the listeners and cuts their connections; what stands at the paths is removed, whoever made it."""
         if listeners := self.sources.pop(key, None):
-            await _end(listeners)
+            _stop(listeners)
             for channel in listeners.servers:
                 self.remove(key, channel)
 
-    async def end_target(self, migration: str) -> None:
-        """Closes the listeners and all their connections."""
-        if listeners := self.targets.pop(migration, None):
-            await _end(listeners)
-
     async def close(self) -> None:
-        """Ends, in order."""
+        """Ends: the kernel closes everything."""
         for key in list(self.sources):
-            await self.end_source(key)
-        for migration in list(self.targets):
-            await self.end_target(migration)
+            self.stop_source(key)
+        for key in list(self.targets):
+            self.stop_target(key)
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     # By itself
 
-    async def follow(self, vmi: Object, node: str) -> list[Object]:
-        """Does what is due for a VMI; returns the patch to publish, if any."""
-        state = vmi["status"].get("migrationState") or {}
-        uid, migration = vmi["metadata"]["uid"], state.get("migrationUid")
-        block = vmi["status"].get("migrationMethod") == "BlockMigration"
-        is_done = "endTimestamp" in state and bool(state.get("completed") or state.get("failed"))
-        for known in [known for known in self.targets if known != migration or is_done]:
-            await self.end_target(known)
-        if is_done or not migration:
-            await self.end_source(uid)
-            return []
-        if state.get("sourceNode") == node and vmi["status"].get("nodeName") == node:
-            await self._follow_target(uid, state)
-        labels = vmi["metadata"].get("labels", {})
-        if labels.get("kubevirt.io/migrationTargetNodeName") != node or "startTimestamp" in state:
-            return []
-        ports = self.listen_for(migration, uid, block=block)
-        return publication(vmi, self.address, ports) if self.must_publish(vmi) else []
+    def follow(self, vmi: Object, node: str, *, is_prepared: bool = True) -> Object | None:
+        """Does what is due for a VMI.
 
-    async def _follow_target(self, uid: str, state: Object) -> None:
-        address, ports = state.get("targetNodeAddress"), state.get("targetDirectMigrationNodePorts")
-        if not address or not ports or "startTimestamp" in state:
-            return
-        known = self.sources.get(uid)
-        if known and known.leads_to == (address, ports):
-            return
-        await self.end_source(uid)
-        for number in ports.values():
-            channel = Channel(number)
-            self.remove(uid, channel)
-            self.bind(uid, channel, (address, ports))
-            self.give(uid, channel)
+        Args:
+            vmi: As the API server has it.
+            node: Its node's name.
+            is_prepared: Whether a target's launcher is.
+
+        Returns:
+            What is to be written, None for nothing.
+        """
+        uid, status = vmi["metadata"]["uid"], vmi["status"]
+        state = status.get("migrationState")
+        if _is_over(vmi):
+            self.stop_source(uid)
+            self.stop_target(uid)
+        if _is_over(vmi) or not state or "startTimestamp" in state:
+            return None
+        ports = state.get("targetDirectMigrationNodePorts")
+        if state.get("sourceNode") == node == status.get("nodeName") and ports is not None:
+            self.start_source(uid, state["targetNodeAddress"], ports)
+        if vmi["metadata"].get("labels", {}).get("kubevirt.io/migrationTargetNodeName") != node or not is_prepared:
+            return None
+        block = status.get("migrationMethod") == "BlockMigration" or bool(status.get("migratedVolumes"))
+        ports = self.start_target(uid, block=block)
+        return published(vmi, self.address, ports) if state.get("targetNodeAddress") != self.address else None
+
+    def forget(self, uids: Collection[str]) -> None:
+        """Ends what it does for VMIs that do not exist any more.
+
+        Args:
+            uids: Of those that do.
+        """
+        for uid in {*self.sources, *self.targets} - {*uids}:
+            self.stop_source(uid)
+            self.stop_target(uid)
 
     def report(self) -> Object:
         """What it listens for, and how many connections it has relayed."""
@@ -213,80 +413,98 @@ class VirtHandler:
 
     # Relaying
 
-    def _serve(self, listeners: Listeners, server: socket.socket, path: str | None, peer: Any) -> None:
+    def _serve(
+        self, role: str, listeners: Listeners, server: socket.socket, dial: Callable[[], Awaitable[Leg]]
+    ) -> None:
         server.setblocking(False)
         with suppress(RuntimeError):  # steps that are driven without a loop relay nothing
-            loop = asyncio.get_running_loop()
-            listeners.tasks.add(loop.create_task(self._accept(listeners, server, path, peer)))
+            asyncio.get_running_loop().add_reader(server, self._accept, role, listeners, server, dial)
 
-    async def _accept(self, listeners: Listeners, server: socket.socket, path: str | None, peer: Any) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            accepted, _ = await loop.sock_accept(server)
-            self.relayed["source" if peer else "target"] += 1
-            task = loop.create_task(self._relay(accepted, path, peer))
-            listeners.tasks.add(task)
-            task.add_done_callback(listeners.tasks.discard)
+    def _accept(
+        self, role: str, listeners: Listeners, server: socket.socket, dial: Callable[[], Awaitable[Leg]]
+    ) -> None:
+        with suppress(BlockingIOError):
+            sock, _ = server.accept()
+            self.relayed[role] += 1
+            connection = asyncio.create_task(self._relay(self._accepted(role, sock), dial, listeners.stopped))
+            self._connections.add(connection)
+            connection.add_done_callback(self._connections.discard)
 
-    async def _relay(self, accepted: socket.socket, path: str | None, peer: Any) -> None:
-        writers: list[asyncio.StreamWriter] = []
+    def _accepted(self, role: str, sock: socket.socket) -> Leg:
+        if role == "source" or not self._server_tls:
+            return Leg(sock)
+        return SecureLeg(sock, self._server_tls, self._client_names, server=True)
+
+    async def _dial_tcp(self, address: str, port: int) -> Leg:
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         try:
-            near = await _open_accepted(accepted, self._server_tls if path is not None else None)
-            writers.append(near[1])
-            if path is not None and self._server_tls:
-                _check_name(near[1], CLIENT_NAMES)
-            if path is not None:
-                far = await asyncio.open_unix_connection(path, limit=1 << 20)
-            else:
-                name = "" if self._client_tls else None
-                far = await asyncio.open_connection(*peer, ssl=self._client_tls, server_hostname=name, limit=1 << 20)
-            writers.append(far[1])
-            if path is None and self._client_tls:
-                _check_name(far[1], SERVER_NAMES)
-            pumps = [asyncio.create_task(_pump(near[0], far[1])), asyncio.create_task(_pump(far[0], near[1]))]
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, (address, port))
+            if not self._client_tls:
+                return Leg(sock)
+            leg = SecureLeg(sock, self._client_tls, SERVER_NAMES, server=False)
+            await leg.handshake()
+        except BaseException:
+            sock.close()
+            raise
+        return leg
+
+    async def _relay(self, accepted: Leg, dial: Callable[[], Awaitable[Leg]], stopped: asyncio.Event) -> None:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(accepted.drop)
             try:
-                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+                dialled = await dial()
+            except OSError as error:
+                print(f"cannot dial: {error}", flush=True)
+                return
+            stack.push_async_callback(dialled.drop)
+            pumps = [asyncio.create_task(_copy(dialled, accepted)), asyncio.create_task(_copy(accepted, dialled))]
+            stop = asyncio.create_task(stopped.wait())
+            try:
+                await asyncio.wait([*pumps, stop], return_when=asyncio.FIRST_COMPLETED)
+                await accepted.close()
+                await asyncio.wait(pumps)
+                await asyncio.sleep(self._collected_after)
             finally:
-                for pump in pumps:
-                    pump.cancel()
-                await asyncio.gather(*pumps, return_exceptions=True)
-        except OSError as error:
-            print(f"connection failed: {error}", flush=True)
-        finally:
-            for writer in writers:
-                writer.close()
+                for task in (*pumps, stop):
+                    task.cancel()
+                await asyncio.gather(*pumps, stop, return_exceptions=True)
 
 
-async def _open_accepted(
-    accepted: socket.socket, tls: ssl.SSLContext | None
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    loop, reader = asyncio.get_running_loop(), asyncio.StreamReader(limit=1 << 20)
-    protocol = asyncio.StreamReaderProtocol(reader)
-    transport, _ = await loop.connect_accepted_socket(lambda: protocol, accepted, ssl=tls)
-    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+async def _dial_unix(path: Path) -> Leg:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.setblocking(False)
+        with shortened(path) as short:
+            await asyncio.get_running_loop().sock_connect(sock, short)
+    except BaseException:
+        sock.close()
+        raise
+    return Leg(sock)
 
 
-def _check_name(writer: asyncio.StreamWriter, names: Collection[str]) -> None:
-    """KubeVirt's certificates have no names but the common one: whose it is."""
-    subject = writer.get_extra_info("peercert")["subject"]
-    found = [value for part in subject for kind, value in part if kind == "commonName"]
-    if not set(found) & set(names):
-        raise ConnectionAbortedError(f"the peer is {found}, none of {names}")
+async def _copy(source: Leg, sink: Leg) -> None:
+    try:
+        while data := await source.read():
+            await sink.write(data)
+    except OSError as error:
+        print(f"a direction ended: {error}", flush=True)
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while data := await reader.read(1 << 20):
-            writer.write(data)
-            await writer.drain()
-
-
-async def _end(listeners: Listeners) -> None:
+def _stop(listeners: Listeners) -> None:
+    listeners.stopped.set()
     for server in listeners.servers.values():
+        asyncio.get_running_loop().remove_reader(server)
         server.close()
-    for task in list(listeners.tasks):
-        task.cancel()
-    await asyncio.gather(*listeners.tasks, return_exceptions=True)
+
+
+def _is_over(vmi: Object) -> bool:
+    state = vmi["status"].get("migrationState") or {}
+    return (
+        ("endTimestamp" in state and bool(state.get("completed") or state.get("failed")))
+        or "deletionTimestamp" in vmi["metadata"]
+        or vmi["status"].get("phase") in ("Succeeded", "Failed")
+    )
 
 
 def contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
@@ -296,10 +514,38 @@ def contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         context = ssl.SSLContext(protocol)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags = ssl.VERIFY_X509_PARTIAL_CHAIN  # everything in the bundle is an anchor of trust
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_verify_locations(folder / "ca.crt")
         context.load_cert_chain(folder / role / "tls.crt", folder / role / "tls.key")
         made.append(context)
+    made[0].num_tickets = 1
     return made[0], made[1]
+
+
+async def look(session: aiohttp.ClientSession, handler: VirtHandler, node: str, *, is_prepared: bool = True) -> None:
+    """Looks at all VMIs once, and does what is due; a write that is refused is due again at the next look.
+
+    Args:
+        session: To the API server.
+        handler: Who looks.
+        node: Its node's name.
+        is_prepared: Whether targets' launchers are.
+
+    Raises:
+        aiohttp.ClientError: They cannot be read.
+    """
+    async with session.get(VMIS) as answer:
+        answer.raise_for_status()
+        items = (await answer.json())["items"]
+    handler.forget([vmi["metadata"]["uid"] for vmi in items])
+    for vmi in items:
+        if (after := handler.follow(vmi, node, is_prepared=is_prepared)) is not None:
+            namespace, name = vmi["metadata"]["namespace"], vmi["metadata"]["name"]
+            url = f"/apis/kubevirt.io/v1/namespaces/{namespace}/virtualmachineinstances/{name}"
+            async with session.put(url, json=after) as answer:
+                if not answer.ok:
+                    print(f"{name} is not updated: {await answer.text()}", flush=True)
 
 
 async def _main() -> None:
@@ -309,12 +555,14 @@ async def _main() -> None:
     for option in ("--run-dir", "--report"):
         parser.add_argument(option, required=True, type=Path)
     parser.add_argument("--tls-dir", type=Path)
-    parser.add_argument("--hold", type=Path, help="publishes nothing while this file is there: its launcher prepares")
+    parser.add_argument("--older-clients", action="store_true", help="accepts the client name of older KubeVirts, too")
+    parser.add_argument("--hold", type=Path, help="while this file is there, targets' launchers prepare")
     parser.add_argument("--period", type=float, default=1.0)
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(15, options.name.encode(), 0, 0, 0)  # PR_SET_NAME: how migproxy finds it
     tls = contexts(options.tls_dir) if options.tls_dir else None
-    handler = VirtHandler(options.address, options.run_dir, options.libvirt_socket, tls)
+    names = CLIENT_NAMES if options.older_clients else CLIENT_NAMES[:1]
+    handler = VirtHandler(options.address, options.run_dir, options.libvirt_socket, tls, client_names=names)
     done = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
     headers = {"Authorization": f"Bearer {options.token}"}
@@ -322,7 +570,7 @@ async def _main() -> None:
     async with aiohttp.ClientSession(options.api, headers=headers, connector=connector) as session:
         while not done.is_set():
             try:
-                await _look(session, handler, options.node, options.hold)
+                await look(session, handler, options.node, is_prepared=not (options.hold and options.hold.exists()))
             except aiohttp.ClientError as error:
                 print(f"API server: {error}", flush=True)
             new = options.report.with_suffix(".new")
@@ -331,19 +579,6 @@ async def _main() -> None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(done.wait(), options.period)
     await handler.close()
-
-
-async def _look(session: aiohttp.ClientSession, handler: VirtHandler, node: str, hold: Path | None) -> None:
-    async with session.get(VMIS) as answer:
-        answer.raise_for_status()
-        items = (await answer.json())["items"]
-    for vmi in items:
-        if (patch := await handler.follow(vmi, node)) and not (hold and hold.exists()):
-            name = f"/apis/kubevirt.io/v1/namespaces/{vmi['metadata']['namespace']}/virtualmachineinstances"
-            url = f"{name}/{vmi['metadata']['name']}"
-            headers = {"Content-Type": JSON_PATCH}
-            async with session.patch(url, data=json.dumps(patch), headers=headers) as answer:
-                answer.raise_for_status()
 
 
 if __name__ == "__main__":

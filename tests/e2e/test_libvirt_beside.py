@@ -25,7 +25,6 @@ from tests import certificates
 from tests.e2e.test_libvirt_kubernetes import KubeLab
 from tests.e2e.test_libvirt_migration import assert_heartbeat_goes_on, assert_runs_only_on
 from tests.e2e.unbreakable import SUSPENDED, metronome
-from tests.kube.apiserver import ADMIN_TOKEN
 
 pytestmark = [pytest.mark.tier("soak"), pytest.mark.alone]
 
@@ -53,7 +52,7 @@ class StandIn:
             "node": self._node.name,
             "address": self._node.address,
             "api": self._lab.door.url,
-            "token": ADMIN_TOKEN,
+            "token": self._lab.handler_token,
             "libvirt-socket": "libvirt/libvirt-sock",
             "run-dir": self._node.run_dir,
             "report": self._report,
@@ -62,6 +61,7 @@ class StandIn:
             **({"tls-dir": self._lab.directory / "tls"} if self._lab.tls else {}),
         }
         command = [*self._node.prefix("net"), sys.executable, "-m", "tests.virt_handler"]
+        command += ["--older-clients"] if self._lab.old_style else []
         self._report.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -122,6 +122,8 @@ class BesideLab(KubeLab):
 
     Attributes:
         virt_handlers: By their nodes' names.
+        handler_token: Theirs.
+        old_style: Whether sources have certificates as KubeVirt once gave them, and virt-handlers accept those.
         prepared: Called when virt-handlers and migproxies have prepared, before the migration starts.
         begun: Called as soon as the migration has been asked for.
     """
@@ -144,6 +146,8 @@ class BesideLab(KubeLab):
                 authority = certificates.authority()
                 source, target = authority.issue(OLD_STYLE), authority.issue(certificates.TARGET)
                 certificates.Cluster(lab.directory / "tls", authority, source, target).write()
+            lab.old_style = old_style
+            lab.handler_token = await lab.kubernetes.kubevirt_token("kubevirt-handler")
             await lab.kubernetes.install_beside()
             lab.virt_handlers = {node.name: StandIn(lab, node) for node in lab.nodes}
             for node in lab.nodes:
@@ -163,7 +167,10 @@ class BesideLab(KubeLab):
         """While this file is there, no virt-handler publishes."""
         return self.directory / "hold"
 
+    kubevirt_webhook = True
     virt_handlers: dict[str, StandIn]
+    handler_token: str
+    old_style: bool
     prepared: Callable[[], Awaitable[None]] | None = None
     begun: Callable[[], Awaitable[None]] | None = None
 
@@ -235,6 +242,7 @@ async def migrate(lab: BesideLab, guest: Guest, source: Node, target: Node, *, o
         if node in ours:
             (report,) = [one for one in (await node.proxy.status())["migrations"] if one["migration_uid"] == move.uid]
             assert (report["state"], report["path"]) == ("ended", "migproxy")
+            assert not any(one["failures"] for one in report["channels"])
             moved = {one["channel"]: one["bytes_sent"] + one["bytes_received"] for one in report["channels"]}
             assert moved["direct"] >= move.job["memory_processed"] * 0.95
 

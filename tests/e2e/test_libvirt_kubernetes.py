@@ -21,7 +21,6 @@ from tests.e2e.test_libvirt_migration import (
     assert_nothing_is_left,
     assert_runs_only_on,
 )
-from tests.kube.apiserver import ADMIN_TOKEN
 from tests.kube.cluster import KUBEVIRTS, VMIS, Cluster, cluster, kubevirt
 from tests.kube.gate import Gate, gate
 
@@ -37,11 +36,13 @@ class ApiVMI(VMIFile):
     Args:
         path: Of the file.
         kubernetes: The cluster.
+        token: Of whoever writes it.
     """
 
-    def __init__(self, path: Path, kubernetes: Cluster) -> None:
+    def __init__(self, path: Path, kubernetes: Cluster, token: str) -> None:
         self._url = f"{kubernetes.url}{VMIS}"
         self._tls = kubernetes.tls if isinstance(kubernetes.tls, ssl.SSLContext) else None
+        self._token = token
         self._exists = False
         super().__init__(path)
 
@@ -54,7 +55,7 @@ class ApiVMI(VMIFile):
         super()._write(made)
 
     def _request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}", "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, headers, method=method)
         with urllib.request.urlopen(request, timeout=30, context=self._tls) as answer:
@@ -67,10 +68,12 @@ class KubeLab(Lab):
     Attributes:
         kubernetes: The cluster.
         door: What the daemons reach it through.
+        kubevirt_webhook: Whether the cluster has KubeVirt's webhooks for VMIs.
     """
 
     kubernetes: Cluster
     door: Gate
+    kubevirt_webhook = False
 
     def _node(self, number: int) -> Node:
         name = f"node0{number}"
@@ -97,11 +100,13 @@ class KubeLab(Lab):
         async with self, AsyncExitStack() as stack:
             await run("ip", "address", "add", f"{SERVER}/24", "dev", "migration")
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kube-", dir="/run")))
-            self.kubernetes = await stack.enter_async_context(cluster(folder, separate=True))
+            made = cluster(folder, separate=True, kubevirt_webhook=self.kubevirt_webhook)
+            self.kubernetes = await stack.enter_async_context(made)
             self.door = await stack.enter_async_context(gate(self.kubernetes.url, self.kubernetes.tls, SERVER))
             configuration = {"migrations": {} if self.tls else {"disableTLS": True}}
             await self.kubernetes.request("POST", KUBEVIRTS, kubevirt(configuration))
-            self.vmi = ApiVMI(self.vmi.path, self.kubernetes)
+            controller = await self.kubernetes.kubevirt_token("kubevirt-controller")
+            self.vmi = ApiVMI(self.vmi.path, self.kubernetes, controller)
             for node in self.nodes:
                 self.kubernetes.kubeconfig(self.directory, node.name, self.door.url)
             yield

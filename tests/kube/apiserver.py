@@ -1,11 +1,11 @@
 """A test double of the API server: the real protocol over HTTP, with its data in memory.
 
 Lists with paging, resourceVersions and label and field selectors; watches with bookmarks, timeouts and 410 in both
-forms; JSON and merge patches with tests, conflicts, no-op writes; Events like any object; bearer tokens bound to a
-pod, RBAC, MutatingAdmissionPolicies of JSON patches and ValidatingAdmissionPolicies, all read from the objects
-themselves. Any resource may be created. Custom resources can be left to Kubernetes' own server for them
+forms; whole objects, JSON and merge patches, with conflicts and no-op writes; Events like any object; bearer tokens
+bound to a pod, RBAC, MutatingAdmissionPolicies of JSON patches and ValidatingAdmissionPolicies, all read from the
+objects themselves. Any resource may be created. Custom resources can be left to Kubernetes' own server for them
 (policyserver/), with the admission of every write; the double then authenticates and authorizes, as kube-aggregator
-does.
+does. KubeVirt's own webhooks for VMIs can be switched on.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import celpy
+import lark
 from aiohttp import web
 from celpy import InterpretedRunner, celtypes
 from celpy.adapter import CELJSONEncoder, json_to_cel
@@ -49,6 +51,11 @@ ADMIN_TOKEN = "admin"
 ADMISSION = "admissionregistration.k8s.io"
 CUSTOM = ("apiextensions.k8s.io", "kubevirt.io")
 """The groups that a server of custom resources has."""
+KUBEVIRT_ACCOUNTS = [
+    f"system:serviceaccount:kubevirt:kubevirt-{name}"
+    for name in ("apiserver", "controller", "handler", "synchronization-controller")
+]
+"""Who may write a VMI's status, where KubeVirt's webhooks are on."""
 
 KINDS = {
     "serviceaccounts": "ServiceAccount",
@@ -68,6 +75,17 @@ KINDS = {
     "pods": "Pod",
 }
 
+_RESERVED_LABELS = [
+    f"kubevirt.io/{name}"
+    for name in (
+        "created-by",
+        "migrationJobUID",
+        "nodeName",
+        "migrationTargetNodeName",
+        "schedulable",
+        "install-strategy",
+    )
+]
 _MATCH_DEFAULTS: Object = {"matchPolicy": "Equivalent", "namespaceSelector": {}, "objectSelector": {}}
 
 
@@ -157,9 +175,11 @@ class ApiDouble:
 
     Args:
         custom: URL of a server that has the custom resources in the double's place.
+        kubevirt_webhook: An update of a VMI passes KubeVirt's webhooks, which are virt-api's.
     """
 
     custom: str = ""
+    kubevirt_webhook: bool = False
     faults: Faults = field(default_factory=Faults)
     users: dict[str, User] = field(default_factory=lambda: {ADMIN_TOKEN: User("admin", ("system:masters",))})
     _stores: dict[str, dict[Key, Object]] = field(default_factory=dict)
@@ -168,7 +188,6 @@ class ApiDouble:
     _history: list[Change] = field(default_factory=list)
     _snapshots: dict[str, list[Object]] = field(default_factory=dict)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-    _policies: dict[str, "_Expression"] = field(default_factory=dict)
     _session: aiohttp.ClientSession = field(init=False)
 
     def application(self) -> web.Application:
@@ -238,6 +257,8 @@ class ApiDouble:
             return self._issue_token(target, body), 201
         if request.method == "POST":
             return await self._create(user, target, body), 201
+        if target.subresource:  # not even a status: VMIs have no such subresource
+            raise Refusal(404, "NotFound", "the server could not find the requested resource")
         before = self._get(target)
         if request.method == "GET":
             return before, 200
@@ -245,7 +266,7 @@ class ApiDouble:
             await self._write(target, before, None)
             return before, 200
         if request.method == "PUT":
-            after = body
+            after = _whole(target, before, body)
         elif request.content_type == "application/json-patch+json":
             after = apply_json_patch(before, body)
         elif request.content_type == "application/merge-patch+json":
@@ -336,9 +357,9 @@ class ApiDouble:
                 continue
             for mutation in policy["spec"]["mutations"] if values else ():
                 assert values
-                values["object"] = after
+                values["object"] = json_to_cel(after)
                 try:
-                    patch = self._expression(mutation["jsonPatch"]["expression"])(values)
+                    patch = _expression(mutation["jsonPatch"]["expression"])(values)
                     after = apply_json_patch(after, json.loads(json.dumps(patch, cls=CELJSONEncoder)))
                 except Refusal:
                     assert policy["spec"]["failurePolicy"] == "Ignore"
@@ -352,13 +373,16 @@ class ApiDouble:
         """What a policy's expressions are about; None where it does not apply."""
         extra = {"authentication.kubernetes.io/node-name": [user.node]} if user.node else {}
         request = {"userInfo": {"username": user.name, "groups": list(user.groups), "extra": extra}}
-        values: dict[str, Any] = {"object": after, "oldObject": before, "request": request, "variables": {}}
+        variables = celtypes.MapType()
+        plain = {"object": after, "oldObject": before, "request": request}
+        values = {"variables": variables, **{name: json_to_cel(value) for name, value in plain.items()}}
         for condition in policy["spec"].get("matchConditions") or ():
-            if not self._expression(condition["expression"])(values):
+            if not _expression(condition["expression"])(values):
                 return None
         for variable in policy["spec"].get("variables") or ():
             with suppress(Refusal):  # it fails where it is used
-                values["variables"][variable["name"]] = self._expression(variable["expression"])(values)
+                value = json_to_cel(_expression(variable["expression"])(values))
+                variables[celtypes.StringType(variable["name"])] = value
         return values
 
     def _evaluate(self, policy: Object, user: User, before: Object, after: Object, binding: str) -> None:
@@ -366,7 +390,7 @@ class ApiDouble:
         values = self._values(policy, user, before, after)
         for validation in policy["spec"]["validations"] if values else ():
             assert values
-            if self._expression(validation["expression"])(values) is not True:
+            if _expression(validation["expression"])(values) is not True:
                 code = {"Forbidden": 403, "Invalid": 422}[validation.get("reason", "Invalid")]
                 raise Refusal(
                     code,
@@ -375,11 +399,6 @@ class ApiDouble:
                     f"ValidatingAdmissionPolicy '{policy['metadata']['name']}' with binding '{binding}' denied "
                     f"request: {validation.get('message')}",
                 )
-
-    def _expression(self, text: str) -> "_Expression":
-        if text not in self._policies:
-            self._policies[text] = _Expression(text)
-        return self._policies[text]
 
     # Reading
 
@@ -484,6 +503,8 @@ class ApiDouble:
                 "modified; please apply your changes to the latest version and try again",
             )
         after = self._mutate(user, target, before, after)
+        if self.kubevirt_webhook and target.resource == "virtualmachineinstances":
+            after = _virt_api(user, before, after)
         self._admit(user, target, before, after)
         if after == before:
             return before
@@ -530,21 +551,37 @@ class _Runner(InterpretedRunner):
         return _Evaluator(ast=self.ast, activation=self.new_activation()).evaluate(context)
 
 
+_OPERATORS = {"conditionalor", "conditionaland", "relation", "addition", "multiplication", "unary", "member"}
+
+
 class _Expression:
     """A compiled CEL expression."""
 
     _environment = celpy.Environment(annotations={"JSONPatch": _JSONPatch}, runner_class=_Runner)
 
     def __init__(self, text: str) -> None:
-        self._program = self._environment.program(self._environment.compile(text), functions={"split": _split})
+        tree = _flat(self._environment.compile(text))
+        self._program = self._environment.program(tree, functions={"split": _split})
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
-        context = {name: json_to_cel(value) for name, value in values.items()} | {"JSONPatch": _JSONPatch}
         try:
-            result = self._program.evaluate(context)
+            result = self._program.evaluate({**values, "JSONPatch": _JSONPatch})
         except CELEvalError as error:
             raise Refusal(422, "Invalid", f"expression failed: {error}") from error
         return bool(result) if isinstance(result, celpy.celtypes.BoolType) else result
+
+
+def _flat(tree: Any) -> Any:
+    """A syntax tree without what only stands for its one child, half of the time that the library takes."""
+    children = [_flat(child) if isinstance(child, lark.Tree) else child for child in tree.children]
+    if tree.data in _OPERATORS and len(children) == 1 and isinstance(children[0], lark.Tree):
+        return children[0]
+    return lark.Tree(tree.data, children, tree.meta)
+
+
+@cache
+def _expression(text: str) -> _Expression:
+    return _Expression(text)
 
 
 async def _send(response: web.StreamResponse, event: Object) -> None:
@@ -564,6 +601,49 @@ def _target(path: str) -> Target:
         namespace, rest = rest[1], rest[2:]
     rest += ["", ""]
     return Target(group, version, rest[0], namespace, rest[1], rest[2])
+
+
+def _whole(target: Target, before: Object, body: Object) -> Object:
+    """What a PUT makes of an object; the server keeps what is its own.
+
+    Raises:
+        Refusal: It is not that object, or a custom resource does not tell the version that it was made of.
+    """
+    metadata, stored = body.get("metadata") or {}, before["metadata"]
+    named = (metadata.get("namespace", target.namespace), metadata.get("name"))
+    if named != (target.namespace, target.name):
+        raise Refusal(400, "BadRequest", f"the object is {named}, the URL names {(target.namespace, target.name)}")
+    if any(body.get(name) != before.get(name) for name in ("apiVersion", "kind")):
+        raise Refusal(400, "BadRequest", f"the object is a {body.get('apiVersion')} {body.get('kind')}")
+    if target.group in CUSTOM and not metadata.get("resourceVersion"):
+        told = "metadata.resourceVersion: Invalid value: 0x0: must be specified for an update"
+        raise Refusal(422, "Invalid", f'{target.full_resource} "{target.name}" is invalid: {told}')
+    given = {"uid": stored["uid"], "resourceVersion": stored["resourceVersion"], **metadata}
+    kept = {name: stored[name] for name in ("creationTimestamp", "generation")}
+    return {**body, "metadata": {**given, **kept}}
+
+
+def _virt_api(user: User, before: Object, after: Object) -> Object:
+    """What KubeVirt's webhooks make of an update of a VMI: of its status too, which is no subresource.
+
+    Raises:
+        Refusal: It changes what only KubeVirt may change.
+    """
+    if user.name in KUBEVIRT_ACCOUNTS:
+        return after
+    labels = [
+        {name: value for name, value in (one["metadata"].get("labels") or {}).items() if name in _RESERVED_LABELS}
+        for one in (before, after)
+    ]
+    told = ""
+    if after.get("spec") != before.get("spec"):
+        told = "update of VMI object is restricted"
+    elif labels[0] != labels[1]:
+        told = "modification of the following reserved kubevirt.io/ labels on a VMI object is prohibited"
+    if told:
+        webhook = "virtualmachineinstances-update-validator.kubevirt.io"
+        raise Refusal(422, "Invalid", f'admission webhook "{webhook}" denied the request: {told}')
+    return {**after, "status": before["status"]}
 
 
 def _verb(method: str, target: Target, watch: bool) -> str:
@@ -722,10 +802,12 @@ async def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--kubevirt-webhook", action="store_true")
     options = parser.parse_args()
     done = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
-    async with serve(ApiDouble(), options.host, options.port) as url:
+    double = ApiDouble(kubevirt_webhook=options.kubevirt_webhook)
+    async with serve(double, options.host, options.port) as url:
         print(url, flush=True)
         await done.wait()
 

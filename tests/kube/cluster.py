@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ MERGE_PATCH = "application/merge-patch+json"
 
 _PLURALS = {kind: plural for plural, kind in KINDS.items()}
 _START_SECONDS = 90
+
+
+@cache
+def documents(path: Path) -> tuple[Any, ...]:
+    """What a manifest holds; not to be changed."""
+    return tuple(yaml.safe_load_all(path.read_text()))
 
 
 class Refused(Exception):
@@ -93,7 +100,7 @@ class Cluster:
             except Refused as error:
                 if "already exists" not in str(error):
                     raise
-        for document in yaml.safe_load_all(MANIFESTS.read_text()):
+        for document in documents(MANIFESTS):
             await self.create(document)
         for node in NODES:
             await self.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}})
@@ -106,12 +113,12 @@ class Cluster:
         Args:
             policy: The mutating one too.
         """
-        rules = yaml.safe_load((BESIDE / "rules.yaml").read_text())
+        (rules,) = documents(BESIDE / "rules.yaml")
         group, kind = rules["apiVersion"], _PLURALS[rules["kind"]]
         merged = f"/apis/{group}/{kind}/{rules['metadata']['name']}"
         await self.request("PATCH", merged, {"spec": rules["spec"]}, MERGE_PATCH)
         for name in ("policy.yaml", "guard.yaml") if policy else ("guard.yaml",):
-            for document in yaml.safe_load_all((BESIDE / name).read_text()):
+            for document in documents(BESIDE / name):
                 await self.create(document)
 
     def token(self, node: str) -> str:
@@ -120,7 +127,29 @@ class Cluster:
 
     async def use_unbound_token(self, node: str) -> None:
         """Has migproxy on a node use a token of its ServiceAccount that no pod holds."""
-        self._tokens[node] = await self._request_token({})
+        self._tokens[node] = await self._request_token("migproxy", {})
+
+    async def kubevirt_token(self, account: str) -> str:
+        """A token of one of KubeVirt's ServiceAccounts, with the right to do what it likes to VMIs.
+
+        Args:
+            account: Its name, such as kubevirt-handler.
+        """
+        group, name = "rbac.authorization.k8s.io", {"name": account}
+        verbs = ["get", "list", "watch", "create", "update", "patch", "delete"]
+        rules = [{"apiGroups": ["kubevirt.io"], "resources": ["virtualmachineinstances"], "verbs": verbs}]
+        account_object = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {**name, "namespace": NAMESPACE}}
+        role = {"apiVersion": f"{group}/v1", "kind": "ClusterRole", "metadata": name, "rules": rules}
+        binding = {
+            "apiVersion": f"{group}/v1",
+            "kind": "ClusterRoleBinding",
+            "metadata": name,
+            "roleRef": {"apiGroup": group, "kind": "ClusterRole", **name},
+            "subjects": [{"kind": "ServiceAccount", "namespace": NAMESPACE, **name}],
+        }
+        for document in (account_object, role, binding):
+            await self.create(document)
+        return await self._request_token(account, {})
 
     async def _issue_token(self, node: str) -> str:
         pod = await self.create(
@@ -136,10 +165,10 @@ class Cluster:
             }
         )
         bound = {"kind": "Pod", "apiVersion": "v1", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
-        return await self._request_token({"boundObjectRef": bound})
+        return await self._request_token("migproxy", {"boundObjectRef": bound})
 
-    async def _request_token(self, bound: dict[str, Any]) -> str:
-        path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/migproxy/token"
+    async def _request_token(self, account: str, bound: dict[str, Any]) -> str:
+        path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{account}/token"
         body = {
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenRequest",
@@ -210,12 +239,13 @@ def resource_definition(kind: str) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Cluster]:
+async def cluster(folder: Path, *, separate: bool = False, kubevirt_webhook: bool = False) -> AsyncIterator[Cluster]:
     """A cluster with migproxy's objects in it.
 
     Args:
         folder: For the files of a real one.
         separate: The double is a process of its own, as a real one always is.
+        kubevirt_webhook: The double has KubeVirt's webhooks for VMIs; a real one has none.
     """
     assets, policy_server = os.environ.get("KUBEBUILDER_ASSETS"), os.environ.get("MIGPROXY_POLICY_SERVER")
     tls = ssl._create_unverified_context() if assets or policy_server else False
@@ -226,9 +256,9 @@ async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Clus
         elif policy_server:
             url = await stack.enter_async_context(_policy_server(Path(policy_server), folder))
         elif separate:
-            url = await stack.enter_async_context(_double())
+            url = await stack.enter_async_context(_double("--kubevirt-webhook") if kubevirt_webhook else _double())
         else:
-            double = ApiDouble()
+            double = ApiDouble(kubevirt_webhook=kubevirt_webhook)
             url = await stack.enter_async_context(serve(double))
         connector = aiohttp.TCPConnector(ssl=tls, limit=0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, read_bufsize=2**21))
@@ -239,8 +269,8 @@ async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Clus
 
 
 @asynccontextmanager
-async def _double() -> AsyncIterator[str]:
-    command = [sys.executable, "-m", "tests.kube.apiserver"]
+async def _double(*options: str) -> AsyncIterator[str]:
+    command = [sys.executable, "-m", "tests.kube.apiserver", *options]
     process = await asyncio.create_subprocess_exec(*command, cwd=MANIFESTS.parent, stdout=asyncio.subprocess.PIPE)
     try:
         assert process.stdout
@@ -262,6 +292,8 @@ async def _real(assets: Path, folder: Path) -> AsyncIterator[str]:
         str(assets / "kube-apiserver"),
         f"--etcd-servers=http://127.0.0.1:{etcd}",
         "--bind-address=127.0.0.1",
+        "--advertise-address=127.0.0.1",  # else the address of the default route's interface, and a sandbox has none
+        "--endpoint-reconciler-type=none",  # endpoints may not be loopback addresses
         f"--secure-port={secure}",
         f"--cert-dir={folder / 'certs'}",
         f"--token-auth-file={folder / 'tokens.csv'}",

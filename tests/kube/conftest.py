@@ -18,9 +18,9 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 
 
 @pytest.fixture
-async def kubernetes(tmp_path: Path) -> AsyncIterator[Cluster]:
-    """A cluster with migproxy's objects in it."""
-    async with cluster(tmp_path) as made:
+async def kubernetes(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
+    """A cluster with migproxy's objects in it; an indirect parameter is a dictionary of options for `cluster`."""
+    async with cluster(tmp_path, **getattr(request, "param", {})) as made:
         yield made
 
 

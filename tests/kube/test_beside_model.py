@@ -8,9 +8,10 @@ it knows by then, it is killed and started anew.
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from ipaddress import ip_address
 from typing import Any
 
@@ -26,7 +27,7 @@ from migproxy.plan import Beside, Migration, Plan, TargetProxy, is_forsaken, mak
 from migproxy.portmap import Channel, IPAddress, PortMap
 from tests.kube.apiserver import ApiDouble, Object, Refusal, Target, User, apply_json_patch
 from tests.kube.cluster import BESIDE, MANIFESTS, begin, end, start, vmi
-from tests.virt_handler import publication
+from tests.virt_handler import published
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -70,7 +71,7 @@ class World:
 
     @property
     def document(self) -> Object:
-        return dict(json.loads(self.vmi))
+        return loaded(self.vmi)
 
     @property
     def state(self) -> Object:
@@ -95,6 +96,17 @@ class World:
         if self.alive and self.ours and self.ours[0] == self.moves and self.published == self.ours[1].published():
             return "us"
         return "nobody"
+
+
+@cache
+def loaded(text: str) -> Object:
+    """A VMI that was written as JSON; not to be changed."""
+    return dict(json.loads(text))
+
+
+@cache
+def parsed(text: str) -> instances.VMI:
+    return instances.parse(loaded(text))
 
 
 def as_published(ports: tuple[int, int]) -> dict[str, int]:
@@ -134,11 +146,21 @@ class Server:
         Raises:
             Refusal: It refuses it.
         """
-        asked = (user.name, dump(document), json.dumps(patch))
+        return self._answer(user, document, json.dumps(patch), lambda: apply_json_patch(document, patch))
+
+    def put(self, user: User, document: Object, after: Object) -> Object:
+        """What the API server makes of a whole object.
+
+        Raises:
+            Refusal: It refuses it.
+        """
+        return self._answer(user, document, dump(after), lambda: after)
+
+    def _answer(self, user: User, document: Object, body: str, wanted: Callable[[], Object]) -> Object:
+        asked = (user.name, dump(document), body)
         if asked not in self._answers:
             try:
-                after = apply_json_patch(document, patch)
-                after = self.double._mutate(user, VMI, document, after)
+                after = self.double._mutate(user, VMI, document, wanted())
                 self.double._admit(user, VMI, document, after)
                 self._answers[asked] = after
             except Refusal as refusal:
@@ -207,8 +229,8 @@ class Model:
         state = world.state
         if world.theirs is None or "startTimestamp" in state or state.get("targetNodeAddress") == world.their_address:
             return None
-        patch = publication(world.document, world.their_address, as_published(world.theirs))
-        after = replace(world, vmi=dump(self.server.patch(VIRT_HANDLER, world.document, patch)))
+        written = published(world.document, world.their_address, as_published(world.theirs))
+        after = replace(world, vmi=dump(self.server.put(VIRT_HANDLER, world.document, written)))
         announced = parse_announcement(world.document["metadata"]["annotations"].get("migproxy.io/target"))
         in_time = announced is not None and str(announced.address) == world.their_address and self.policy
         assert after.published == (announced.ports.published() if in_time and announced else as_published(world.theirs))
@@ -252,7 +274,7 @@ class Model:
 
     def retreat(self, world: World) -> World | None:
         """What the failsafe does when the daemon is dead."""
-        known = instances.parse(world.document)
+        known = parsed(world.vmi)
         if world.alive or not is_forsaken(known, HERE):
             return None
         connection = Connection(self.server, world.document)
@@ -264,7 +286,7 @@ class Model:
         """Makes its listeners as the plan has them, then announces or withdraws."""
         if not world.alive or world.known is None:
             return None
-        known = instances.parse(json.loads(world.known))
+        known = parsed(world.known)
         address = ip_address(world.address) if world.address else None
         plan = self._plan(world, known, address)
         item = next(iter(plan.targets), None)
@@ -379,6 +401,7 @@ def test_what_is_published_stays_served_though_somebody_takes_the_announcement_a
     assert model.outcomes == {"us", "virt-handler"}
 
 
+@pytest.mark.tier("soak")
 def test_without_the_policy_every_order_leads_to_virt_handler() -> None:
     model = Model(policy=False)
     model.explore(first_world(), DEPTH)

@@ -55,10 +55,7 @@ class Scene:
 
     def prepare(self) -> None:
         """What virt-handler does when the target has published, or has published something else."""
-        for channel in CHANNELS:
-            self.virt_handler.remove(self.uid, channel)
-            self.virt_handler.bind(self.uid, channel, self.leads_to)
-            self.virt_handler.give(self.uid, channel)
+        self.virt_handler.start_source(self.uid, *self.leads_to)
 
     def is_ours(self) -> bool:
         """Whether every path leads to migproxy."""
@@ -155,7 +152,7 @@ async def test_source_is_in_the_path_as_soon_as_virt_handler_listens_and_wheneve
     await scene.connect()
     assert not scene.virt_handler.relayed
     for _ in range(9):
-        await scene.virt_handler.end_source(scene.uid)
+        scene.virt_handler.stop_source(scene.uid)
         scene.prepare()
         began = clock()
         await eventually(scene.is_ours, "our sockets over virt-handler's new ones")
@@ -165,7 +162,7 @@ async def test_source_is_in_the_path_as_soon_as_virt_handler_listens_and_wheneve
     assert not scene.virt_handler.relayed
     await scene.change(start())
     await scene.change(end())
-    await scene.virt_handler.end_source(scene.uid)
+    scene.virt_handler.stop_source(scene.uid)
     await eventually(lambda: not scene.node.migrations(), "the end")
     assert list(scene.folder.iterdir()) == []
 
@@ -178,7 +175,7 @@ async def test_end_that_we_hear_of_first_leaves_virt_handlers_sockets_to_virt_ha
     assert not scene.is_ours()
     await scene.connect()
     assert scene.virt_handler.relayed == {"source": 1}
-    await scene.virt_handler.end_source(scene.uid)
+    scene.virt_handler.stop_source(scene.uid)
     assert list(scene.folder.iterdir()) == []
 
 

@@ -69,12 +69,19 @@ async def change(kubernetes: Cluster, body: dict[str, Any], name: str = "one") -
 
 
 async def publish(kubernetes: Cluster, name: str = "one", **state: Any) -> None:
-    """What virt-handler writes, once."""
+    """What virt-handler writes, once: the whole VMI, and after a conflict the whole VMI as it is by then."""
     values = {"targetNodeAddress": ADDRESS, "targetDirectMigrationNodePorts": THEIRS, **state}
-    patch = [
-        {"op": "add", "path": f"/status/migrationState/{field}", "value": value} for field, value in values.items()
-    ]
-    await kubernetes.request("PATCH", f"{VMIS}/{name}", patch, JSON_PATCH)
+    async with asyncio.timeout(20):
+        while True:
+            document = await kubernetes.request("GET", f"{VMIS}/{name}")
+            document["status"]["migrationState"] |= values
+            try:
+                await kubernetes.request("PUT", f"{VMIS}/{name}", document)
+            except Refused as error:
+                if ": 409: " not in str(error):
+                    raise
+            else:
+                return
 
 
 async def announce(kubernetes: Cluster, ports: Any, name: str = "one", text: str | None = None) -> None:

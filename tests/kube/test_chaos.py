@@ -24,7 +24,6 @@ from tests.kube.world import LocalNode
 pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 SEEDS = [int(seed) for seed in os.environ.get("MIGPROXY_CHAOS_SEEDS", "1,2").split(",")]
-CHANGES = 1500
 MOST_VMIS = 40
 ADDRESSES = {"node01": "127.77.0.1", "node02": "127.77.0.2"}
 
@@ -154,9 +153,12 @@ async def doors(kubernetes: Cluster) -> AsyncIterator[list[Gate]]:
         yield [await stack.enter_async_context(gate(kubernetes.url, kubernetes.tls)) for _ in ADDRESSES]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("seed", "changes", "troubles"),
+    [(0, 400, 0.05), *(pytest.param(seed, 1500, 0.02, marks=pytest.mark.tier("soak")) for seed in SEEDS)],
+)
 async def test_final_state_is_what_the_plan_says(
-    kubernetes: Cluster, doors: list[Gate], tmp_path: Path, seed: int
+    kubernetes: Cluster, doors: list[Gate], tmp_path: Path, seed: int, changes: int, troubles: float
 ) -> None:
     print(f"seed {seed}: repeat with MIGPROXY_CHAOS_SEEDS={seed}")
     chance = random.Random(seed)
@@ -166,17 +168,17 @@ async def test_final_state_is_what_the_plan_says(
             kubeconfig = kubernetes.kubeconfig(tmp_path, node.name, door.url)
             await stack.enter_async_context(node.run(kubeconfig))
         kubevirt, trouble = Virtualisation(kubernetes, nodes, chance), Trouble(kubernetes, doors, chance)
-        for _ in range(CHANGES):
+        for _ in range(changes):
             # A conflict that is meant for migproxy may hit this test instead.
             await retried(kubevirt, trouble)
-            if chance.random() < 0.02:
+            if chance.random() < troubles:
                 await trouble.make()
             await asyncio.sleep(chance.uniform(0, 0.01))
         await trouble.end()
         assert len(trouble.seen) == 11, trouble.seen
         for node in nodes:
             await assert_runs_as_planned(kubernetes, node)
-        assert_nothing_was_published_twice(doors)
+        assert_nothing_was_published_twice(doors, at_least=changes // 30)
         assert_every_event_was_written_once(doors)
     for node in nodes:
         assert node.socket_files() == set()
@@ -238,14 +240,14 @@ async def assert_runs_as_planned(kubernetes: Cluster, node: LocalNode) -> None:
         await asyncio.sleep(0.1)
 
 
-def assert_nothing_was_published_twice(doors: list[Gate]) -> None:
+def assert_nothing_was_published_twice(doors: list[Gate], at_least: int) -> None:
     published: dict[tuple[str, str], list[str]] = defaultdict(list)
     for one in itertools.chain.from_iterable(door.passed for door in doors):
         if one.method == "PATCH" and "virtualmachineinstances" in one.path and one.status == 200:
             tests = {step["path"]: step["value"] for step in one.body if step["op"] == "test"}
             values = {step["path"]: step["value"] for step in one.body if step["op"] == "add"}
             published[tests["/metadata/uid"], tests["/status/migrationState/migrationUid"]].append(str(values))
-    assert len(published) > 50
+    assert len(published) >= at_least
     assert {key: values for key, values in published.items() if len(values) != len(set(values))} == {}
 
 

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.kube import VMI_BYTES, Daemon
 from tests.kube.cluster import VMIS, cluster, vmi
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = pytest.mark.tier("soak")
 
 IDLE_SECONDS = 10
 

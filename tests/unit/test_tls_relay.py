@@ -222,6 +222,23 @@ async def test_an_end_without_close_notify_is_an_error_and_the_launcher_gets_wha
     assert await asyncio.to_thread(read, legs.launcher) == b""
 
 
+async def test_an_end_without_close_notify_is_none_once_the_launcher_has_closed(legs: Legs) -> None:
+    """KubeVirt's source ends so: nobody is left who could miss anything."""
+    legs.launcher.sendall(b"last words")
+    legs.launcher.close()
+    assert await asyncio.to_thread(read, legs.far) == b"last words"
+    socket.socket.shutdown(legs.far, socket.SHUT_WR)
+    await legs.ended()
+
+
+async def test_an_end_without_close_notify_is_an_error_though_the_launcher_sends_no_more(legs: Legs) -> None:
+    legs.launcher.shutdown(socket.SHUT_WR)
+    assert await asyncio.to_thread(read, legs.far) == b""
+    socket.socket.shutdown(legs.far, socket.SHUT_WR)
+    with pytest.raises(TLSError, match="truncated"):
+        await legs.ended()
+
+
 async def test_damaged_bytes_are_an_error_and_reach_nobody(legs: Legs) -> None:
     socket.socket.send(legs.far, b"\x17\x03\x03\x00\x30" + bytes(48))
     with pytest.raises(TLSError, match="damaged") as damaged:
