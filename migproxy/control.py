@@ -13,6 +13,7 @@ from typing import Any
 from migproxy.sockets import make_way
 
 STATUS = "/status"
+_SECONDS = 5.0  # that the daemon may take to answer
 
 
 class ControlError(Exception):
@@ -57,7 +58,7 @@ async def serve(path: str, report: Callable[[], dict[str, Any]]) -> AsyncIterato
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=5)
+        super().__init__("localhost", timeout=_SECONDS)
         self._path = path
 
     def connect(self) -> None:
