@@ -12,7 +12,7 @@ from typing import Any
 
 from migproxy.sockets import make_way
 
-_ASK_SECONDS = 5.0
+_SECONDS = 5.0  # that the daemon may take to answer
 
 
 class ControlError(Exception):
@@ -60,7 +60,7 @@ def ask(path: str) -> dict[str, Any]:
     """
     try:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(_ASK_SECONDS)
+            connection.settimeout(_SECONDS)
             connection.connect(path)
             with connection.makefile("rb") as stream:
                 answer: dict[str, Any] = json.load(stream)

@@ -264,17 +264,6 @@ def test_status_without_a_daemon_says_so(tmp_path: Path) -> None:
     assert asked.stdout == ""
 
 
-async def test_status_of_a_daemon_that_does_not_answer_gives_up(nodes: Nodes) -> None:
-    await nodes.source.start()
-    nodes.source.signal(signal.SIGSTOP)
-    try:
-        asked = await asyncio.to_thread(migproxy, "status", "--control-socket", str(nodes.source.control))
-    finally:
-        nodes.source.signal(signal.SIGCONT)
-    assert asked.returncode == 1
-    assert "timed out" in asked.stderr
-
-
 async def test_clients_that_say_nothing_do_not_keep_the_daemon_from_answering_or_ending(nodes: Nodes) -> None:
     await nodes.source.start()
     with connect(nodes.source.control), connect(nodes.source.control):
@@ -325,7 +314,7 @@ def stopped(pid: int, threads: set[int]) -> Iterator[None]:
             libc.ptrace(detach, thread, None, None)
 
 
-@pytest.mark.tier("soak")
+@pytest.mark.tier("soak")  # for ten seconds of real time; tests/unit/test_liveness.py has the decisions
 async def test_pump_that_is_wedged_starves_the_watchdog_until_it_gets_on(nodes: Nodes) -> None:
     said: list[str] = []
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from migproxy.lifeline import Lifeline, LifelineError, is_locked
+from migproxy.lifeline import HANG_SECONDS, Lifeline, LifelineError, is_locked
+from tests.clock import Clock
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -50,7 +51,8 @@ def test_who_is_stopped_lives_and_who_was_killed_is_dead_at_once(tmp_path: Path)
     assert not lifeline.is_held
 
 
-async def test_who_starts_waits_until_nobody_acts_for_the_dead_any_more(tmp_path: Path) -> None:
+@pytest.mark.simulated_time
+async def test_who_starts_waits_until_nobody_acts_for_the_dead_any_more(tmp_path: Path, clock: Clock) -> None:
     acting, starting = (Lifeline(str(tmp_path / "lock")) for _ in range(2))
     begun = asyncio.Event()
 
@@ -63,8 +65,9 @@ async def test_who_starts_waits_until_nobody_acts_for_the_dead_any_more(tmp_path
         assert is_taken
         task = asyncio.create_task(begin())
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(begun.wait(), 0.2)
-    await asyncio.wait_for(begun.wait(), 5)
+            await asyncio.wait_for(begun.wait(), 5)
+    await begun.wait()
+    assert clock() <= 5.02
     with acting.taken() as is_taken:
         assert not is_taken
     task.cancel()
@@ -72,13 +75,14 @@ async def test_who_starts_waits_until_nobody_acts_for_the_dead_any_more(tmp_path
     assert not acting.is_held
 
 
-async def test_who_starts_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("migproxy.lifeline._MOST_SECONDS", 0.1)
+@pytest.mark.simulated_time
+async def test_who_starts_does_not_wait_for_ever(tmp_path: Path, clock: Clock) -> None:
     acting, starting = (Lifeline(str(tmp_path / "lock")) for _ in range(2))
     with acting.taken():
-        assert not await starting.take(0.1)
+        assert not await starting.take(1)
+        assert clock() == 1
         async with starting.held():
-            pass
+            assert clock() == 1 + HANG_SECONDS + 5
 
 
 async def test_each_life_leaves_another_mark_and_a_look_leaves_none(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """`migproxy status` for people."""
 
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from migproxy.control import ControlError, ask
 from migproxy.status import duration, render, size
 
 pytestmark = pytest.mark.tier("gate")
@@ -34,6 +37,15 @@ def report(**fields: Any) -> dict[str, Any]:
         "migrations": [],
     }
     return base | fields
+
+
+def test_daemon_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("migproxy.control._SECONDS", 0.01)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "control"))
+        silent.listen()
+        with pytest.raises(ControlError, match="timed out"):
+            ask(str(tmp_path / "control"))
 
 
 def test_idle_node() -> None:
