@@ -187,6 +187,11 @@ class Holder:
         process, self._process = self._process, None
         return await end(process, how) if process else 0
 
+    async def ended(self, seconds: float = 20) -> int:
+        """Waits for its end, and returns its exit status."""
+        assert self._process, "the holder runs"
+        return await asyncio.wait_for(self._process.wait(), seconds)
+
     def signal(self, number: signal.Signals) -> None:
         """Sends it a signal."""
         os.kill(self.pid, number)

@@ -330,7 +330,7 @@ def test_socket_of_ours_has_its_mark_from_its_first_moment(scene: Scene) -> None
 VIRT_HANDLER = ("remove", "bind", "give", "stop", "remove", "bind", "give")
 """It prepares, finds the target's ports changed, and prepares anew."""
 
-OURS = ("place", "place-leave", "place-place-leave", "kill-place-leave")
+OURS = ("place", "place-leave", pytest.param("place-place-leave", marks=pytest.mark.tier("soak")), "kill-place-leave")
 
 
 class Schedule:
@@ -403,6 +403,7 @@ def test_every_interleaving_leaves_the_path_to_a_listener(tmp_path: Path, ours: 
     explore(run_once)
 
 
+@pytest.mark.tier("soak")
 def test_killed_at_any_call_the_successor_mends_it(tmp_path: Path) -> None:
     """Virt-handler's steps are taken at every moment of the life that is cut off, and at the first of the next one."""
     kills, first_life = 0, 9
