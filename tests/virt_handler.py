@@ -523,14 +523,14 @@ def contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return made[0], made[1]
 
 
-async def look(session: aiohttp.ClientSession, handler: VirtHandler, node: str, *, is_prepared: bool = True) -> None:
+async def look(session: aiohttp.ClientSession, handler: VirtHandler, node: str, hold: Path | None = None) -> None:
     """Looks at all VMIs once, and does what is due; a write that is refused is due again at the next look.
 
     Args:
         session: To the API server.
         handler: Who looks.
         node: Its node's name.
-        is_prepared: Whether targets' launchers are.
+        hold: While this file is there, targets' launchers prepare: looked at after the VMIs.
 
     Raises:
         aiohttp.ClientError: They cannot be read.
@@ -539,6 +539,7 @@ async def look(session: aiohttp.ClientSession, handler: VirtHandler, node: str, 
         answer.raise_for_status()
         items = (await answer.json())["items"]
     handler.forget([vmi["metadata"]["uid"] for vmi in items])
+    is_prepared = not (hold and hold.exists())
     for vmi in items:
         if (after := handler.follow(vmi, node, is_prepared=is_prepared)) is not None:
             namespace, name = vmi["metadata"]["namespace"], vmi["metadata"]["name"]
@@ -570,7 +571,7 @@ async def _main() -> None:
     async with aiohttp.ClientSession(options.api, headers=headers, connector=connector) as session:
         while not done.is_set():
             try:
-                await look(session, handler, options.node, is_prepared=not (options.hold and options.hold.exists()))
+                await look(session, handler, options.node, options.hold)
             except aiohttp.ClientError as error:
                 print(f"API server: {error}", flush=True)
             new = options.report.with_suffix(".new")

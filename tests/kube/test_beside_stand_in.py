@@ -248,9 +248,10 @@ async def test_source_serves_a_channel_that_it_does_not_know(stage: Stage) -> No
 async def test_what_it_could_not_write_for_a_conflict_it_writes_at_its_next_look(
     stage: Stage, kubernetes: Cluster
 ) -> None:
+    if kubernetes.double is None:
+        pytest.skip("a real API server makes no conflict on request")
     await kubernetes.request("POST", VMIS, vmi("one"))
     await kubernetes.request("PATCH", f"{VMIS}/one", begin("first"), MERGE_PATCH)
-    assert kubernetes.double
     kubernetes.double.faults.conflicts = 1
     headers = {"Authorization": f"Bearer {await kubernetes.kubevirt_token('kubevirt-handler')}"}
     states = []
