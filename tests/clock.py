@@ -1,8 +1,7 @@
 """Simulated time: an event loop whose clock stands still while anything happens, and jumps when nothing can.
 
 A test that is marked `simulated_time` runs on it, its asynchronous fixtures too. Ten seconds of the product's patience
-then take a millisecond or two, and are ten seconds exactly: `asyncio.get_running_loop().time()` begins at 0 and is,
-whenever a timer is due, what that timer asked for.
+then take a millisecond or two, and are ten seconds exactly, by the fixture `clock`, which begins at 0.
 
 The clock jumps to the next timer only when the process is quiet: no descriptor is ready, no job of an executor runs,
 and no other thread (a relay's pumps) runs or waits for the CPU. What happens in another process goes unnoticed, so a
@@ -10,6 +9,7 @@ test that starts one has no use for it.
 """
 
 import asyncio
+import math
 import os
 import selectors
 import threading
@@ -19,6 +19,7 @@ from typing import Any
 
 Clock = Callable[[], float]
 
+_TURN = 1e-12  # seconds: whoever is woken a rounding error too early, and looks again and again, gets there
 _MOMENT = 0.001  # seconds of real time before each jump, in which something may turn up
 
 
@@ -62,9 +63,9 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         """Whether nothing but this thread runs."""
         return not self._jobs and not any(map(_runs, os.listdir("/proc/self/task")))
 
-    def jump(self, seconds: float) -> None:
-        """Lets time pass, in nanoseconds: a hundred pauses of 0.02 seconds are two seconds."""
-        self._simulated = round(self._simulated + seconds, 9)
+    def advance(self, seconds: float) -> None:
+        """Lets time pass."""
+        self._simulated = math.nextafter(self._simulated + seconds, math.inf)
 
 
 class _Selector(selectors.DefaultSelector):
@@ -74,6 +75,7 @@ class _Selector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Waits for what is ready; where there is a time-out, time jumps instead of passing."""
+        self._loop.advance(_TURN)
         if timeout is not None and timeout <= 0:
             return super().select(0)
         quiet, wait = 0, 0.0
@@ -82,7 +84,7 @@ class _Selector(selectors.DefaultSelector):
                 return ready
             quiet, wait = quiet + 1 if self._loop.is_quiet else 0, _MOMENT
         if timeout is not None and not self._loop.tell():
-            self._loop.jump(timeout)
+            self._loop.advance(timeout)
         return []
 
 

@@ -115,8 +115,8 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], a
 
 @pytest.fixture
 async def clock() -> Clock:
-    """Tells the simulated time."""
+    """Tells the simulated time, to the microsecond."""
     loop = asyncio.get_running_loop()
     if not isinstance(loop, SimulatedLoop):
         pytest.skip("what runs in another process keeps real time")
-    return loop.time
+    return lambda: round(loop.time(), 6)

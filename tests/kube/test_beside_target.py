@@ -384,7 +384,7 @@ async def test_daemon_that_never_gets_ready_leaves_migrations_to_virt_handler(
     protection.problem = "KubeVirt's settings are not known yet"
     async with target_node(beside, tmp_path, protection=protection) as node:
         await eventually(lambda: path(node) == ("virt-handler", "unready"), "the path")
-    assert clock() - began == pytest.approx(10, abs=0.05)
+    assert 10 <= clock() - began < 10.1
 
 
 async def test_port_that_is_published_and_taken_is_an_error_and_no_reason_to_take_another(

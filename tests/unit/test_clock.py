@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import migproxy
-from tests.clock import eventually
+from tests.clock import Clock, eventually
 
 pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
@@ -64,27 +64,39 @@ def test_the_daemons_patience_is_the_event_loops() -> None:
     assert found == REASONS.keys()
 
 
-async def test_a_day_is_over_at_once_and_is_exact() -> None:
-    loop = asyncio.get_running_loop()
-    assert loop.time() == 0
+async def test_a_day_is_over_at_once_and_is_exact(clock: Clock) -> None:
+    assert clock() == 0
     await asyncio.gather(asyncio.sleep(86400), asyncio.sleep(0.25))
-    assert loop.time() == 86400
+    assert clock() == 86400
 
 
-async def test_a_time_out_is_exact() -> None:
+async def test_a_time_out_is_exact(clock: Clock) -> None:
     async def tick() -> None:
         while True:
             await asyncio.sleep(0.3)
 
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(tick(), 10)
-    assert asyncio.get_running_loop().time() == 10
+    assert clock() == 10
 
 
-async def test_time_stands_still_while_an_executor_works() -> None:
+async def test_pauses_add_up_and_whoever_waits_until_a_moment_gets_there(clock: Clock) -> None:
+    loop = asyncio.get_running_loop()
+    for number in range(1, 101):
+        due = loop.time() + 0.01 / number
+        woken = asyncio.Event()
+        while loop.time() < due:
+            woken.clear()
+            loop.call_at(due, woken.set)
+            await woken.wait()
+        await asyncio.sleep(0.02 - 0.01 / number)
+    assert clock() == 2
+
+
+async def test_time_stands_still_while_an_executor_works(clock: Clock) -> None:
     async with asyncio.timeout(1e-3):
         await asyncio.to_thread(time.sleep, 0.05)
-    assert asyncio.get_running_loop().time() == 0
+    assert clock() == 0
 
 
 async def test_time_stands_still_while_another_thread_works() -> None:
@@ -143,22 +155,21 @@ async def test_time_stands_still_while_threads_hand_bytes_on() -> None:
         end.close()
 
 
-async def test_a_condition_is_met_without_time_going_by() -> None:
-    loop = asyncio.get_running_loop()
+async def test_a_condition_is_met_without_time_going_by(clock: Clock) -> None:
     found: list[float] = []
-    loop.call_later(5, found.append, 1)
+    asyncio.get_running_loop().call_later(5, found.append, 1)
     await eventually(lambda: bool(found), "the timer")
-    assert loop.time() == 5
+    assert clock() == 5
     with pytest.raises(AssertionError, match="waited 30 s in vain for a wonder"):
         await eventually(lambda: False, "a wonder")
-    assert loop.time() == 35
+    assert clock() == 35
 
 
 @pytest.fixture
-async def slept() -> float:
+async def slept(clock: Clock) -> float:
     await asyncio.sleep(60)
-    return asyncio.get_running_loop().time()
+    return clock()
 
 
-async def test_fixtures_run_on_the_same_clock(slept: float) -> None:
-    assert slept == asyncio.get_running_loop().time() == 60
+async def test_fixtures_run_on_the_same_clock(slept: float, clock: Clock) -> None:
+    assert slept == clock() == 60

@@ -15,6 +15,7 @@ from migproxy.security import ClusterSecurity, OptionsSecurity, SecurityError
 from migproxy.settings import Settings
 from migproxy.splice import Transport
 from migproxy.verify import Reason, TLSError
+from tests.clock import Clock
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -71,8 +72,9 @@ async def test_before_the_cluster_is_known_nothing_is_relayed_and_never_in_plain
 
 
 @pytest.mark.simulated_time
-async def test_connections_wait_for_the_cluster_and_not_for_ever(certificates: Path, tmp_path: Path) -> None:
-    loop = asyncio.get_running_loop()
+async def test_connections_wait_for_the_cluster_and_not_for_ever(
+    certificates: Path, tmp_path: Path, clock: Clock
+) -> None:
     given = settings(certificates, tmp_path, tls_ca=str(certificates / "ca.crt"))
     security = ClusterSecurity(given)
     waiting = asyncio.create_task(security.settled())
@@ -81,13 +83,13 @@ async def test_connections_wait_for_the_cluster_and_not_for_ever(certificates: P
     security.apply(cluster(certificates, disable_tls=True))
     await waiting
     assert security.encrypts is False
-    assert loop.time() == 0
+    assert clock() == 0
 
     security = ClusterSecurity(given)
     await asyncio.sleep(9.9)
-    assert (security.encrypts, loop.time()) == (None, 9.9)
+    assert (security.encrypts, clock()) == (None, 9.9)
     await security.settled()
-    assert loop.time() == 10
+    assert clock() == 10
     assert security.encrypts is True
     assert (await label(security)).startswith("TLS")
 
