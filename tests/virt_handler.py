@@ -10,7 +10,9 @@ Of a connection, it closes the leg that it accepted as soon as either direction 
 until its own reading ends, and is then closed by Go's garbage collector, some time later and without a close_notify.
 Of TLS, a target begins the handshake only once it has dialled its launcher.
 
-Not here: decentralized migrations, and the seconds for which a source that has migrated away keeps its listeners.
+Not as KubeVirt has it: a source that has migrated away keeps its listeners for some seconds there; TLS 1.3 is spoken
+with OpenSSL's choice of cipher suite; a refused name is told with another alert where the peer's handshake is over.
+Not here at all: decentralized migrations.
 
 As a program it does this by itself, until SIGTERM, and keeps a JSON file that says what it has done.
 """

@@ -613,8 +613,13 @@ def _whole(target: Target, before: Object, body: Object) -> Object:
     named = (metadata.get("namespace", target.namespace), metadata.get("name"))
     if named != (target.namespace, target.name):
         raise Refusal(400, "BadRequest", f"the object is {named}, the URL names {(target.namespace, target.name)}")
-    if any(body.get(name) != before.get(name) for name in ("apiVersion", "kind")):
-        raise Refusal(400, "BadRequest", f"the object is a {body.get('apiVersion')} {body.get('kind')}")
+    if body.get("apiVersion") != before["apiVersion"]:
+        raise Refusal(
+            400, "BadRequest", f"the object is of {body.get('apiVersion')}, the URL of {before['apiVersion']}"
+        )
+    if body.get("kind") != before["kind"]:
+        told = f"kind: Invalid value: {body.get('kind')!r}: must be {before['kind']}"
+        raise Refusal(422, "Invalid", f'{target.full_resource} "{target.name}" is invalid: {told}')
     if target.group in CUSTOM and not metadata.get("resourceVersion"):
         told = "metadata.resourceVersion: Invalid value: 0x0: must be specified for an update"
         raise Refusal(422, "Invalid", f'{target.full_resource} "{target.name}" is invalid: {told}')
