@@ -89,9 +89,10 @@ class Stage:
     async def dial_source(self, channel: int = 0) -> Leg:
         """Connects as the source's launcher does."""
         sock = socket.socket(socket.AF_UNIX)
+        leg = self._kept(Leg(sock))
         with shortened(self.virt_handler.path(KEY, channel)) as path:
             sock.connect(path)
-        return self._kept(Leg(sock))
+        return leg
 
     async def dial_target(self, port: str, *, tls: bool = False) -> Leg:
         """Connects as a source does, without a word."""
