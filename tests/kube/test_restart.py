@@ -62,7 +62,9 @@ class Pair:
         listeners = [2 + idle for idle in self.idle]
         await until(lambda: self.held() == listeners, f"{listeners} descriptors in the holders")
         made = self.connect()
-        await until(lambda: all(map(int.__gt__, self.held(), listeners)), "both daemons to have the connection")
+        # The source relays by then: two sockets and two pipes. The target has accepted.
+        relayed = [listeners[0] + 4, listeners[1] + 1]
+        await until(lambda: self.held() == relayed, f"{relayed} descriptors in the holders")
         return made
 
     def held(self) -> list[int]:
