@@ -38,7 +38,7 @@ unit: venv
 	$(BIN)/pytest tests/unit $(PYTEST_ARGS)
 
 net e2e kube: packages-lab venv installed
-	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
+	scripts/sandbox $(BIN)/pytest tests/$@ -m "not outside" $(PYTEST_ARGS)
 
 observe: packages-all venv
 	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
