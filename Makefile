@@ -9,20 +9,23 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test soak bench venv lint unit net kube e2e observe policies docs lock lab-packages bench-packages observability-packages \
-	install installed uninstall clean
+.PHONY: demo test soak bench venv lint unit net kube e2e observe policies docs lock install installed uninstall clean \
+	packages-demo packages-bench packages-lab packages-all
 
-demo: venv lab-packages
+# Two apt-gets at once get into each other's way.
+.NOTPARALLEL:
+
+demo: packages-demo venv
 	@scripts/demo
 
-test: venv lab-packages bench-packages observability-packages installed lint
+test: packages-all venv installed lint
 	scripts/run-tests gate $(PYTEST_ARGS)
 	$(BIN)/coverage report
 
-soak: venv lab-packages bench-packages observability-packages installed
+soak: packages-all venv installed
 	scripts/run-tests soak $(SLICE) $(PYTEST_ARGS)
 
-bench: venv bench-packages
+bench: packages-bench venv
 	@$(BIN)/migproxy bench --json benchmarks/latest.json --chart benchmarks/latest.svg $(BENCH_ARGS)
 
 lint: venv
@@ -34,13 +37,13 @@ lint: venv
 unit: venv
 	$(BIN)/pytest tests/unit $(PYTEST_ARGS)
 
-net e2e kube: venv lab-packages bench-packages installed
+net e2e kube: packages-lab venv installed
+	scripts/sandbox $(BIN)/pytest tests/$@ -m "not outside" $(PYTEST_ARGS)
+
+observe: packages-all venv
 	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
 
-observe: venv lab-packages observability-packages
-	scripts/sandbox $(BIN)/pytest tests/$@ $(PYTEST_ARGS)
-
-policies: venv lab-packages bench-packages installed
+policies: packages-lab venv installed
 	scripts/policy-server .venv/policy-server
 	MIGPROXY_POLICY_SERVER=$(CURDIR)/.venv/policy-server scripts/sandbox $(BIN)/pytest tests/kube $(PYTEST_ARGS)
 
@@ -51,18 +54,23 @@ venv: .venv/ready
 	@scripts/system-packages venv
 	@python=$$(scripts/find-python) || { echo "migproxy: no Python 3.11 or newer with venv on this machine" >&2; exit 1; }; \
 	[ -x $(BIN)/python ] || "$$python" -m venv .venv
+	@echo "migproxy: installing the Python packages of requirements.lock into .venv"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(BIN)/python -m compileall -q migproxy
 	@touch $@
 
-lab-packages:
-	@scripts/system-packages lab
+packages-demo:
+	@scripts/system-packages venv demo
 
-observability-packages:
-	@scripts/system-packages observability
-bench-packages:
-	@scripts/system-packages bench
+packages-bench:
+	@scripts/system-packages venv bench
+
+packages-lab:
+	@scripts/system-packages venv lab bench
+
+packages-all:
+	@scripts/system-packages venv lab bench observability
 
 # The parts of the documentation that come from the code.
 docs: venv
@@ -90,7 +98,7 @@ install: venv
 installed: .venv/installed/ready
 
 .venv/installed/ready: .venv/ready requirements-runtime.lock scripts/install $(shell find migproxy systemd -type f ! -name "*.pyc")
-	@scripts/system-packages lab
+	@echo "migproxy: installing migproxy into .venv/installed, as make install would"
 	@for part in files program; do DESTDIR=$(CURDIR)/.venv/installed scripts/install $$part; done
 	@touch $@
 

@@ -49,7 +49,11 @@ def main() -> int:
     """Runs the demonstration; returns 0 if all went well, 1 if not, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument(
-        "--loopback", action="store_true", help="no namespaces: streams between 127.0.0.1 and 127.0.0.2"
+        "--loopback",
+        metavar="WHY",
+        nargs="?",
+        const="without namespaces there are no nodes for it to run on",
+        help="no namespaces: streams between 127.0.0.1 and 127.0.0.2, because of this",
     )
     parser.add_argument("--gib", type=float, default=4, help="of streams in each migration (default: %(default)s)")
     arguments = parser.parse_args()
@@ -64,11 +68,11 @@ def main() -> int:
     return 0
 
 
-async def demonstrate(*, loopback: bool, size: int) -> None:
+async def demonstrate(*, loopback: str | None, size: int) -> None:
     """Shows the whole of it.
 
     Args:
-        loopback: do without namespaces, and so without a virtual machine.
+        loopback: why to do without namespaces, and so without a virtual machine; None to make them.
         size: bytes that each migration moves where there is no virtual machine.
 
     Raises:
@@ -79,9 +83,9 @@ async def demonstrate(*, loopback: bool, size: int) -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(signum, this.cancel)
     began = time.monotonic()
-    why_streams = "without namespaces there are no nodes for it to run on" if loopback else _why_no_guest()
+    why_streams = loopback or _why_no_guest()
     _step("Two nodes, joined by a migration network, run a migproxy each")
-    async with Lab(libvirt=not why_streams, loopback=loopback, say=_say) as lab:
+    async with Lab(libvirt=not why_streams, loopback=bool(loopback), say=_say) as lab:
         for node in lab.nodes:
             _say(f"{node.name} is {node.address}")
             _say(f"{node.name}# migproxy {shlex.join(node.proxy.arguments)}")

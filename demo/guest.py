@@ -19,7 +19,7 @@ from demo.lab import MIGPROXY, Lab, LabError, Node, background, run, until
 DOMAIN = "default_vmi-migratable"  # what KubeVirt calls it in libvirt: the VMI's namespace and name
 DISK_MIB = 32
 TAIL_MIB = 8  # of the disk, which the guest rewrites all the time
-REMEDY = "run scripts/system-packages lab as root"
+REMEDY = "run scripts/system-packages demo as root"
 _MIGRATION_SECONDS = 600  # of one that takes one on an idle machine
 
 # QEMU before 9.0 loses pages of a guest that it emulates, unless the size of its RAM is no multiple of 256 KiB

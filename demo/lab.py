@@ -330,8 +330,9 @@ class Node:
         self.proxy = Proxy(self, *proxy_options)
 
     def prefix(self, *namespaces: str) -> list[str]:
-        """The command that enters namespaces of this node ("net", "mount", "pid"); empty where it has none."""
-        return ["nsenter", "-t", str(self.pid), *(f"--{name}" for name in namespaces)] if self.pid else []
+        """The command that enters namespaces of this node ("net", "mount", "pid"); empty for none of them."""
+        entered = [f"--{name}" for name in namespaces]
+        return ["nsenter", "-t", str(self.pid), *entered] if self.pid and entered else []
 
     async def exec(self, *command: str) -> str:
         """Runs a command on the node, and returns its standard output."""

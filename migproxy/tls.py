@@ -232,6 +232,8 @@ class MutualTLS:
         if self.version:
             context.minimum_version = context.maximum_version = _VERSIONS[self.version]
         context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
+        # Python 3.11.2, Debian 12's, sets it: a stream without a close_notify would pass for a complete one.
+        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
         if self._ciphers:
             context.set_ciphers(self._ciphers)
         if server:
@@ -349,7 +351,7 @@ class MutualTLS:
             with suppress(OSError):
                 if outgoing.pending and not isinstance(error, TLSError):  # OpenSSL's alert
                     tcp.send(outgoing.read())
-            raise refusal(error) from error
+            raise refusal(error, tls) from error
         label = f"{tls.version()} {_cipher(tls)} with {who}, in user space"
         return UserTransport(tcp, MemorySession(tls, incoming, outgoing), label)
 
@@ -367,10 +369,12 @@ class MutualTLS:
                 await ready(tls.fileno(), writing=state == "write")
             who = await self._step(lambda: check(tls))
             return self._offload(tls, who)
-        except BaseException as error:
+        except OSError as error:
+            refused = refusal(error, tls)
             reset(tls)
-            if isinstance(error, OSError):
-                raise refusal(error) from error
+            raise refused from error
+        except BaseException:
+            reset(tls)
             raise
 
     def _offload(self, tls: ssl.SSLSocket, who: str) -> Transport:
@@ -493,8 +497,8 @@ def _try_offload(server_context: ssl.SSLContext, client_context: ssl.SSLContext)
     return sends and also_sends, sends and also_sends and receives and also_receives
 
 
-def refusal(error: OSError) -> TLSError:
-    """Why a handshake failed, from what OpenSSL or the socket says."""
+def refusal(error: OSError, tls: ssl.SSLObject | ssl.SSLSocket | None = None) -> TLSError:
+    """Why a handshake failed, from what OpenSSL or the socket says, and how far the handshake was."""
     if isinstance(error, TLSError):
         return error
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -508,6 +512,8 @@ def refusal(error: OSError) -> TLSError:
     if "_ALERT_" in why:
         return TLSError(Reason.REFUSED_BY_PEER, f"the peer refuses us with a TLS alert: {alert(why)}")
     reason = _REASONS.get(why, Reason.HANDSHAKE)
+    if why == "RECORD_LAYER_FAILURE" and tls and not tls.cipher():  # OpenSSL 3.2 and newer, of each record that is none
+        reason = Reason.NOT_TLS  # with a cipher, it may be an encrypted one that was damaged
     return TLSError(reason, f"the TLS handshake failed: {_SAYS.get(reason) or why.lower().replace('_', ' ')}")
 
 

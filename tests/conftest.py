@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from tests import record, tidy
 from tests.clock import Clock, SimulatedLoop
+from tests.missing import is_root
 
 # A loaded machine is no counterexample. (Where CI is set, hypothesis also takes the same examples each time.)
 settings.register_profile("migproxy", settings.get_profile(settings.get_current_profile_name()), deadline=None)
@@ -71,6 +72,11 @@ def _parse_slice(text: str) -> tuple[int, int]:
     if not 1 <= part <= parts:
         raise pytest.UsageError(f"--slice {text}: K/N is wanted, with K from 1 to N, such as 2/4")
     return part, parts
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root") and not is_root():
+        pytest.skip("left out: only the machine's root may give files to others, mount cgroups, and remount")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -518,6 +518,7 @@ def contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         context.verify_mode = ssl.CERT_REQUIRED
         context.verify_flags = ssl.VERIFY_X509_PARTIAL_CHAIN  # everything in the bundle is an anchor of trust
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # which Python 3.11.2 sets
         context.load_verify_locations(folder / "ca.crt")
         context.load_cert_chain(folder / role / "tls.crt", folder / role / "tls.key")
         made.append(context)

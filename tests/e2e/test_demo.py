@@ -48,7 +48,15 @@ async def test_streams_take_its_place_without_qemu(tmp_path_factory: pytest.Temp
     demo = await start(sys.executable, "-m", "demo", "--gib", "0.25", env={**os.environ, "PATH": str(programs)})
     said = await finish(demo, 0)
     assert "because not installed: qemu-system-x86_64" in said
-    assert "run scripts/system-packages lab as root" in said
+    assert "run scripts/system-packages demo as root" in said
+
+
+async def test_streams_take_its_place_without_iproute2() -> None:
+    hide = 'mount --bind /dev/null "$(realpath "$(command -v ip)")" && exec "$@"'
+    demo = await start("unshare", "--mount", "sh", "-c", hide, "sh", "scripts/demo", "--gib", "0.25")
+    said = await finish(demo, 0)
+    assert "the package iproute2" in said
+    assert "Both daemons counted the same bytes" in said
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.booted import ROOT, Booted, boot
 from tests.e2e.services import connected, laboratory
 
-pytestmark = pytest.mark.tier("gate")
+pytestmark = [pytest.mark.tier("gate"), pytest.mark.root]
 
 UNIT = ROOT / "systemd/migproxy.service"
 PATIENCE = 60.0

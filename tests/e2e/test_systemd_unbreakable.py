@@ -13,7 +13,7 @@ from demo.lab import Lab, until
 from tests.e2e.services import PATIENCE, Service, carries, connected, laboratory
 from tests.e2e.unbreakable import MIB, Storm, Streams, Tide, carried, seed
 
-pytestmark = pytest.mark.tier("soak")
+pytestmark = [pytest.mark.tier("soak"), pytest.mark.root]
 
 KILLS = 200  # of both daemons together
 TOTAL = 4096 * MIB

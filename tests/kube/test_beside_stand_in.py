@@ -191,7 +191,7 @@ async def test_end_of_the_sources_launcher_is_passed_on_once_the_target_ends_and
     assert await received(target) == b"last"
     assert await is_open(target)
     await target.write(b"it finds out by this")
-    with pytest.raises(ssl.SSLEOFError):
+    with pytest.raises(ssl.SSLError, match=r"EOF|eof"):  # Python 3.11.2 has no SSLEOFError of it
         await received(target)
 
 

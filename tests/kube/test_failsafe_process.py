@@ -197,6 +197,7 @@ async def test_failsafe_that_hangs_in_a_folder_ends_and_keeps_no_daemon_waiting(
     assert not scene.daemon.logged("somebody else has the lock: goes on without it")
 
 
+@pytest.mark.root
 async def test_its_containers_capabilities_are_all_that_it_needs(killable: Protected) -> None:
     scene = killable
     await scene.complete()

@@ -268,6 +268,7 @@ async def test_folder_that_goes_is_made_again(nodes: Nodes, how: str) -> None:
     await vm.served()
 
 
+@pytest.mark.root
 async def test_socket_files_belong_to_the_launchers_user(nodes: Nodes) -> None:
     await nodes.start()
     vm = nodes.migration()
@@ -280,6 +281,7 @@ async def test_socket_files_belong_to_the_launchers_user(nodes: Nodes) -> None:
         assert not stat.S_IMODE(path.stat().st_mode) & stat.S_IWOTH
 
 
+@pytest.mark.root
 async def test_socket_owner_option_beats_the_folders_owner(nodes: Nodes) -> None:
     await nodes.start(source=["--socket-owner", "5:6"])
     vm = nodes.migration()

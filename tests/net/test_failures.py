@@ -155,6 +155,7 @@ async def test_launcher_folder_without_permission_is_told_and_served_once_there_
         await vm.served()
 
 
+@pytest.mark.root
 async def test_full_disk_below_the_launcher_is_told_and_served_once_there_is_room(nodes: Nodes) -> None:
     await nodes.start()
     async with nodes.undisturbed():

@@ -76,6 +76,7 @@ async def test_a_full_disk_is_named_and_once_there_is_space_it_works(disk: Path)
         assert "targetNodeAddress: 10.1.1.1" in (disk / "a.yaml").read_text()
 
 
+@pytest.mark.root
 async def test_a_read_only_disk_is_named(disk: Path) -> None:
     async with inventory_of(disk) as (inventory, vmi):
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True, timeout=30)

@@ -204,6 +204,7 @@ def test_path_is_ours_once_virt_handler_listens_and_its_own_again_when_we_leave(
     assert {path.name for path in scene.path.parent.iterdir()} == {NAME}
 
 
+@pytest.mark.root
 def test_virt_handlers_socket_goes_to_qemus_user_though_virt_handler_finds_ours_there(scene: Scene) -> None:
     given: list[str] = []
     scene.folder.owner = (os.getuid(), os.getgid() + 1)

@@ -201,6 +201,7 @@ async def say(sock: socket.socket, words: bytes) -> None:
         pytest.param(b"\x00" * 100, Reason.NOT_TLS, id="zeroes"),
         pytest.param(b"\x28\x00\x00\x00\x20\x00\x80\x86" * 8, Reason.NOT_TLS, id="libvirt-rpc"),
         pytest.param(b"\x16\x03\x01\xff\xff" + b"x" * 100, Reason.NOT_TLS, id="oversized-record"),
+        pytest.param(b"\x16\x03\x01\x00\x00" + b"x" * 100, Reason.NOT_TLS, id="empty-record"),
     ],
 )
 async def test_who_does_not_speak_tls_is_refused(cluster: Cluster, words: bytes, reason: Reason) -> None:
@@ -211,6 +212,26 @@ async def test_who_does_not_speak_tls_is_refused(cluster: Cluster, words: bytes,
         await talking
     assert isinstance(refused, TLSError)
     assert refused.reason == reason
+
+
+async def test_a_damaged_record_of_a_peer_that_speaks_tls_is_told_apart(cluster: Cluster) -> None:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    peer = context_of(cluster).wrap_bio(incoming, outgoing)
+    loop = asyncio.get_running_loop()
+    with connection() as (near, far):
+        refusing = asyncio.create_task(outcome(cluster.security().secure(far, server=True)))
+        with pytest.raises(ssl.SSLWantReadError):
+            peer.do_handshake()
+        await loop.sock_sendall(near, outgoing.read())
+        while not outgoing.pending:
+            incoming.write(await loop.sock_recv(near, 1 << 16))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                peer.do_handshake()
+        *encrypted, last = outgoing.read()
+        await loop.sock_sendall(near, bytes([*encrypted, last ^ 1]))
+        refused = await refusing
+    assert isinstance(refused, TLSError)
+    assert refused.reason == Reason.HANDSHAKE
 
 
 @pytest.mark.simulated_time
