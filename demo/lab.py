@@ -142,45 +142,46 @@ class Traffic:
         return Traffic(self.connections, self.received, self.sent)
 
 
-class Holder:
-    """`migproxy holder`: has the descriptors of a node's migrations while the node's daemon is dead.
+class Relay:
+    """A node's `migproxy relay`: moves the bytes of its daemon's connections, and keeps them while the daemon is dead.
 
     Args:
         directory: where its socket and its log are.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.socket, self.log = directory / "holder.sock", directory / "holder.log"
+        self.socket, self.log = directory / "relay.sock", directory / "relay.log"
         self._process: asyncio.subprocess.Process | None = None
 
     @property
     def pid(self) -> int:
         """Its process ID."""
-        assert self._process, "the holder runs"
+        assert self._process, "the relay runs"
         return self._process.pid
 
     @property
-    def environment(self) -> dict[str, str]:
+    def runs(self) -> bool:
+        """Whether it was started, and not stopped since."""
+        return self._process is not None
+
+    @property
+    def options(self) -> list[str]:
         """What tells a daemon of it."""
-        return {"NOTIFY_SOCKET": str(self.socket)}
+        return ["--relay-socket", str(self.socket), "--relay-externally-managed"]
 
     def descriptors(self) -> int:
-        """How many descriptors it has open, those that it holds among them."""
+        """How many descriptors it has open, those that it keeps among them."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
-    async def start(self, *options: str) -> None:
-        """Starts it, and waits until it listens."""
-        self.socket.unlink(missing_ok=True)  # a killed one leaves its own
+    async def start(self) -> None:
+        """Starts it, as its systemd unit does; a daemon waits until it listens."""
         with self.log.open("ab") as log:
-            process = self._process = await asyncio.create_subprocess_exec(
-                *(*MIGPROXY, "holder", str(self.socket), *options),
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "migproxy.relay", str(self.socket)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        await until(lambda: self.socket.exists() or process.returncode is not None, f"{self.socket}")
-        if process.returncode is not None:
-            raise LabError(f"the holder ended at once:\n{self.log.read_text()}")
 
     async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Ends it, and returns its exit status; 0 where it does not run."""
@@ -189,7 +190,7 @@ class Holder:
 
     async def ended(self, seconds: float = 20) -> int:
         """Waits for its end, and returns its exit status."""
-        assert self._process, "the holder runs"
+        assert self._process, "the relay runs"
         return await asyncio.wait_for(self._process.wait(), seconds)
 
     def signal(self, number: signal.Signals) -> None:
@@ -204,7 +205,7 @@ class Proxy:
         namespaces: of the node's, those that it runs in.
 
     Args:
-        node: the node, whose network namespace it runs in, and whose holder it has.
+        node: the node, whose network namespace it runs in, and whose relay it has.
         options: what it is started with besides the node's name, its launcher's and its own sockets.
     """
 
@@ -213,6 +214,7 @@ class Proxy:
         self._node = node
         self.arguments = ["run", "--node-name", node.name, "--launcher-run-dir", str(node.run_dir)]
         self.arguments += ["--libvirt-socket", "libvirt/libvirt-sock", "--control-socket", str(self.control)]
+        self.arguments += node.relay.options
         self.arguments += options
         self.namespaces: tuple[str, ...] = ("net",)
         self._process: asyncio.subprocess.Process | None = None
@@ -236,15 +238,10 @@ class Proxy:
     async def spawn(self, *options: str) -> None:
         """Starts the daemon, and waits for nothing."""
         command = [*self._node.prefix(*self.namespaces), *MIGPROXY, *self.arguments, *options]
-        holder = self._node.holder
         self.control.unlink(missing_ok=True)  # a killed daemon leaves its own
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **(holder.environment if holder else {})},
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
             )
 
     @property
@@ -265,8 +262,8 @@ class Proxy:
         """How many descriptors it has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
-    async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Ends the daemon, and returns its exit status; 0 where it does not run."""
+    async def stop(self, how: signal.Signals = signal.SIGINT) -> int:
+        """Ends the daemon, which drains at SIGINT, and returns its exit status; 0 where it does not run."""
         process, self._process = self._process, None
         return await end(process, how) if process else 0
 
@@ -314,10 +311,9 @@ class Node:
         address: its address in the migration network.
         directory: its folder; what it sees as /run, /etc/libvirt and so on is below.
         proxy_options: see Proxy.
-        holder: run a holder, which lets migrations survive the daemon's death.
     """
 
-    def __init__(self, name: str, address: str, directory: Path, *proxy_options: str, holder: bool = False) -> None:
+    def __init__(self, name: str, address: str, directory: Path, *proxy_options: str) -> None:
         self.name, self.address, self.directory = name, address, directory
         self.run_dir = directory / "run"
         self.migrationproxy = self.run_dir / "kubevirt/migrationproxy"
@@ -326,7 +322,7 @@ class Node:
         self.migrationproxy.mkdir(parents=True)
         self.pid: int | None = None
         self._init: asyncio.subprocess.Process | None = None
-        self.holder = Holder(directory) if holder else None
+        self.relay = Relay(directory)
         self.proxy = Proxy(self, *proxy_options)
 
     def prefix(self, *namespaces: str) -> list[str]:
@@ -370,10 +366,9 @@ class Node:
             await self.virsh("version")
 
     async def halt(self) -> None:
-        """Ends the node's migproxy and, with the first process of its PID namespace, everything else on it."""
+        """Ends the node's migproxy, its relay and, with its first process, everything else on it."""
         await self.proxy.stop()
-        if self.holder:
-            await self.holder.stop(signal.SIGKILL)
+        await self.relay.stop(signal.SIGKILL)
         if self._init:
             # Else the kernel takes it away when it gets round to it, and its name is taken until then.
             with suppress(LabError):
@@ -447,7 +442,6 @@ class Lab:
         libvirt: run a libvirtd on each node.
         loopback: do without namespaces: the nodes are 127.0.0.1 and 127.0.0.2.
         tls: protect the connections between the nodes, with certificates made for it.
-        holders: run a holder for each daemon.
         say: told what happens, and the commands that a user would type.
     """
 
@@ -457,11 +451,9 @@ class Lab:
         libvirt: bool = True,
         loopback: bool = False,
         tls: bool = True,
-        holders: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.libvirt, self.loopback, self.tls, self.say = libvirt, loopback, tls, say
-        self._holders = holders
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Lab":
@@ -486,8 +478,7 @@ class Lab:
                 stack.push_async_callback(node.halt)
                 if not self.loopback:
                     await node.boot(libvirt=self.libvirt)
-                if node.holder:
-                    await node.holder.start()
+                await node.relay.start()
             self._stack = stack.pop_all()
         return self
 
@@ -522,7 +513,6 @@ class Lab:
             str(self.vmi_dir),
             *where,
             *security,
-            holder=self._holders,
         )
 
     @asynccontextmanager

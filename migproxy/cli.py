@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
+import sys
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NoReturn
 
@@ -172,19 +174,14 @@ app.command("failsafe")(_command(_failsafe, _WATCHED_OVER))
 
 
 @app.command()
-def holder(
-    path: Annotated[str, typer.Argument(metavar="SOCKET", help="Where the daemon's NOTIFY_SOCKET points.")],
-    limit: Annotated[int, typer.Option(min=1, help="Descriptors kept at most.")] = 16384,
+def relay(
+    socket: Annotated[
+        str, typer.Option("--relay-socket", envvar="MIGPROXY_RELAY_SOCKET", help="Where daemons reach it.")
+    ] = options.Settings(control_socket=_DEFAULT_CONTROL_SOCKET).relay_path,
 ) -> None:
-    """Keep a daemon's connections alive while it is dead, where no systemd does it."""
-    from migproxy import logs
-    from migproxy.holder import Holder, HolderError
-
-    logs.configure("auto", "info")
-    try:
-        Holder(path, limit).serve()
-    except HolderError as error:
-        _fail(str(error))
+    """Move the bytes of a daemon's connections; the daemon starts one by itself where nobody else does."""
+    # Another process image: the relay is small, and lives long.
+    os.execv(sys.executable, [sys.executable, "-m", "migproxy.relay", socket])  # noqa: S606
 
 
 @app.command()
@@ -242,6 +239,8 @@ _EXAMINED = (
     "context",
     "kubevirt_namespace",
     "control_socket",
+    "relay_socket",
+    "relay_externally_managed",
 )
 """The daemon's options that `migproxy doctor` has too."""
 

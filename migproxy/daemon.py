@@ -6,7 +6,6 @@ import asyncio
 import ipaddress
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext, suppress
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from migproxy import __version__, control, web
-from migproxy.fdstore import Store
+from migproxy.fds import raise_file_limit
 from migproxy.imports import uncollected
 from migproxy.inventory import Inventory, InventoryError
 from migproxy.inventory.files import FileInventory
@@ -29,13 +28,11 @@ from migproxy.node import Node, NodeOptions
 from migproxy.notify import Notifier
 from migproxy.portmap import IPAddress
 from migproxy.proxy import ProxyError, Surroundings
+from migproxy.relay.client import RelayClient
 from migproxy.reload import Reloader, limits, port_range
 from migproxy.security import ClusterSecurity, OptionsSecurity
 from migproxy.service import Service
 from migproxy.settings import Settings, parse_listen
-from migproxy.sockets import raise_file_limit
-from migproxy.takeover import StateKeeper, take_over
-from migproxy.threads import prefer_this_thread
 from migproxy.watch import Watcher
 
 if TYPE_CHECKING:
@@ -44,22 +41,19 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-_SWITCH_INTERVAL = 0.02
-"""Seconds that a thread waits for Python's lock before it asks for it. Each of hundreds of pumps that wait wakes up
-as often: with 800 connections at full speed, the default of 5 ms costs a third of the throughput, and fairness."""
-
-_UNRESUMABLE_PAUSE = 0.1  # seconds; their ends are many events, and nobody waits for the last one but this
-_SETTLE_SECONDS = 5.0  # that the holder may take to have everything
+_LOCAL_PAUSE = 0.1  # seconds; their ends are many events, and nobody waits for the last one but this
+_SETTLE_SECONDS = 5.0  # that the relay may take to have everything
+_BOTH_SECONDS = 2.0  # within which a pod's containers, or systemd's units, are all told to end
 _READY_SECONDS = 5.0  # that the inventory and the migration address may take
 
 
 async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
     """Runs the daemon until a signal ends it.
 
-    SIGTERM or SIGINT drains: no new migration is taken, running ones go on to their end or for
-    `drain_timeout` seconds. A second one ends it at once. SIGUSR1 leaves running migrations to the daemon that is
-    started next, through systemd's descriptor store or `migproxy holder`; it drains where that one could not start.
-    SIGHUP reads the configuration again.
+    SIGTERM leaves running migrations to the relay and to the next daemon, unless the relay is told to end too, or has
+    nothing to do and was started by this daemon. Then it drains, as SIGINT always does: no new migration is taken,
+    running ones go on to their end or for `drain_timeout` seconds. A second signal ends it at once. SIGHUP reads the
+    configuration again.
 
     Args:
         settings: The options.
@@ -68,10 +62,7 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
     Raises:
         InventoryError, SecurityError, ControlError, HTTPError, LifelineError: The daemon cannot start; says why.
     """
-    raise_file_limit()  # a connection takes six descriptors
-    sys.setswitchinterval(_SWITCH_INTERVAL)
-    if not prefer_this_thread():
-        log.info("the event loop has no preference over the pumps", remedy="CAP_SYS_NICE, or LimitNICE=-10 in systemd")
+    raise_file_limit()  # a connection takes eight descriptors
     signals, liveness, namespace = _Signals(), Liveness(), network_namespace(settings.netns)
     async with (
         Watcher() as watcher,
@@ -79,8 +70,8 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
     ):
         protection, cluster, measures = inputs.security, inputs.cluster, Measures()
         notifier = Notifier.take()
-        store = Store(Notifier(notifier.path) if notifier else None)
-        around, node = _make_node(settings, inputs, watcher, measures, store, namespace)
+        relay = RelayClient(settings.relay_path, starts=not settings.relay_externally_managed)
+        around, node = _make_node(settings, inputs, watcher, measures, relay, namespace)
         service = Service(notifier, liveness, node.pumps, lambda: node.activity)
         reloader = Reloader(settings, read_again, node, around, protection)
 
@@ -102,28 +93,57 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
                 vmi_dir=settings.vmi_dir,
                 kubeconfig=settings.kubeconfig,
             )
-            async with _survival(settings.state_file, store, node, around, liveness) as hand_over:
-                running = asyncio.create_task(_run(node, cluster))
-                beside = [
-                    asyncio.create_task(task)
-                    for task in (
-                        protection.watch(),
-                        service.run(),
-                        _ready(node, service),
-                        _reload(reloader, service, signals),
-                    )
-                ]
-                try:
-                    await _first(running, signals.first())
-                    service.stopping()
-                    if signals.hands_over and reloader.can_start_anew():
-                        await _first(running, hand_over(reloader.settings.drain_timeout), signals.second())
-                    await _drain(node, running, signals, reloader.settings.drain_timeout)
-                finally:
-                    for task in (*beside, running):
-                        task.cancel()
-                    await asyncio.wait([running, *beside])
+            running = asyncio.create_task(_run(node, cluster, relay))
+            beside = [
+                asyncio.create_task(task)
+                for task in (
+                    protection.watch(),
+                    service.run(),
+                    _ready(node, service),
+                    _reload(reloader, service, signals),
+                )
+            ]
+            try:
+                await _first(running, signals.first())
+                service.stopping()
+                timeout = reloader.settings.drain_timeout
+                if await _may_leave(relay, signals):
+                    await _first(running, _leave(node, relay, timeout), signals.second())
+                await _drain(node, running, signals, timeout)
+            finally:
+                for task in (*beside, running):
+                    task.cancel()
+                await asyncio.wait([running, *beside])
+                await relay.settle(_SETTLE_SECONDS)
+                relay.close()
     log.info("stopped")
+
+
+async def _may_leave(relay: RelayClient, signals: _Signals) -> bool:
+    """Decides whether what runs is left to the relay: not where that is to end too, or has nothing to do."""
+    if signals.drains or relay.is_idle:
+        return False
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_BOTH_SECONDS):
+            await relay.ending.wait()
+            return False
+    return not relay.is_idle
+
+
+async def _leave(node: Node, relay: RelayClient, timeout: float) -> None:
+    """Ends this process, and leaves everything to the relay and the next daemon; returns where that cannot be done."""
+    if node.local:
+        log.info(
+            "waiting for connections in user-space TLS, which end with this daemon", open=node.local, timeout=timeout
+        )
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while node.local:
+                    await asyncio.sleep(_LOCAL_PAUSE)
+    if relay.problem is None and await relay.settle(_SETTLE_SECONDS):
+        log.info("left to the relay", **relay.report())
+        os._exit(0)
+    log.error("cannot leave, draining instead", error=relay.problem or "the relay does not answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,63 +158,6 @@ class _Inputs:
     security: OptionsSecurity
     cluster: Cluster | None = None
     announcements: Announcements | None = None
-
-
-HandOver = Callable[[float], Coroutine[Any, Any, None]]
-
-
-@asynccontextmanager
-async def _survival(
-    path: str, store: Store, node: Node, around: Surroundings, liveness: Liveness
-) -> AsyncIterator[HandOver]:
-    """Takes over from the daemon before, and leaves to the one after what it needs, while the context lasts.
-
-    Returns:
-        What ends this process and leaves everything to the next one; it returns only where that cannot be done.
-    """
-    if not store:
-        log.info("a crash would end running migrations", why=store.problem, remedy="systemd, or `migproxy holder`")
-    else:
-        node.take_over(await take_over(store, path, around))
-    keeper = StateKeeper(path, store, node.state, liveness)
-
-    def keep() -> list[asyncio.Task[None]]:
-        return [asyncio.create_task(store.watch()), asyncio.create_task(keeper.run())] if store else []
-
-    keeping = keep()
-
-    async def hand_over(timeout: float) -> None:
-        if node.unresumable:
-            log.info("waiting for connections that cannot be handed over", open=node.unresumable, timeout=timeout)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    while node.unresumable:
-                        await asyncio.sleep(_UNRESUMABLE_PAUSE)
-        await _cancel(keeping)
-        if store:
-            await keeper.write()
-        if store.problem is None and await store.settle(_SETTLE_SECONDS):
-            log.info("handed over", **store.report())
-            os._exit(0)
-        log.error("cannot hand over, draining instead", error=store.problem or "the holder does not answer")
-        keeping[:] = keep()
-
-    try:
-        yield hand_over
-    finally:
-        await _cancel(keeping)
-        if store:
-            await keeper.write()  # everything has ended in order: there is nothing to take over
-            if await store.settle(_SETTLE_SECONDS):  # else the file tells the next daemon what is over
-                with suppress(OSError):
-                    os.unlink(path)
-            store.close()
-
-
-async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -250,14 +213,28 @@ def warn_without_network(settings: Settings, cluster: ClusterSettings, namespace
         )
 
 
-async def _run(node: Node, cluster: Cluster | None) -> None:
-    if cluster is None:
-        await node.run()
-        return
-    async with asyncio.TaskGroup() as tasks:
-        following = tasks.create_task(cluster.run())
-        await node.run()
-        following.cancel()
+async def _run(node: Node, cluster: Cluster | None, relay: RelayClient) -> None:
+    node.take_over(await relay.open())
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            beside = [tasks.create_task(relay.run()), tasks.create_task(_let_relay_go(node, relay))]
+            if cluster is not None:
+                beside.append(tasks.create_task(cluster.run()))
+            await node.run()
+            for task in beside:
+                task.cancel()
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from several
+
+
+async def _let_relay_go(node: Node, relay: RelayClient) -> None:
+    """Lets a relay end that was told to, once it moves nothing, unless this daemon is told to end as well."""
+    while True:
+        await relay.ending.wait()
+        await asyncio.sleep(_BOTH_SECONDS)
+        if not node.draining:
+            relay.release()
+        await relay.replaced.wait()
 
 
 @asynccontextmanager
@@ -309,7 +286,7 @@ def _make_node(
     inputs: _Inputs,
     watcher: Watcher,
     measures: Measures,
-    store: Store,
+    relay: RelayClient,
     namespace: NetworkNamespace,
 ) -> tuple[Surroundings, Node]:
     def local_address(ip_version: int) -> IPAddress:
@@ -329,7 +306,7 @@ def _make_node(
         security=inputs.security,
         local_address=local_address,
         measures=measures,
-        store=store,
+        relay=relay,
         **limits(settings, namespace),
     )
     node = Node(
@@ -364,23 +341,19 @@ class _Signals:
     """Counts the signals that ask the daemon to stop, and hears the one that asks it to read its configuration.
 
     Attributes:
-        hands_over: Whether the first one was SIGUSR1: everything is left to the next daemon.
+        drains: Whether SIGINT was among them: nothing is left to the next daemon.
     """
 
     def __init__(self) -> None:
-        self.hands_over = False
+        self.drains = False
         self._arrived = (asyncio.Event(), asyncio.Event())
         self._hup = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hup.set)
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._count)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._hand_over)
+            asyncio.get_running_loop().add_signal_handler(number, self._count, number)
 
-    def _hand_over(self) -> None:
-        self.hands_over = self.hands_over or not self._arrived[0].is_set()
-        self._arrived[0].set()
-
-    def _count(self) -> None:
+    def _count(self, number: signal.Signals) -> None:
+        self.drains = self.drains or number is signal.SIGINT
         first, second = self._arrived
         (second if first.is_set() else first).set()
 

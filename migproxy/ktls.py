@@ -13,8 +13,8 @@ import socket
 import struct
 from contextlib import suppress
 
-from migproxy.splice import Pipe, Pump, Splice, Transport, shutdown
-from migproxy.verify import Reason, TLSError, Truncated
+from migproxy.splice import Splice, shutdown
+from migproxy.tlserrors import Reason, TLSError, Truncated
 
 OP_ENABLE_KTLS = 1 << 3
 """OpenSSL's option; Python names it since 3.12, and passes it on before."""
@@ -139,17 +139,3 @@ def _handshake_messages(body: bytes) -> set[int]:
         types.add(body[0])
         body = body[end:]
     return types
-
-
-class KernelTransport(Transport):
-    """A connection that the kernel encrypts and decrypts."""
-
-    def __init__(self, tcp: socket.socket, label: str) -> None:
-        super().__init__(tcp)
-        self.label = label
-
-    def sending(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
-        return KernelSend(unix, self.tcp, pipe)
-
-    def receiving(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
-        return KernelReceive(self.tcp, unix, pipe)

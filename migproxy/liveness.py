@@ -39,7 +39,7 @@ def read(pump: Pump) -> Reading:
 
     `moved` is read first: bytes that arrive and are delivered in between then only make it look busy for once.
     """
-    moved = pump.moved
+    moved = pump.tally.moved
     sources = [pump.source.fileno(), *([pump.pipe.reader] if isinstance(pump, Splice) else [])]
     poll = select.poll()
     for descriptor in sources:

@@ -162,15 +162,21 @@ def _health(report: Report) -> Iterator[Metric]:
         "Things that are wrong with what the inventory reads, such as VMI files that do not parse.",
         len(report["problems"].keys() - {"inventory", "address"}),
     )
-    store = report["store"]
+    relay = report["relay"]
     yield GaugeMetricFamily(
-        "migproxy_crash_protected",
-        "1 while somebody holds this daemon's descriptors, so that its crash or restart ends no plain or kernel-TLS "
-        "connection.",
-        store["problem"] is None,
+        "migproxy_relay_up",
+        "1 while the relay has all of this daemon's connections: neither process's crash or restart ends one that is "
+        "plain or in kernel TLS.",
+        relay["problem"] is None,
     )
+    yield GaugeMetricFamily("migproxy_relay_connections", "Connections that the relay moves.", relay["connections"])
     yield GaugeMetricFamily(
-        "migproxy_held_descriptors", "Descriptors that were handed to the holder.", store["descriptors"]
+        "migproxy_relay_descriptors", "Descriptors that were handed to the relay.", relay["descriptors"]
+    )
+    yield CounterMetricFamily(
+        "migproxy_relay_replacements",
+        "Relays that this daemon went on with after the one before had ended.",
+        relay["replaced"],
     )
     if beside := report["beside"]:
         yield GaugeMetricFamily(

@@ -15,6 +15,7 @@ import structlog
 
 from migproxy import rows, survival
 from migproxy.announcement import Announcement
+from migproxy.connection import LocalConnection
 from migproxy.health import Activity, WatchReporter
 from migproxy.inventory import BYPASSED, FAILED, Inventory, Overtaken, PublishError
 from migproxy.launcher import LauncherError
@@ -23,15 +24,15 @@ from migproxy.pauses import doubling
 from migproxy.plan import Beside, Bypassed, Held, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import IPAddress
 from migproxy.proxy import Proxy, ProxyError, Surroundings
-from migproxy.relay import Progress
+from migproxy.relay.client import Contents
 from migproxy.retention import Ended, Retention
 from migproxy.shared import SharedFolder, mend
 from migproxy.source import SocketFolder, Source
 from migproxy.splice import Pump
-from migproxy.state import ProxyState
 from migproxy.survival import fingerprint
-from migproxy.takeover import Survivor
+from migproxy.takeover import AdoptedProxy, take_over
 from migproxy.target import PortRange, Target, left_listening
+from migproxy.traffic import Progress
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
 
@@ -111,7 +112,7 @@ class Node:
         self._withdrawing: dict[str, asyncio.Task[None]] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # one request at a time for each
         self._ended: Retention[Key] = Retention(options.retention, self._clock)
-        self._survivors: dict[survival.Key, Survivor] = {}
+        self._adopted: dict[survival.Key, AdoptedProxy] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._next_start: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -135,27 +136,22 @@ class Node:
             if self._next_start:
                 self._next_start.cancel()
             await self._close(list(self._workers))
-            await self._end_survivors(list(self._survivors.values()))
+            await self._end_adopted(list(self._adopted.values()))
             await asyncio.gather(*self._endings)
 
-    def take_over(self, survivors: Mapping[survival.Key, Survivor]) -> None:
-        """Takes what an earlier daemon left; each goes to its proxy as soon as the plan has one.
+    def take_over(self, contents: Contents) -> None:
+        """Takes what an earlier daemon left; each migration goes to its proxy as soon as the plan has one.
 
         Args:
-            survivors: Relaying already; owned from now on.
+            contents: What the relay has; owned from now on.
         """
-        self._survivors.update(survivors)
-
-    def state(self) -> Iterator[ProxyState]:
-        """What the next daemon is to know, should this one die."""
-        return (proxy.state() for proxy in self._proxies())
+        self._adopted.update(take_over(contents, self._around))
 
     @property
-    def unresumable(self) -> int:
-        """Connections that would not outlive this process."""
-        return sum(
-            not relay.resumable for proxy in self._proxies() for t in proxy.traffic.values() for relay in t.relays
-        )
+    def local(self) -> int:
+        """Connections that this process moves itself, and that would end with it."""
+        traffics = [traffic for proxy in self._proxies() for traffic in proxy.traffic.values()]
+        return sum(isinstance(one, LocalConnection) for traffic in traffics for one in traffic.open)
 
     async def drain(self) -> None:
         """Takes no new migration, closes those that have not begun, and returns when the running ones are over."""
@@ -165,18 +161,18 @@ class Node:
         await self._close([key for key, worker in self._workers.items() if not worker.is_active])
         for key in self._workers:
             log.info("waiting for a running migration", migration=str(key[0]), role=str(key[1]))
-        while any(worker.is_active for worker in self._workers.values()) or self._survivors:
+        while any(worker.is_active for worker in self._workers.values()) or self._adopted:
             self._idle.clear()
             with suppress(TimeoutError):  # an idle migration that is not marked as started ends without an event
                 async with asyncio.timeout(1):
                     await self._idle.wait()
 
-    async def _end_survivors(self, survivors: Iterable[Survivor]) -> None:
-        for survivor in survivors:
-            survivor.log.info("what an earlier daemon left is over: its migration is")
-            report = rows.survivor(survivor) | {"state": "ended", "error": None, "history": []}
-            await survivor.close()
-            self._ended.add((survivor.migration, survivor.role), Ended(report, survivor.progress))
+    async def _end_adopted(self, adopted: Iterable[AdoptedProxy]) -> None:
+        for one in adopted:
+            one.log.info("connections left by an earlier daemon are closed: the migration has ended")
+            report = rows.adopted(one) | {"state": "ended", "error": None, "history": []}
+            await one.close()
+            self._ended.add((one.migration, one.role), Ended(report, one.progress))
         self._idle.set()
 
     async def _close(self, keys: Iterable[Key]) -> None:
@@ -213,10 +209,11 @@ class Node:
         while True:
             await asyncio.sleep(1)
             # Of certificates, and of an inventory's trouble that is over, nobody tells.
-            if self._survivors or self._beside() != self._known_beside:
+            if self._adopted or self._beside() != self._known_beside:
                 self._replan()
             for proxy in self._proxies():
                 proxy.sample()
+                proxy.note()
 
     async def _await_start(self) -> None:
         while self._starts_until:
@@ -241,9 +238,9 @@ class Node:
         # A daemon that has just started is not ready yet: what the one before left waits for that.
         unready = [key for key, item in bypassed.items() if item.reason is Reason.UNREADY]
         served = {(fingerprint(migration), role) for migration, role in (*planned, *self.held, *unready)}
-        ended = [key for key, survivor in self._survivors.items() if key not in served and self._is_over(survivor)]
-        if over := [self._survivors.pop(key) for key in ended]:
-            ending = asyncio.create_task(self._end_survivors(over))
+        ended = [key for key, one in self._adopted.items() if key not in served and self._is_over(one)]
+        if over := [self._adopted.pop(key) for key in ended]:
+            ending = asyncio.create_task(self._end_adopted(over))
             self._endings.add(ending)
             ending.add_done_callback(self._endings.discard)
         # Those that end come first: two migrations of one VMI have the same socket names.
@@ -254,7 +251,7 @@ class Node:
         for key, item in planned.items():
             worker = self._workers.get(key)
             if worker is None or worker.wanted is None:
-                if self.draining and (fingerprint(key[0]), key[1]) not in self._survivors:
+                if self.draining and (fingerprint(key[0]), key[1]) not in self._adopted:
                     continue
                 worker = self._workers[key] = _Worker(self, key, after=worker)
             worker.want(item)
@@ -264,9 +261,9 @@ class Node:
     def _plan(self, vmis: Iterable[VMI], now: datetime) -> Plan:
         return make_plan(vmis, self.options.name, self._own_addresses, now, self._beside())
 
-    def _is_over(self, survivor: Survivor) -> bool:
+    def _is_over(self, adopted: AdoptedProxy) -> bool:
         """Whether a migration that nothing is planned for has ended; a VMI that cannot be read now says nothing."""
-        return survivor.migration.vmi_uid in self._vmis or not self._inventory.problems
+        return adopted.migration.vmi_uid in self._vmis or not self._inventory.problems
 
     def _note_held(self, held: Mapping[Key, Held]) -> None:
         for (migration, role), item in held.items():
@@ -299,7 +296,7 @@ class Node:
 
     def _serving(self) -> dict[Migration, Announcement]:
         """Where targets listen, and where those of the daemon before do that have no plan yet."""
-        left = (one for one in self._survivors.values() if one.role is Role.TARGET)
+        left = (one for one in self._adopted.values() if one.role is Role.TARGET)
         found = {one.migration: left_listening(one.migration, one.inherited) for one in left}
         proxies = (worker.proxy for worker in self._workers.values())
         found |= {one.migration: one.announcement for one in proxies if isinstance(one, Target)}
@@ -325,7 +322,7 @@ class Node:
         """Looks after a source that virt-handler serves, once: a daemon that was killed may have left its sockets."""
         migration, role = key
         vmi = self._vmis.get(migration.vmi_uid)
-        is_served = key in self._workers or (fingerprint(migration), role) in self._survivors
+        is_served = key in self._workers or (fingerprint(migration), role) in self._adopted
         if role is Role.TARGET or not self.is_beside or is_served or vmi is None:
             return
         for item in make_plan([vmi], self.options.name, (), datetime.now(UTC)).sources:
@@ -417,8 +414,8 @@ class Node:
             proxy = Target(item, self._around, self.options.ports, self.options.libvirt_socket)
         if ended := self._ended.take((item.migration, item.role)):
             proxy.resume(ended.progress)
-        if survivor := self._survivors.pop((fingerprint(item.migration), item.role), None):
-            proxy.succeed(survivor)
+        if adopted := self._adopted.pop((fingerprint(item.migration), item.role), None):
+            proxy.succeed(adopted)
         return proxy
 
     async def announce(self, target: Target) -> None:
@@ -507,6 +504,7 @@ class Node:
             "synchronised": problems.pop("inventory", None),
             "address": problems.pop("address", None),
             "inventory": "; ".join(f"{where}: {what}" for where, what in problems.items()) or None,
+            "relay": self._around.relay.problem,
             "serving": "draining: no new migration is taken any more" if self.draining else None,
         }
         tls = self._around.security.report()
@@ -520,23 +518,23 @@ class Node:
         return sum(not worker.is_settled for worker in self._workers.values())
 
     def _proxies(self) -> list[Proxy]:
-        return [*(worker.proxy for worker in self._workers.values() if worker.proxy), *self._survivors.values()]
+        return [*(worker.proxy for worker in self._workers.values() if worker.proxy), *self._adopted.values()]
 
     @property
     def activity(self) -> Activity:
         """What this node does now, in a few figures."""
-        running = sum(worker.is_active for worker in self._workers.values()) + len(self._survivors)
-        prepared = len(self._workers) + len(self._survivors) - running
+        running = sum(worker.is_active for worker in self._workers.values()) + len(self._adopted)
+        prepared = len(self._workers) + len(self._adopted) - running
         rate = sum(sum(proxy.rate) for proxy in self._proxies())
         problem = next((f"{what}: {why}" for what, why in self.problems.items()), None)
         return Activity(running, prepared, rate, self.draining, problem)
 
     def pumps(self) -> Iterator[tuple[str, Pump]]:
-        """Every pump that runs now, with what it belongs to, for people."""
+        """Every pump that runs in this process now, with what it belongs to, for people."""
         for proxy in self._proxies():
             for channel, traffic in proxy.traffic.items():
                 about = f"migration {proxy.migration}, {proxy.role}, channel {channel.label}"
-                yield from ((about, pump) for relay in traffic.relays for pump in relay.pumps)
+                yield from ((about, pump) for one in traffic.open for pump in one.pumps)
 
     def reconfigure(self, ports: PortRange, retention: float) -> None:
         """Changes what can be changed while proxies run; those that run keep their ports.
@@ -555,7 +553,7 @@ class Node:
             reports[key] = {**reports.pop(key, {}), **worker.report()}
         for key, item in self.bypassed.items():
             reports[key] = {**reports.pop(key, {}), **rows.bypass(item)}
-        left = [rows.survivor(survivor) for survivor in self._survivors.values()]
+        left = [rows.adopted(one) for one in self._adopted.values()]
         return left + list(reversed(reports.values()))
 
     def report(self) -> dict[str, Any]:
@@ -573,7 +571,7 @@ class Node:
             "draining": self.draining,
             "checks": checks,
             "problems": self.problems,
-            "store": self._around.store.report(),
+            "relay": self._around.relay.report(),
             "address": str(self.address.addresses[0]) if self.address and self.address.addresses else None,
             "vmis": len(self._vmis),
             "queue_depth": self.queue_depth,

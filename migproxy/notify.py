@@ -1,18 +1,17 @@
-"""Words to the service manager: sd_notify's protocol, descriptors included (sd_notify(3))."""
+"""Words to the service manager: sd_notify's protocol (sd_notify(3))."""
 
 from __future__ import annotations
 
 import os
 import socket
-from array import array
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 
 SOCKET = "NOTIFY_SOCKET"
 _WATCHDOG, _WATCHDOG_PID = "WATCHDOG_USEC", "WATCHDOG_PID"
 
 
 class Notifier:
-    """Sends datagrams to whoever started or guards this process: systemd, or `migproxy holder`.
+    """Sends datagrams to whoever started this process, and may guard it: systemd.
 
     Attributes:
         path: The manager's socket; one that begins with @ is in the abstract namespace.
@@ -41,15 +40,7 @@ class Notifier:
         fed = microseconds.isdecimal() and pid in ("", str(os.getpid()))
         return cls(path, int(microseconds) / 1e6 if fed and int(microseconds) else None)
 
-    def connect(self) -> socket.socket:
-        """Connects to the manager, unless that is done.
-
-        Returns:
-            The socket, which stays this object's; not blocking.
-
-        Raises:
-            OSError: Nobody listens there.
-        """
+    def _connect(self) -> socket.socket:
         if self._socket is None:
             made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             try:
@@ -60,28 +51,15 @@ class Notifier:
             self._socket = made
         return self._socket
 
-    def send(self, text: str, fds: Sequence[int] = ()) -> None:
-        """Sends one datagram and does not wait.
-
-        Args:
-            text: Lines of NAME=value.
-            fds: Descriptors that go with it; they stay the caller's.
-
-        Raises:
-            BlockingIOError: The manager reads too slowly for it to be sent now.
-            OSError: Nobody listens there (any more); after `close`, the next call connects anew.
-        """
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        self.connect().sendmsg([text.encode()], ancillary, socket.MSG_NOSIGNAL)
-
     def tell(self, **state: object) -> None:
         """Sends state, such as READY=1; whoever does not listen misses it.
 
         Args:
             state: By name; a value's line breaks become spaces.
         """
+        text = "\n".join(f"{name}={' '.join(str(value).splitlines())}" for name, value in state.items())
         try:
-            self.send("\n".join(f"{name}={' '.join(str(value).splitlines())}" for name, value in state.items()))
+            self._connect().send(text.encode(), socket.MSG_NOSIGNAL)
         except BlockingIOError:
             pass
         except OSError:

@@ -17,20 +17,22 @@ from typing import Any
 import structlog
 
 from migproxy import tcpinfo
-from migproxy.fdstore import Lease, Store
+from migproxy.connection import Connection, relayed
+from migproxy.fds import is_connected, reset
 from migproxy.launcher import Launchers
 from migproxy.logs import Limit
 from migproxy.measure import Measures
 from migproxy.pauses import doubling
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
-from migproxy.relay import Progress, Relay, Traffic
-from migproxy.sockets import TCPOptions, accept, is_connected, ready, reset, widen_unix
-from migproxy.splice import Transport
-from migproxy.state import ProxyState, RelayState
-from migproxy.survival import Connection, Fate, Listener, connection_name, listener_name
+from migproxy.relay.client import Lease, RelayClient
+from migproxy.sockets import TCPOptions, accept, ready, widen_unix
+from migproxy.state import ProxyState
+from migproxy.survival import Fate, LeftConnection, LeftListener, connection_name, listener_name, state_name
 from migproxy.tls import Security, Unfinished
-from migproxy.verify import Reason, TLSError
+from migproxy.tlserrors import Reason, TLSError
+from migproxy.traffic import Progress, Traffic
+from migproxy.transport import PLAINTEXT, Transport
 
 _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds between two attempts to dial
@@ -65,8 +67,8 @@ class Surroundings:
         max_connections: Open connections per channel of a migration; more wait in the listener's queue, so that
             no launcher can use up the daemon's descriptors.
         max_handshakes: Unfinished TLS handshakes per channel of a migration.
+        relay: Moves the connections, and keeps what is to outlive this process.
         measures: Where latencies and failures of the node are recorded.
-        store: Where descriptors are handed to, so that they outlive this process.
     """
 
     launchers: Launchers
@@ -76,8 +78,8 @@ class Surroundings:
     dial_timeout: float
     max_connections: int
     max_handshakes: int
+    relay: RelayClient
     measures: Measures = field(default_factory=Measures)
-    store: Store = field(default_factory=lambda: Store(None))
 
 
 class _Turns:
@@ -115,7 +117,7 @@ class _Turns:
 
 
 class Proxy(ABC):
-    """One side of one migration: owns its accepting tasks and its relays.
+    """One side of one migration: owns its accepting tasks and its connections.
 
     Attributes:
         role: Which side.
@@ -137,12 +139,13 @@ class Proxy(ABC):
             role=str(self.role),
         )
         self.around = around
-        self._connections: dict[asyncio.Task[None], socket.socket] = {}
+        self._connections: dict[asyncio.Task[None], tuple[socket.socket, ...]] = {}
         self._slots: dict[Channel, asyncio.Semaphore] = {}
         self._unfinished: dict[Channel, Unfinished] = {}
         self._turns: dict[Channel, _Turns] = {}
-        self.inherited: list[Listener] = []
-        self.begun: list[Connection] = []
+        self.inherited: list[LeftListener] = []
+        self.begun: list[LeftConnection] = []
+        self._noted = ""
         self._storing = asyncio.Lock()
         self._failed_lines = Limit(self._log_more_failed)
         self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
@@ -214,37 +217,32 @@ class Proxy(ABC):
         for connection in begun:
             self._set_up(connection)
 
-    def _set_up(self, connection: Connection) -> None:
+    def _set_up(self, left: LeftConnection) -> None:
         """Goes on with a connection that was being set up when an earlier daemon died."""
-        legs = connection.unix, connection.tcp
-        for leg in filter(None, legs):
+        for leg in filter(None, (left.accepted, left.dialled)):
             leg.setblocking(False)
-        accepted, dialled = legs if self.role is Role.SOURCE else legs[::-1]
-        assert accepted is not None
-        self.follow(self._go_on_setting_up(connection, accepted, dialled), accepted)
+        self.follow(self._go_on_setting_up(left), left.lease, left.accepted)
 
-    async def _go_on_setting_up(
-        self, connection: Connection, accepted: socket.socket, dialled: socket.socket | None
-    ) -> None:
-        security, channel = self.around.security, connection.name.channel
+    async def _go_on_setting_up(self, left: LeftConnection) -> None:
+        security = self.around.security
         try:
             await security.settled()
-            fate = connection.fate(None, encrypts=security.encrypts)
+            fate = left.fate(encrypts=security.encrypts)
         except BaseException:
-            connection.close()
+            left.close()
             raise
         if fate is Fate.SET_UP:
-            await self._connection(accepted, channel, connection.lease, dialled)
+            await self._connection(left.accepted, left.name.channel, left.lease, left.dialled)
         else:
-            self.abandon(connection)
+            self.abandon(left)
 
-    def abandon(self, connection: Connection) -> None:
+    def abandon(self, connection: LeftConnection) -> None:
         """Ends a connection whose handshake died with an earlier daemon: the other node dials anew."""
         channel = connection.name.channel.label
         self.log.info("connection ended in the middle of its TLS handshake", channel=channel)
         connection.close()
 
-    def inherit(self, channel: Channel) -> list[Listener]:
+    def inherit(self, channel: Channel) -> list[LeftListener]:
         """Lets go of the listeners of a channel that an earlier daemon left; the caller owns them."""
         mine = [one for one in self.inherited if one.name.channel is channel]
         self.inherited = [one for one in self.inherited if one not in mine]
@@ -257,13 +255,13 @@ class Proxy(ABC):
             left.close()
 
     def lease_listener(self, channel: Channel, listener: socket.socket, identity: tuple[int, int]) -> Lease:
-        """Stores a listener; what asks to be connected while no daemon runs waits in its queue.
+        """Has the relay keep a listener; what asks to be connected while no daemon runs waits in its queue.
 
         Args:
             identity: See `survival.listener_name`.
         """
         name = listener_name(self.role, channel, self.migration, identity)
-        return self.around.store.lease(name, listener.fileno())
+        return self.around.relay.lease(name, listener.fileno())
 
     def _moved(self) -> tuple[int, int]:
         traffic = self.traffic.values()
@@ -271,7 +269,6 @@ class Proxy(ABC):
 
     def state(self) -> ProxyState:
         """What the next daemon is to know, should this one die."""
-        traffic = {channel.label: one for channel, one in self.traffic.items()}
         return ProxyState(
             namespace=self.migration.namespace,
             name=self.migration.name,
@@ -279,24 +276,19 @@ class Proxy(ABC):
             migration_uid=self.migration.migration_uid,
             role=self.role,
             began=self.progress.began,
-            channels={label: one.state() for label, one in traffic.items()},
-            relays={
-                relay.lease.name: self._relay_state(label, relay)
-                for label, one in traffic.items()
-                for relay in one.relays
-            },
+            channels={channel.label: one.state() for channel, one in self.traffic.items()},
         )
 
-    def _relay_state(self, label: str, relay: Relay) -> RelayState:
-        wire_sent, wire_received = relay.carried(dialled=self.role is Role.SOURCE)
-        return RelayState(
-            channel=label,
-            sent=relay.sent,
-            received=relay.received,
-            wire_sent=wire_sent,
-            wire_received=wire_received,
-            resumable=relay.resumable,
-        )
+    def note(self, *over: Lease) -> None:
+        """Has the relay keep what the next daemon is to know, if it has changed.
+
+        Args:
+            over: What has ended, and is counted; forgotten in the same instant, so that nothing is counted twice.
+        """
+        words = self.state().model_dump_json()
+        if over or words != self._noted:
+            self._noted = words
+            self.around.relay.note(state_name(self.role, self.migration), words, *over)
 
     async def accept(self, listener: socket.socket, channel: Channel) -> None:
         """Accepts connections and relays each in a task of its own; runs until cancelled.
@@ -320,7 +312,7 @@ class Proxy(ABC):
             try:
                 await ready(listener.fileno(), writing=False)
                 # Else it would queue behind others, in this process alone; in the listener's queue it is safe.
-                await self.around.store.handed_over()
+                await self.around.relay.handed_over()
                 name = connection_name(self.role, channel, self.migration)
                 fd = accept(listener)
             except OSError as error:
@@ -337,7 +329,7 @@ class Proxy(ABC):
             # At once: a connection that only this process has dies with it.
             lease = self._lease(name, fd)
             accepted = socket.socket(fileno=fd)
-            self.follow(self._connection(accepted, channel, lease), accepted)
+            self.follow(self._connection(accepted, channel, lease), lease, accepted)
 
     def _open(self, channel: Channel) -> asyncio.Semaphore:
         """Makes what the connections of a channel share; returns their slots."""
@@ -347,13 +339,20 @@ class Proxy(ABC):
         return self._slots.setdefault(channel, asyncio.Semaphore(self.around.max_connections))
 
     def _lease(self, name: str, fd: int) -> Lease:
-        return self.around.store.lease(name, fd) if self.around.security.resumable else Lease(name)
+        relay = self.around.relay
+        return relay.lease(name, fd) if self.around.security.is_relayed else relay.lease(name)
 
-    def follow(self, connection: Coroutine[Any, Any, None], accepted: socket.socket) -> None:
-        """Runs what serves a connection in a task of its own, which ends with the proxy."""
+    def follow(self, connection: Coroutine[Any, Any, None], lease: Lease, *owned: socket.socket) -> None:
+        """Runs what serves a connection in a task of its own, which ends with the proxy; closes what it owns then."""
         connections, task = self._connections, asyncio.create_task(connection)
-        connections[task] = accepted
-        task.add_done_callback(lambda done: connections.pop(done).close())
+        connections[task] = owned
+
+        def close(done: asyncio.Task[None]) -> None:
+            lease.drop()  # of a task that was cancelled before its first step
+            for sock in connections.pop(done):
+                sock.close()
+
+        task.add_done_callback(close)
 
     async def _connection(
         self, accepted: socket.socket, channel: Channel, lease: Lease, dialled: socket.socket | None = None
@@ -378,23 +377,23 @@ class Proxy(ABC):
                             legs.append(await self._reach(channel, lease, self._deadline()))
                     unix = legs[-1]
                 widen_unix(unix)
-                relay = Relay(unix, transport, lease)
+                connection = relayed(unix, transport, lease)
             except (DialError, ProxyError, OSError) as error:
                 told = self._fail(channel, error, "dial")
                 if self._failed_lines.admits((channel, told.get("reason", ""))):
                     log.error("connection failed", **told)
-                lease.release(keep_record=False)
+                self.note(lease)
                 for leg in legs:
                     reset(leg)
                 return
             except BaseException:
-                lease.release(keep_record=False)
+                lease.drop()
                 for leg in legs:
                     reset(leg)
                 raise
             log = log.bind(security=transport.label)
             log.info("connection opened")
-            await self._relay(relay, channel, log)
+            await self._relay(connection, lease, channel, log)
 
     @asynccontextmanager
     async def stored(self, leg: socket.socket, lease: Lease) -> AsyncIterator[socket.socket]:
@@ -403,13 +402,16 @@ class Proxy(ABC):
         A connection that dies with this process after the other side has taken it looks there like one that came and
         went, beside the one that the next daemon makes: to QEMU, one of the migration's too many.
         """
-        lease.add(leg.fileno())
+        kept = lease.fds
+        if kept:
+            lease.keep(*kept, leg.fileno())
         try:
             async with self._storing:  # which is fair: connections are made in the order in which they were asked for
-                await self.around.store.handed_over()
+                await self.around.relay.handed_over()
             yield leg
         except BaseException:
-            lease.forget(leg.fileno())
+            if kept:
+                lease.keep(*kept)
             leg.close()
             raise
 
@@ -419,7 +421,6 @@ class Proxy(ABC):
         while True:
             if len(legs) == 1:
                 legs.append(await self._reach(channel, lease, deadline))
-            stored = legs[-1].fileno()
             try:
                 transport = await self._secure(legs[-1], server=False)
             except TLSError as error:
@@ -427,8 +428,7 @@ class Proxy(ABC):
                 pause = next(pauses)
                 if error.reason is not Reason.CLOSED or asyncio.get_running_loop().time() + pause > deadline:
                     raise
-                lease.forget(stored)
-                reset(legs.pop())
+                self._let_go(legs.pop(), lease)
                 await asyncio.sleep(pause)
             else:
                 legs[-1] = transport.tcp
@@ -437,9 +437,14 @@ class Proxy(ABC):
     async def _drop_unusable(self, legs: list[socket.socket], lease: Lease) -> None:
         """Lets go of the leg that an earlier daemon dialled, where this one cannot go on with it."""
         if len(legs) > 1 and not await self._is_usable(legs[-1]):
-            dead = legs.pop()
-            lease.forget(dead.fileno())
-            reset(dead)
+            self._let_go(legs.pop(), lease)
+
+    @staticmethod
+    def _let_go(dialled: socket.socket, lease: Lease) -> None:
+        """Resets a leg that was dialled; the accepted one stays kept."""
+        if lease.fds:
+            lease.keep(lease.fds[0])
+        reset(dialled)
 
     async def _is_usable(self, leg: socket.socket) -> bool:
         """Whether a leg was connected, and carries no handshake yet that only the daemon before could finish."""
@@ -467,7 +472,7 @@ class Proxy(ABC):
     async def _secure(self, tcp: socket.socket, *, server: bool) -> Transport:
         began = time.monotonic()
         transport = await self.around.security.secure(tcp, server=server)
-        if transport.label != Transport.label:
+        if transport.label != PLAINTEXT:
             self.around.measures.handshakes.labels(self.role).observe(time.monotonic() - began)
         return transport
 
@@ -514,26 +519,23 @@ class Proxy(ABC):
             why = str(last) if last else f"{self.peer(channel)}: no answer"
             raise DialError(f"{why} (tried for {self.around.dial_timeout:g} s)") from last
 
-    async def _relay(self, relay: Relay, channel: Channel, log: structlog.stdlib.BoundLogger) -> None:
+    async def _relay(
+        self, connection: Connection, lease: Lease, channel: Channel, log: structlog.stdlib.BoundLogger
+    ) -> None:
         traffic = self.traffic[channel]
-        traffic.begin(relay)
-        self.around.store.changed.set()  # so that one without a lease is on record, too
-        self.progress.opened = self.progress.opened or relay.opened
+        traffic.begin(connection)
+        self.note()
+        self.progress.opened = self.progress.opened or connection.opened
         failure: dict[str, str] = {}
         try:
-            try:
-                await self.around.store.handed_over()
-            except asyncio.CancelledError:
-                relay.discard()
-                raise
-            await relay.run()
+            await connection.run()
         except OSError as error:
             failure = self._fail(channel, error, _BROKEN.get(error.errno or 0, "other"))
         finally:
-            traffic.end(relay)
-            self.around.store.changed.set()
-            seconds = round(time.monotonic() - relay.opened, 3)
-            counts = {"sent": relay.sent, "received": relay.received, "seconds": seconds}
+            traffic.end(connection)
+            self.note(lease)
+            seconds = round(time.monotonic() - connection.opened, 3)
+            counts = {"sent": connection.sent, "received": connection.received, "seconds": seconds}
             if failure:
                 log.warning("connection broken", **counts, **failure)
             else:
@@ -550,6 +552,7 @@ class Proxy(ABC):
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
         self._failed_lines.close()
+        self.around.relay.forget_note(state_name(self.role, self.migration))
         sent, received = self._moved()
         self.log.info(
             "proxy ended",

@@ -91,15 +91,6 @@ class Reloader:
         self._around = around
         self._protection = protection
 
-    def can_start_anew(self) -> bool:
-        """Whether a daemon that is started now would start: what is handed over to one that does not is lost."""
-        try:
-            self._protection.check(self._read())
-        except (SettingsError, SecurityError, OSError) as error:
-            log.error("the next daemon would not start: draining instead of handing over", error=str(error))
-            return False
-        return True
-
     def reload(self) -> None:
         """Reads the configuration again and follows it, for connections and migrations from now on.
 

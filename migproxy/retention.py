@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from migproxy.relay import Progress
+from migproxy.traffic import Progress
 
 MOST = 200
 """Ended migrations kept at most, so that what is exported is bounded whatever the number of migrations."""

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from migproxy.plan import Bypassed, Migration, Role
-from migproxy.relay import Traffic
 from migproxy.source import Source
-from migproxy.takeover import Survivor
+from migproxy.takeover import AdoptedProxy
 from migproxy.target import Target
+from migproxy.traffic import Traffic
 
 
 def certificate_problem(tls: Mapping[str, Any]) -> str | None:
@@ -47,7 +47,7 @@ def identity(migration: Migration, role: Role) -> dict[str, Any]:
     }
 
 
-def survivor(left: Survivor) -> dict[str, Any]:
+def adopted(left: AdoptedProxy) -> dict[str, Any]:
     """The row of what an earlier daemon left."""
     return {
         **identity(left.migration, left.role),
@@ -57,7 +57,7 @@ def survivor(left: Survivor) -> dict[str, Any]:
     }
 
 
-def traffic(proxy: Source | Target | Survivor) -> dict[str, Any]:
+def traffic(proxy: Source | Target | AdoptedProxy) -> dict[str, Any]:
     """What a proxy adds to its migration's row."""
     sent, received = proxy.rate
     return {
@@ -73,7 +73,7 @@ def traffic(proxy: Source | Target | Survivor) -> dict[str, Any]:
                 "channel": channel.label,
                 "listening": proxy.listening(channel),
                 "peer": proxy.peer(channel),
-                "connections_open": len(traffic.relays),
+                "connections_open": len(traffic.open),
                 "connections_total": traffic.connections,
                 "connections_failed": traffic.failed,
                 "failures": dict(traffic.failures),

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from migproxy.settings import Settings
-from migproxy.splice import Transport
 from migproxy.tls import MutualTLS, Plaintext, Security, SecurityError, TLSOptions
-from migproxy.verify import Peers, Reason, TLSError
+from migproxy.tlserrors import Reason, TLSError
+from migproxy.transport import Transport
+from migproxy.verify import Peers
 
 if TYPE_CHECKING:
     from migproxy.kube.cluster import ClusterSettings
@@ -85,14 +86,6 @@ class OptionsSecurity:
         self._use(security(settings))
         self._settings = settings
 
-    def check(self, settings: Settings) -> None:
-        """Checks whether a daemon with other options could start.
-
-        Raises:
-            SecurityError: It could not.
-        """
-        security(settings)
-
     def _use(self, current: Security) -> None:
         current.errors = self.errors
         self._current = current
@@ -104,9 +97,9 @@ class OptionsSecurity:
         return self._current is None or self._current.encrypts
 
     @property
-    def resumable(self) -> bool:
+    def is_relayed(self) -> bool:
         """See Security."""
-        return self._current is not None and self._current.resumable
+        return self._current is not None and self._current.is_relayed
 
     async def settled(self) -> None:
         """See Security: it is."""
@@ -172,9 +165,6 @@ class ClusterSecurity(OptionsSecurity):
                 if settings.beside_virt_handler:  # whose proxy knows them, and serves until this daemon does
                     self.problem = "KubeVirt's settings are not known yet"
         self._settings = settings
-
-    def check(self, settings: Settings) -> None:
-        """It could: what it lacks, it waits for."""
 
     def apply(self, cluster: ClusterSettings) -> None:
         """Follows the cluster's settings, for connections from now on.

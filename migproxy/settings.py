@@ -228,6 +228,15 @@ class Settings(BaseModel):
         max_length=107,
         description="Unix socket on which the daemon answers `migproxy status`.",
     )
+    relay_socket: str | None = Field(
+        None,
+        min_length=1,
+        max_length=107,
+        description="Unix socket of `migproxy relay`, which moves the bytes. Default: beside the control socket.",
+    )
+    relay_externally_managed: bool = Field(
+        False, description="Never start a relay: systemd or Kubernetes does. Without it, one is started and stays."
+    )
     http_listen: str = Field(
         ":9470",
         description="[ADDRESS]:PORT on which metrics, health and the status page are served over HTTP; without an "
@@ -289,9 +298,9 @@ class Settings(BaseModel):
         return value
 
     @property
-    def state_file(self) -> str:
-        """Where is written what the next daemon is to know, should this one die: beside the control socket."""
-        return os.path.splitext(self.control_socket)[0] + ".state.json"
+    def relay_path(self) -> str:
+        """The relay's socket: by default beside the control socket."""
+        return self.relay_socket or os.path.splitext(self.control_socket)[0] + ".relay.sock"
 
     @property
     def cluster_ca(self) -> str:

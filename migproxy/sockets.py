@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
-import fcntl
 import os
-import resource
 import socket
 import stat
-import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -25,9 +22,6 @@ BACKLOG = 512
 _UNIX_BUFFER = 1 << 20  # bytes; the default of 208 KiB costs 10 % of the throughput
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; not among Python's constants
 _IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
-_TCP_ULP = 31  # linux/tcp.h
-_UNSPECIFIED = struct.pack("=H14x", socket.AF_UNSPEC)  # a sockaddr, which Python's own connect does not make
-_libc = ctypes.CDLL(None)
 _keeping_lock = ctypes.PyDLL(None, use_errno=True)
 
 
@@ -174,53 +168,12 @@ async def ready(fd: int, *, writing: bool) -> None:
         remove(fd)
 
 
-def is_connected(unix: socket.socket) -> bool:
-    """Whether a unix socket has been connected, and its peer is still there."""
-    try:
-        unix.getpeername()
-    except OSError:
-        return False
-    return True
-
-
 def widen_unix(sock: socket.socket) -> None:
     """Gives a launcher's connection a send buffer that a pump fills in one call."""
     with suppress(PermissionError):
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _UNIX_BUFFER)
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
-
-
-def reset(sock: socket.socket) -> None:
-    """Closes a TCP socket so that the peer sees a reset, not an end of stream that would pass for a complete one.
-
-    A holder may have a descriptor of it, too, so that closing it alone would tell the peer nothing: it is disconnected,
-    which resets it at once (connect(2), AF_UNSPEC). A unix socket is shut down.
-    """
-    with suppress(OSError):
-        if sock.family == socket.AF_UNIX:
-            sock.shutdown(socket.SHUT_RDWR)
-        else:
-            disconnect(sock)
-    sock.close()
-
-
-def disconnect(tcp: socket.socket) -> None:
-    """Resets a TCP connection at once where the kernel lets it, else when its last descriptor is closed.
-
-    Linux 6.4 and 6.5 do not while a thread waits for the socket. Kernel TLS never does (net/tls/tls_main.c): there a
-    FIN is sent, which without a close_notify is no end of stream, but a truncation (RFC 8446, 6.1).
-
-    Raises:
-        OSError: It is closed.
-    """
-    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    if _libc.connect(tcp.fileno(), _UNSPECIFIED, len(_UNSPECIFIED)) and _is_tls(tcp):
-        tcp.shutdown(socket.SHUT_RDWR)
-
-
-def _is_tls(tcp: socket.socket) -> bool:
-    return tcp.getsockopt(socket.IPPROTO_TCP, _TCP_ULP, 16).startswith(b"tls")
 
 
 def make_way(path: str, kind: socket.SocketKind, who: str) -> None:
@@ -247,25 +200,5 @@ def make_way(path: str, kind: socket.SocketKind, who: str) -> None:
     raise OSError(errno.EADDRINUSE, f"another {who} answers there; stop it, or give this one a socket of its own")
 
 
-def identity(fd: int) -> tuple[int, int, int]:
-    """What tells one open socket or pipe's end from all others: device, inode, and which end it is."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-
-
-def quench(listener: socket.socket) -> None:
-    """Closes a listener so that nobody can connect any more, whoever else has a descriptor of it."""
-    with suppress(OSError):
-        listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-
-
 def _family(address: IPAddress) -> socket.AddressFamily:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
-
-
-def raise_file_limit() -> int:
-    """Raises the soft limit of open files, which is meant for programs that use select(2); returns the hard one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from asyncinotify import Mask
 
-from migproxy.fdstore import Lease
+from migproxy.fds import quench
 from migproxy.launcher import LauncherError, RunDir
 from migproxy.plan import Role, SourceProxy
 from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
 from migproxy.proxy import Proxy, ProxyError, Surroundings
-from migproxy.sockets import BACKLOG, connect_tcp, new_tcp, quench
+from migproxy.relay.client import Lease
+from migproxy.sockets import BACKLOG, connect_tcp, new_tcp
 from migproxy.watch import Subscription, Watcher
 
 _FOLDER_CHANGES = (
@@ -271,7 +272,7 @@ class _Place:
             one.task.cancel()
         await asyncio.gather(*(one.task for one in closing_now), return_exceptions=True)
         for one in closing_now:
-            one.lease.release()
+            one.lease.drop()
             quench(one.listener)
 
 

@@ -15,6 +15,8 @@ import termios
 from abc import ABC, abstractmethod
 from contextlib import suppress
 
+from migproxy.tally import BROKEN, CLEAN, FILLED, MOVED, Tally
+
 PIPE_SIZES = (1 << 20, 1 << 19, 1 << 18)
 """Capacities asked for, in bytes, best first: the kernel's default of 64 KiB costs a third of the throughput.
 
@@ -26,13 +28,21 @@ unprivileged user, is refused with EPERM (pipe(7)); then the next smaller one is
 class Pipe:
     """A pipe as large as the kernel allows; owns its two descriptors.
 
+    While a pump runs, ask for nothing but the ends: splice(2) keeps the pipe locked for as long as it waits for a
+    socket, and fcntl(2) and ioctl(2) wait for that lock.
+
     Attributes:
         reader: The descriptor to splice from.
         writer: The descriptor to splice to.
-        capacity: Bytes that it can hold.
+
+    Args:
+        ends: Reader and writer of one that exists; None to make one.
+
+    Raises:
+        OSError: No descriptors are left.
     """
 
-    __slots__ = ("capacity", "reader", "writer")
+    __slots__ = ("reader", "writer")
 
     def __init__(self, ends: tuple[int, int] | None = None) -> None:
         self.reader, self.writer = ends or os.pipe2(os.O_CLOEXEC)
@@ -40,18 +50,16 @@ class Pipe:
             with suppress(PermissionError):
                 fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, size)
                 break
-        self.capacity: int = fcntl.fcntl(self.writer, fcntl.F_GETPIPE_SZ)
 
-    @classmethod
-    def reopen(cls, end: int) -> Pipe:
-        """Makes a pipe of one end of it, which it owns then; the other end is opened anew (proc(5), /proc/pid/fd).
+    @property
+    def capacity(self) -> int:
+        """Bytes that it can hold."""
+        return fcntl.fcntl(self.writer, fcntl.F_GETPIPE_SZ)
 
-        Raises:
-            OSError: /proc is not mounted, or no descriptors are left; `end` stays open.
-        """
-        if is_writer(end):
-            return cls((os.open(f"/proc/self/fd/{end}", os.O_RDONLY | os.O_CLOEXEC), end))
-        return cls((end, os.open(f"/proc/self/fd/{end}", os.O_WRONLY | os.O_CLOEXEC)))
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Reader and writer."""
+        return self.reader, self.writer
 
     @property
     def held(self) -> int:
@@ -64,11 +72,6 @@ class Pipe:
         os.close(self.writer)
 
 
-def is_writer(end: int) -> bool:
-    """Whether a pipe's end is the one to write to."""
-    return fcntl.fcntl(end, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
-
-
 class Pump(ABC):
     """Moves the bytes of one direction until its end, and passes the end on.
 
@@ -78,34 +81,39 @@ class Pump(ABC):
 
     Attributes:
         mode: How the bytes move, for metrics: "spliced", "ktls" (spliced, and encrypted by the kernel), "user-space".
-        spliced: Whether the bytes stay in the kernel.
-        moved: Bytes delivered to `target` so far; written by the pump's thread alone, read by anyone.
         error: What ended the stream before its end; None while it runs and after a clean end.
         unmissed: Errors that are a clean end where the launcher has closed its end: nobody misses what may be missing.
+
+    Args:
+        tally: Where it counts; written by the pump's thread alone, read by anyone.
     """
 
-    __slots__ = ("error", "moved", "source", "target")
+    __slots__ = ("error", "source", "tally", "target")
     mode = "user-space"
-    spliced = False
     unmissed: tuple[type[OSError], ...] = ()
 
-    def __init__(self, source: socket.socket, target: socket.socket) -> None:
+    def __init__(self, source: socket.socket, target: socket.socket, tally: Tally) -> None:
         self.source = source
         self.target = target
-        self.moved = 0
+        self.tally = tally
         self.error: OSError | None = None
 
     def run(self) -> None:
         """Pumps until the end of the stream or an error, which is left in `error`."""
         try:
+            if self.tally.end >= BROKEN:  # an earlier pump found it, and was killed before it could tell
+                number = self.tally.end - BROKEN or errno.EIO
+                raise OSError(number, os.strerror(number))
             try:
                 self._move()
             except self.unmissed:
                 if not has_hung_up(self.target):
                     raise
             self._finish()
+            self.tally.end = CLEAN
         except Exception as error:  # noqa: BLE001 - a defect of ours must not leave a connection that nobody moves
             self.error = error if isinstance(error, OSError) else OSError(errno.EIO, f"defect: {error!r}")
+            self.tally.end = BROKEN + (self.error.errno or 0)
             # Nothing is sent to the network: an end of stream would pass for a complete one.
             with suppress(OSError):
                 shutdown(self.target, socket.SHUT_RDWR if self.target.family == socket.AF_UNIX else socket.SHUT_RD)
@@ -120,15 +128,6 @@ class Pump(ABC):
         """Tells the target of the end; does not raise."""
         shutdown(self.target, socket.SHUT_WR)
 
-    def count_from(self, moved: int) -> None:
-        """Sets what had been delivered before, by a pump that was killed."""
-        self.moved = moved
-
-    @property
-    def pending(self) -> int:
-        """Bytes that it has taken from `source` and not delivered yet."""
-        return 0
-
     def close(self) -> None:  # noqa: B027 - a pump may have nothing to free
         """Frees what is the pump's own; the sockets belong to whoever made them."""
 
@@ -136,39 +135,33 @@ class Pump(ABC):
 class Splice(Pump):
     """The pump whose bytes stay in the kernel.
 
+    It goes on where another one was killed, to the byte: see `Tally.recover`.
+
     Attributes:
-        pipe: Holds the bytes in flight. While the pump runs, nobody asks the kernel for their number: splice(2) keeps
-            the pipe locked for as long as it waits for a socket.
+        pipe: Holds the bytes in flight; the pump owns it.
     """
 
-    __slots__ = ("_filled", "pipe")
+    __slots__ = ("pipe",)
     mode = "spliced"
-    spliced = True
 
-    def __init__(self, source: socket.socket, target: socket.socket, pipe: Pipe | None = None) -> None:
-        super().__init__(source, target)
-        self.pipe = pipe or Pipe()
-        self._filled = self.pipe.held
-
-    def count_from(self, moved: int) -> None:
-        self._filled += moved - self.moved
-        self.moved = moved
-
-    @property
-    def pending(self) -> int:
-        return self._filled - self.moved
+    def __init__(self, source: socket.socket, target: socket.socket, tally: Tally, pipe: Pipe) -> None:
+        super().__init__(source, target, tally)
+        self.pipe = pipe
+        tally.recover(pipe.held)
 
     def _move(self) -> None:
-        source, target = self.source.fileno(), self.target.fileno()
+        source, target, tally = self.source.fileno(), self.target.fileno(), self.tally.words
         reader, writer, capacity = self.pipe.reader, self.pipe.writer, self.pipe.capacity
-        held = self.pending
+        moved = tally[MOVED]
+        held = tally[FILLED] - moved
         while held or (held := self._fill(source, writer, capacity)):
-            self._filled = self.moved + held
+            tally[FILLED] = moved + held
             while held:
                 # No SPLICE_F_MORE: on the last bytes of a message it makes TCP wait up to 200 ms for more.
                 sent = os.splice(reader, target, held)
                 held -= sent
-                self.moved += sent
+                moved += sent
+                tally[MOVED] = moved
 
     def _fill(self, source: int, writer: int, capacity: int) -> int:
         try:
@@ -182,37 +175,6 @@ class Splice(Pump):
         self.pipe.close()
 
 
-class Transport:
-    """A connection between the two nodes, and how its bytes are moved: this one as they are.
-
-    Attributes:
-        tcp: The connected socket; whoever has the transport owns it.
-        label: What protects the connection, for people.
-        resumable: Whether all that it is stands in the kernel: another process can go on with its descriptors.
-    """
-
-    label = "plaintext"
-    resumable = True
-
-    def __init__(self, tcp: socket.socket) -> None:
-        self.tcp = tcp
-
-    def sending(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
-        """Makes the pump of what the launcher sends; to be closed by the caller.
-
-        Args:
-            pipe: With what it held when its pump was killed; the pump owns it. Only where `resumable`.
-
-        Raises:
-            OSError: No descriptors are left.
-        """
-        return Splice(unix, self.tcp, pipe)
-
-    def receiving(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
-        """Makes the pump of what the launcher receives; see `sending`."""
-        return Splice(self.tcp, unix, pipe)
-
-
 def ended_by_reset(source: socket.socket) -> bool:
     """Whether a reset is the end of what that socket has to give.
 
@@ -222,10 +184,10 @@ def ended_by_reset(source: socket.socket) -> bool:
     return source.family == socket.AF_UNIX
 
 
-def has_hung_up(launcher: socket.socket) -> bool:
-    """Whether a launcher has closed its end of a unix socket, of which we have shut nothing down."""
+def has_hung_up(unix: socket.socket) -> bool:
+    """Whether the peer has closed its end of a unix socket, of which we have shut nothing down."""
     events = select.poll()
-    events.register(launcher, 0)  # a hang-up is told in any case
+    events.register(unix, 0)  # a hang-up is told in any case
     return bool(events.poll(0))
 
 

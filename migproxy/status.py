@@ -41,8 +41,7 @@ def render(report: Mapping[str, Any]) -> str:
                 "  no failsafe runs: a daemon that is killed, and not started anew, would stay in virt-handler's way"
             )
     lines += _security(report["tls"])
-    if report["store"]["problem"]:
-        lines.append(f"  a crash would end running migrations: {report['store']['problem']}")
+    lines += _relay(report["relay"])
     if not report["migrations"]:
         return "\n".join([*lines, "no migrations"])
     rows = [_HEADINGS, *(row for migration in report["migrations"] for row in _rows(migration))]
@@ -55,6 +54,14 @@ def render(report: Mapping[str, Any]) -> str:
             if migration.get(label):
                 lines.append(f"{_name(migration)} ({migration['role']}): {migration[label]}")
     return "\n".join(lines)
+
+
+def _relay(relay: Mapping[str, Any]) -> Iterator[str]:
+    if relay["pid"] is not None:
+        moving = f"{relay['connections']} connection{'' if relay['connections'] == 1 else 's'}"
+        yield f"relay: process {relay['pid']} moves {moving}"
+    if relay["problem"]:
+        yield f"  relay: {relay['problem']}"
 
 
 def _cluster(cluster: Mapping[str, Any]) -> Iterator[str]:

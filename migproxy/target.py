@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from migproxy.announcement import Announcement
-from migproxy.fdstore import Lease
+from migproxy.fds import quench
 from migproxy.launcher import LauncherError, Untrusted, new_unix
 from migproxy.plan import Migration, Role, TargetProxy
 from migproxy.portmap import Channel, IPAddress, PortMap, target_socket_path
 from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
-from migproxy.sockets import PortTaken, listen_tcp, quench
-from migproxy.survival import Listener
+from migproxy.relay.client import Lease
+from migproxy.sockets import PortTaken, listen_tcp
+from migproxy.survival import LeftListener
 
 
 @dataclass(slots=True)
@@ -57,7 +58,7 @@ class _Listener:
     async def close(self) -> None:
         self.accepting.cancel()
         await asyncio.gather(self.accepting, return_exceptions=True)
-        self.lease.release()
+        self.lease.drop()
         quench(self.socket)
 
 
@@ -66,7 +67,7 @@ class _Bound:
     """A socket that listens; an earlier daemon's may be it."""
 
     socket: socket.socket
-    inherited: Listener | None = None
+    inherited: LeftListener | None = None
 
 
 class Target(Proxy):
@@ -245,7 +246,7 @@ class Target(Proxy):
         await super().close()
 
 
-def left_listening(migration: Migration, listeners: Iterable[Listener]) -> Announcement | None:
+def left_listening(migration: Migration, listeners: Iterable[LeftListener]) -> Announcement | None:
     """Where the listeners are that an earlier daemon left of a target, as it had announced them; None without any."""
     names = {one.name.channel: one.socket.getsockname() for one in listeners}
     ports = PortMap.of({channel: name[1] for channel, name in names.items()})

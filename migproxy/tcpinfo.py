@@ -11,8 +11,6 @@ from dataclasses import dataclass
 _LAYOUT = struct.Struct("=B7x24I4Q6IQ")  # up to tcpi_delivery_rate, which Linux 4.9 added
 _STATE, _SND_MSS, _RTT, _SND_CWND, _TOTAL_RETRANS, _ACKED, _RECEIVED, _DELIVERY_RATE = 0, 3, 16, 19, 24, 27, 28, 35
 
-_READINGS = 100  # of a connection that is at full speed, a few are enough
-
 # net/tcp_states.h
 ESTABLISHED, SYN_SENT = 1, 2
 _FIN_WAIT1, _FIN_WAIT2, _TIME_WAIT, _CLOSE, _CLOSE_WAIT, _LAST_ACK, _CLOSING = 4, 5, 6, 7, 8, 9, 11
@@ -61,29 +59,6 @@ def read(sock: socket.socket) -> TCPInfo | None:
         acked=fields[_ACKED],
         received=fields[_RECEIVED],
     )
-
-
-def carried(sock: socket.socket, *, dialled: bool) -> tuple[int, int]:
-    """Bytes of payload that a socket was given to send, and that were taken out of it: exact, whoever did it.
-
-    Of one that this end has reset, nothing is known any more: 0.
-
-    Args:
-        dialled: Whether this end made the connection: its SYN is among what was acknowledged.
-    """
-    info = read(sock)
-    for _ in range(_READINGS):
-        if info is None:
-            return 0, 0
-        before, waiting, queued = info, unsent(sock), _queued(sock, termios.FIONREAD)
-        info = read(sock)
-        if info and (info.state, info.acked, info.received) == (before.state, before.acked, before.received):
-            break  # what was read in between belongs to these figures
-    if info is None or (info.state == _CLOSE and not (info.acked or info.received)):
-        return 0, 0  # a reset of our own: it has cleared the figures, and moved the send queue's
-    sent = info.acked + waiting - dialled - (info.state in _FIN_SENT)
-    taken = info.received - queued - (info.state in _FIN_RECEIVED)
-    return max(0, sent), max(0, taken)  # a reset that nothing came before has no FIN to leave out
 
 
 def is_over(sock: socket.socket) -> bool:

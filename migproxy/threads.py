@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import _thread
-import os
 import queue
 from collections.abc import Callable
 
 Work = Callable[[], object]
 
-_NICENESS = os.getpriority(os.PRIO_PROCESS, 0)
-_AHEAD = 10
-
-
-def prefer_this_thread() -> bool:
-    """Gives the calling thread the CPU ahead of all `Threads`, where the process may (CAP_SYS_NICE, RLIMIT_NICE).
-
-    For the event loop: where pumps at full speed keep every CPU busy, it would wait its turn at each step of serving a
-    new migration.
-
-    Returns:
-        Whether it may.
-    """
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS - _AHEAD)
-    except PermissionError:
-        return False
-    return True
-
 
 class Threads:
     """Runs each piece of work in a thread of its own, which then waits a while for the next one.
 
-    A relay needs two threads. To start them took a third of the CPU time that a short connection costs, and
+    A connection needs two threads. To start them took a third of the CPU time that a short connection costs, and
     `threading.Thread.start`, which waits until the thread runs, as much again in time.
 
     The interpreter does not wait for these threads at its end.
@@ -62,9 +42,6 @@ class Threads:
             mailbox.put(work)
 
     def _serve(self, work: Work) -> None:
-        # A thread starts with the niceness of the one that made it; on Linux each has its own (setpriority(2)).
-        if os.getpriority(os.PRIO_PROCESS, 0) < _NICENESS:
-            os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
         mailbox: queue.SimpleQueue[Work] = queue.SimpleQueue()
         while True:
             work()

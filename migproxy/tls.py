@@ -22,12 +22,17 @@ import structlog
 
 from migproxy import credentials, ktls
 from migproxy.credentials import Credentials, CredentialsError, Loaded
-from migproxy.ktls import KernelTransport
+from migproxy.fds import reset
+from migproxy.ktls import KernelSend
 from migproxy.pki import Files
-from migproxy.sockets import ready, reset
-from migproxy.splice import Pipe, Pump, Transport
-from migproxy.userspace import HANDSHAKE_READ, MemorySession, SocketReceive, UserTransport, alert
-from migproxy.verify import Peers, Reason, TLSError
+from migproxy.relay.protocol import Way
+from migproxy.sockets import ready
+from migproxy.splice import Pipe, Pump
+from migproxy.tally import Tally
+from migproxy.tlserrors import Reason, TLSError
+from migproxy.transport import KernelTransport, Transport, UserTransport
+from migproxy.userspace import HANDSHAKE_READ, MemorySession, MemoryTransport, SocketReceive, alert
+from migproxy.verify import Peers
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -68,7 +73,7 @@ class Security(Protocol):
         errors: Connections that were refused, or broke, for a reason of TLS: by reason.
         encrypts: Whether a connection that is not secured yet cannot be gone on with by another process; None while
             that is not known.
-        resumable: Whether connections can outlive the process (`Transport.resumable`), as far as it is known before.
+        is_relayed: Whether the relay can move connections (`KernelTransport`), as far as it is known before.
     """
 
     errors: Counter[Reason]
@@ -77,7 +82,7 @@ class Security(Protocol):
     def encrypts(self) -> bool | None: ...
 
     @property
-    def resumable(self) -> bool: ...
+    def is_relayed(self) -> bool: ...
 
     async def settled(self) -> None:
         """Returns once it is known how connections are to be protected, or nobody will tell soon."""
@@ -104,7 +109,7 @@ class Plaintext:
     """No protection: every byte of the guest's memory crosses the migration network readable."""
 
     encrypts = False
-    resumable = True
+    is_relayed = True
 
     def __init__(self) -> None:
         self.errors: Counter[Reason] = Counter()
@@ -113,7 +118,7 @@ class Plaintext:
         """See Security: it is."""
 
     async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
-        return Transport(tcp)
+        return KernelTransport(tcp)
 
     def report(self) -> dict[str, Any]:
         return {"mode": "plaintext", "errors": {}}
@@ -211,7 +216,7 @@ class MutualTLS:
         self._pool = ThreadPoolExecutor(_THREADS, "handshake")
 
     @property
-    def resumable(self) -> bool:
+    def is_relayed(self) -> bool:
         """See Security: only with both directions in the kernel."""
         return self.kernel and self.kernel_problem is None
 
@@ -353,7 +358,7 @@ class MutualTLS:
                     tcp.send(outgoing.read())
             raise refusal(error, tls) from error
         label = f"{tls.version()} {_cipher(tls)} with {who}, in user space"
-        return UserTransport(tcp, MemorySession(tls, incoming, outgoing), label)
+        return MemoryTransport(tcp, MemorySession(tls, incoming, outgoing), label)
 
     async def _over_socket(
         self, tcp: socket.socket, context: ssl.SSLContext, check: Callable[[ssl.SSLSocket], str], *, server: bool
@@ -381,7 +386,7 @@ class MutualTLS:
         sends, receives = ktls.offloaded(tls)
         label = f"{tls.version()} {_cipher(tls)} with {who}"
         if sends and receives:
-            return KernelTransport(tls, f"{label}, in the kernel")
+            return KernelTransport(tls, f"{label}, in the kernel", Way.KTLS)
         if sends and self._options.ktls == "auto":
             return _SendingKernelTransport(tls, f"{label}, sending in the kernel")
         raise TLSError(Reason.NOT_OFFLOADED, f"the kernel did not take over {label}: use --ktls off for this peer")
@@ -401,17 +406,16 @@ class MutualTLS:
         return running.result()
 
 
-class _SendingKernelTransport(KernelTransport):
+class _SendingKernelTransport(UserTransport):
     """A connection that the kernel encrypts, and OpenSSL decrypts."""
-
-    resumable = False
 
     def __init__(self, tls: ssl.SSLSocket, label: str) -> None:
         super().__init__(tls, label)
         self._tls = tls
 
-    def receiving(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
-        return SocketReceive(self._tls, unix)
+    def pumps(self, unix: socket.socket, tallies: tuple[Tally, Tally]) -> tuple[Pump, Pump]:
+        sending, receiving = tallies
+        return KernelSend(unix, self._tls, sending, Pipe()), SocketReceive(self._tls, unix, receiving)
 
 
 class Unfinished:

@@ -10,8 +10,10 @@ import ssl
 import threading
 from contextlib import suppress
 
-from migproxy.splice import Pipe, Pump, Transport, ended_by_reset, shutdown
-from migproxy.verify import Reason, TLSError, Truncated
+from migproxy.splice import Pump, ended_by_reset, shutdown
+from migproxy.tally import Tally
+from migproxy.tlserrors import Reason, TLSError, Truncated
+from migproxy.transport import UserTransport
 
 HANDSHAKE_READ = 1 << 14
 """Bytes taken from the socket at once during the handshake; application data may be among them."""
@@ -135,8 +137,8 @@ class UserSend(Pump):
 
     __slots__ = ("_session",)
 
-    def __init__(self, unix: socket.socket, tcp: socket.socket, session: MemorySession) -> None:
-        super().__init__(unix, tcp)
+    def __init__(self, unix: socket.socket, tcp: socket.socket, tally: Tally, session: MemorySession) -> None:
+        super().__init__(unix, tcp, tally)
         self._session = session
 
     def _move(self) -> None:
@@ -145,7 +147,7 @@ class UserSend(Pump):
         arrivals = _arrivals(self.source)
         while arrivals.poll() and (count := self._fill(plain)):
             self.target.sendall(self._session.seal(plain[:count]))
-            self.moved += count
+            self.tally.moved += count
 
     def _fill(self, plain: memoryview) -> int:
         try:
@@ -171,8 +173,8 @@ class UserReceive(Pump):
     # collector closes the connection that it has dialled.
     unmissed = (Truncated,)
 
-    def __init__(self, tcp: socket.socket, unix: socket.socket, session: MemorySession) -> None:
-        super().__init__(tcp, unix)
+    def __init__(self, tcp: socket.socket, unix: socket.socket, tally: Tally, session: MemorySession) -> None:
+        super().__init__(tcp, unix, tally)
         self._session = session
 
     def _move(self) -> None:
@@ -190,7 +192,7 @@ class UserReceive(Pump):
                 continue
             finally:
                 _desks.put(desk)
-            self.moved += sent
+            self.tally.moved += sent
             _deliver(self, memoryview(rest))
 
 
@@ -204,8 +206,8 @@ class SocketReceive(Pump):
     __slots__ = ("_tls",)
     unmissed = (Truncated,)  # see UserReceive
 
-    def __init__(self, tls: ssl.SSLSocket, unix: socket.socket) -> None:
-        super().__init__(tls, unix)
+    def __init__(self, tls: ssl.SSLSocket, unix: socket.socket, tally: Tally) -> None:
+        super().__init__(tls, unix, tally)
         self._tls = tls
 
     def _move(self) -> None:
@@ -236,25 +238,20 @@ def _deliver(pump: Pump, plain: memoryview) -> None:
     """Blocks until all of it is sent."""
     while plain:
         sent = pump.target.send(plain)
-        pump.moved += sent
+        pump.tally.moved += sent
         plain = plain[sent:]
 
 
-class UserTransport(Transport):
-    """A connection that is encrypted in user space, both ways: its keys die with the process."""
-
-    resumable = False
+class MemoryTransport(UserTransport):
+    """A connection that is encrypted in user space both ways."""
 
     def __init__(self, tcp: socket.socket, session: MemorySession, label: str) -> None:
-        super().__init__(tcp)
-        self.label = label
+        super().__init__(tcp, label)
         self._session = session
 
-    def sending(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
-        return UserSend(unix, self.tcp, self._session)
-
-    def receiving(self, unix: socket.socket, pipe: Pipe | None = None) -> Pump:
-        return UserReceive(self.tcp, unix, self._session)
+    def pumps(self, unix: socket.socket, tallies: tuple[Tally, Tally]) -> tuple[Pump, Pump]:
+        sending, receiving = tallies
+        return UserSend(unix, self.tcp, sending, self._session), UserReceive(self.tcp, unix, receiving, self._session)
 
 
 def broken(error: ssl.SSLError) -> TLSError:

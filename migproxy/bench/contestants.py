@@ -104,7 +104,7 @@ class Contestant(ABC):
 
     @property
     def pids(self) -> list[int]:
-        """The relays' processes: the source's, the target's."""
+        """The relays' processes."""
         return [process.pid for process in self._processes]
 
     def check(self) -> None:
@@ -243,7 +243,7 @@ def daemons(stage: Stage) -> dict[str, tuple[str, ...]]:
 
 
 class Migproxy(Contestant):
-    """Two real daemons, with a folder of VMIs of which some migrate from the one node to the other.
+    """Two real daemons and their relays, with a folder of VMIs of which some migrate from the one node to the other.
 
     Attributes:
         vmis: The folder of VMIs that both watch.
@@ -278,9 +278,12 @@ class Migproxy(Contestant):
             ("target", network.target, network.target_prefix, self.controls[0]),
             ("source", network.source, (), self.controls[1]),
         ):
+            relay = f"{self._folder}/{node}.relay"
+            self._run([sys.executable, "-m", "migproxy.relay", relay], self._folder / f"{node}.relay.log")
             daemon = ["-m", "migproxy", "run", "--node-name", node, "--vmi-dir", str(self.vmis)]
             daemon += ["--launcher-run-dir", f"{self._folder}/{node[0]}/{{uid}}", "--migration-address", address]
             daemon += ["--libvirt-socket", "libvirtd", "--control-socket", control, "--http-listen", "off"]
+            daemon += ["--relay-socket", relay, "--relay-externally-managed"]
             self._run([*prefix, sys.executable, *daemon, *self._options], self._folder / f"{node}.log")
         until(lambda: self._ended() or all(Path(path).is_socket() for path in self.sources), "migproxy's sockets", 60)
         self.check()

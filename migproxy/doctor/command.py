@@ -122,6 +122,8 @@ def _findings(request: Request) -> Iterator[Finding]:
             settings.pods_dir,
             settings.congestion_control,
             {} if settings.disable_tls else request.certificates,
+            settings.relay_path,
+            settings.relay_externally_managed,
             settings.failsafe_lock if settings.beside_virt_handler else None,
         ),
         address,

@@ -33,6 +33,7 @@ _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # linux/proc_ns.h, PROC_PID_INIT_INO
 _IPPROTO_MPTCP = 262
 _SIOCGIFFLAGS, _SIOCGIFMTU, _IFF_RUNNING = 0x8913, 0x8921, 0x40
 _ETHERNET_MTU = 1500
+_PEER = struct.Struct("3i")  # ucred, unix(7)
 _EXPIRY_WARNING = 0.2  # of a certificate's life; KubeVirt renews at that point
 
 
@@ -61,13 +62,14 @@ def check_splice(splice: Callable[[int, int, int], int] = os.splice) -> Finding:
 def check_pipe_size(wanted: int = PIPE_SIZES[0]) -> Finding:
     """Whether a connection's pipes get their full size."""
     pipe = Pipe()
+    capacity = pipe.capacity
     pipe.close()
-    if pipe.capacity >= wanted:
-        return Finding("pipe size", Level.OK, f"{pipe.capacity >> 10} KiB")
+    if capacity >= wanted:
+        return Finding("pipe size", Level.OK, f"{capacity >> 10} KiB")
     return Finding(
         "pipe size",
         Level.WARN,
-        f"{pipe.capacity >> 10} KiB instead of {wanted >> 10} KiB: a third of the throughput is lost at 64 KiB",
+        f"{capacity >> 10} KiB instead of {wanted >> 10} KiB: a third of the throughput is lost at 64 KiB",
         f"sysctl fs.pipe-max-size={wanted}, and run as root or with CAP_SYS_RESOURCE",
     )
 
@@ -409,6 +411,42 @@ def check_failsafe(lock: str) -> Finding:
     )
 
 
+# The relay
+
+
+def check_relay(path: str, *, is_externally_managed: bool) -> Finding:
+    """Whether a relay answers.
+
+    Args:
+        path: Its socket. Nothing is said there: it has one daemon, and refuses others.
+        is_externally_managed: The daemon does not start one where none answers.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            return _no_relay(path, error, is_externally_managed=is_externally_managed)
+        pid, _, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return Finding("relay", Level.OK, f"process {pid} answers at {path}")
+
+
+def _no_relay(path: str, error: OSError, *, is_externally_managed: bool) -> Finding:
+    if isinstance(error, BlockingIOError):
+        remedy = "see what holds it up, or end it (SIGKILL will do): the next one goes on with everything"
+        return Finding("relay", Level.FAIL, f"the one at {path} accepts nobody", remedy)
+    if not isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        remedy = "run this and the daemon as root or as the relay's user, and name the relay's socket (--relay-socket)"
+        return Finding("relay", Level.FAIL, f"{path}: {error.strerror}", remedy)
+    if not is_externally_managed:
+        return Finding("relay", Level.OK, f"none runs at {path}: the daemon starts one")
+    remedy = (
+        "start it (systemctl start migproxy, or the pod's container relay); or leave --relay-externally-managed away, "
+        "and the daemon starts one"
+    )
+    return Finding("relay", Level.FAIL, f"none answers at {path}: {error.strerror}; nothing is relayed", remedy)
+
+
 # This node
 
 
@@ -418,6 +456,7 @@ class Patient:
 
     Attributes:
         certificates: By role; none where TLS is off.
+        relay_socket: Where the relay is reached.
         failsafe_lock: Beside virt-handler; else None.
     """
 
@@ -427,6 +466,8 @@ class Patient:
     pods_dir: str
     congestion_control: str
     certificates: Mapping[str, Certificates]
+    relay_socket: str
+    relay_externally_managed: bool
     failsafe_lock: str | None = None
 
 
@@ -455,6 +496,7 @@ def examine(patient: Patient, address: MigrationAddress) -> Iterator[Finding]:
     if "{pid}" in patient.launcher_run_dir:
         yield check_pods_dir(patient.pods_dir)
         yield check_pid_namespace()
+    yield check_relay(patient.relay_socket, is_externally_managed=patient.relay_externally_managed)
     if patient.failsafe_lock:
         yield check_failsafe(patient.failsafe_lock)
     if patient.certificates:

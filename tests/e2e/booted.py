@@ -93,9 +93,9 @@ class Booted:
         assert not check or done.returncode == 0, f"{command}: {done.stdout}"
         return done.stdout
 
-    def show(self, name: str) -> str:
-        """A property of migproxy.service."""
-        return self.run("systemctl", "show", "--value", "--property", name, "migproxy.service").strip()
+    def show(self, name: str, unit: str = "migproxy") -> str:
+        """A property of migproxy.service, or of another unit."""
+        return self.run("systemctl", "show", "--value", "--property", name, f"{unit}.service").strip()
 
     def journal(self, *matches: str) -> list[dict[str, Any]]:
         """migproxy's lines of the journal that match (FIELD=value), oldest first."""

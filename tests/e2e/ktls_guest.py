@@ -23,6 +23,7 @@ import uvloop
 from demo.lab import LabError, Node, VMIFile, until
 from demo.stream import CONNECTIONS, Streams
 from migproxy import control, daemon, devcerts, logs
+from migproxy.relay.process import Relay
 from migproxy.settings import Settings
 
 SMALL, LARGE = 1 << 20, 64 << 20  # bytes, of all streams together
@@ -56,6 +57,8 @@ def serve(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> No
             "launcher_run_dir": str(node.run_dir),
             "libvirt_socket": "libvirt/libvirt-sock",
             "control_socket": str(node.proxy.control),
+            "relay_socket": str(node.relay.socket),
+            "relay_externally_managed": True,
             "http_listen": "off",
             "tls_dir": certificates,
             **mode,
@@ -65,6 +68,18 @@ def serve(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> No
         os.dup2(os.open(node.proxy.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
         logs.configure("json", "info")
         uvloop.run(daemon.serve(settings, lambda: settings))
+    finally:
+        os._exit(0)
+
+
+def start_relay(node: Node) -> int:
+    """Starts a node's relay, and returns its process ID."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.dup2(os.open(node.relay.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+        Relay(str(node.relay.socket)).serve()
     finally:
         os._exit(0)
 
@@ -86,7 +101,8 @@ def measure(certificates: str, mode: dict[str, str], size: int) -> dict[str, Any
         vmis.mkdir()
         vmi = VMIFile(vmis / "vmi.yaml")
         nodes = [Node(name, address, Path(folder) / name) for name, address in ADDRESSES.items()]
-        pids = [start(node, vmis, certificates, mode) for node in nodes]
+        pids = [start_relay(node) for node in nodes]
+        pids += [start(node, vmis, certificates, mode) for node in nodes]
         try:
             return {"mode": mode} | asyncio.run(exchange(vmi, nodes, pids, size))
         except Exception:

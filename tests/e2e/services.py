@@ -1,4 +1,4 @@
-"""The laboratory's daemons as services of booted machines: systemd starts them, keeps their descriptors, ends them."""
+"""The laboratory's daemons and relays as services of booted machines: systemd starts them, and ends them."""
 
 import asyncio
 import os
@@ -16,10 +16,11 @@ from migproxy.portmap import Channel
 from tests.e2e.booted import Booted, boot
 
 PATIENCE = 90.0
+RELAY = "migproxy-relay"
 
 
 class Service(Proxy):
-    """A node's daemon as migproxy.service of a machine; it has that machine's configuration and journal.
+    """A node's daemon and relay as services of a machine; it has that machine's configuration and journal.
 
     Args:
         node: The node, whose folder the machine shares.
@@ -54,34 +55,43 @@ class Service(Proxy):
         with socket.socket(socket.AF_UNIX) as sock:
             return sock.connect_ex(str(self.control)) == 0
 
-    async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Kills it, at whatever stage it is; systemd starts it again. SIGTERM is left to the machine's own end."""
+    async def stop(self, how: signal.Signals = signal.SIGINT) -> int:
+        """Kills it, at whatever stage it is; systemd starts it again. Any other end is left to the machine's own."""
         if how is signal.SIGKILL:
-            await asyncio.to_thread(self._strike)
+            await self.kill("migproxy")
         return 0
 
-    def _strike(self) -> None:
-        """Kills the process, once there is one, and waits until systemd knows that it is dead."""
-        self.machine.wait(lambda: self.machine.show("MainPID") != "0", "a process", PATIENCE)
-        pid = self.machine.show("MainPID")
-        self.machine.run("systemctl", "kill", "--kill-whom=main", "--signal", "KILL", "migproxy")
-        self.machine.wait(lambda: self.machine.show("MainPID") != pid, "its end", PATIENCE)
+    async def kill(self, unit: str) -> None:
+        """Kills a unit's process, once there is one, and waits until systemd knows that it is dead."""
+
+        def strike() -> None:
+            self.machine.wait(lambda: self.machine.show("MainPID", unit) != "0", "a process", PATIENCE)
+            pid = self.machine.show("MainPID", unit)
+            self.machine.run("systemctl", "kill", "--kill-whom=main", "--signal", "KILL", unit)
+            self.machine.wait(lambda: self.machine.show("MainPID", unit) != pid, "its end", PATIENCE)
+
+        await asyncio.to_thread(strike)
 
     async def systemctl(self, verb: str, *options: str) -> None:
         """Does that to the service, and waits for it."""
         await asyncio.to_thread(self.machine.run, "systemctl", verb, *options, "migproxy", timeout=PATIENCE)
 
-    async def shows(self, name: str, value: str) -> None:
-        """Waits until a property of the service (systemctl show) has that value."""
-        await until(lambda: self.machine.show(name) == value, f"{self.node.name}: {name}={value}", PATIENCE)
+    async def shows(self, name: str, value: str, unit: str = "migproxy") -> None:
+        """Waits until a property of the service, or of another unit (systemctl show), has that value."""
+        await until(lambda: self.machine.show(name, unit) == value, f"{self.node.name}: {name}={value}", PATIENCE)
 
     async def stop_in_order(self) -> None:
         """Has it drained and ended by systemd, and waits for nothing; `spawn` starts it again."""
         self._started = False
         await self.systemctl("stop", "--no-block")
 
-    def descriptors(self) -> int:
-        return len(self.machine.run("sh", "-c", f"ls /proc/{self.machine.show('MainPID')}/fd").split())
+    def descriptors(self, unit: str = "migproxy") -> int:
+        return len(self.machine.run("sh", "-c", f"ls /proc/{self.machine.show('MainPID', unit)}/fd").split())
+
+    @property
+    def relay(self) -> str:
+        """The relay's process."""
+        return self.machine.show("MainPID", RELAY)
 
 
 @asynccontextmanager
@@ -101,7 +111,6 @@ async def laboratory(**options: str | float | bool) -> AsyncIterator[tuple[Lab, 
         try:
             yield lab, services
             for service in services:
-                await service.shows("NFileDescriptorStore", "0")
                 assert not [line for line in service.machine.journal() if "EXCEPTION" in line]
         except BaseException:
             for service in services:

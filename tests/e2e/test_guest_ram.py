@@ -31,7 +31,7 @@ ITERATIONS = 4
 @pytest.mark.parametrize("parallel", [pytest.param(0, id="copy-storage-all"), pytest.param(4, id="parallel")])
 async def test_whole_ram_arrives(parallel: int, killed: bool, rounds: int) -> None:
     vm.check()
-    async with Lab(tls=False, holders=True) as lab:
+    async with Lab(tls=False) as lab:
         source, target = lab.nodes
         proxies = [node.proxy for node in lab.nodes]
         for proxy in proxies:

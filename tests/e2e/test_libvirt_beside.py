@@ -137,10 +137,10 @@ class BesideLab(KubeLab):
 
     @classmethod
     @asynccontextmanager
-    async def prepare(cls, *, tls: bool, old_style: bool = False, holders: bool = False) -> AsyncIterator["BesideLab"]:
+    async def prepare(cls, *, tls: bool, old_style: bool = False) -> AsyncIterator["BesideLab"]:
         """Yields it with both virt-handlers running, and no migproxy."""
         async with AsyncExitStack() as stack:
-            lab = cls(tls=tls, holders=holders)
+            lab = cls(tls=tls)
             await stack.enter_async_context(lab.served())
             if old_style:
                 authority = certificates.authority()
@@ -321,7 +321,7 @@ async def test_migproxies_may_be_killed_at_any_moment_of_the_hand_over() -> None
 
 
 async def test_what_migproxies_leave_that_are_killed_for_good_is_cleared_away() -> None:
-    async with BesideLab.prepare(tls=False, holders=True) as lab, AsyncExitStack() as stack:
+    async with BesideLab.prepare(tls=False) as lab, AsyncExitStack() as stack:
         here, there = lab.nodes
         await lab.use(here, there)
         for node in lab.nodes:
@@ -350,7 +350,7 @@ async def test_what_migproxies_leave_that_are_killed_for_good_is_cleared_away() 
 
 
 async def test_migration_goes_on_though_its_migproxies_are_killed_while_it_runs() -> None:
-    async with BesideLab.prepare(tls=False, holders=True) as lab:
+    async with BesideLab.prepare(tls=False) as lab:
         here, there = lab.nodes
         await lab.use(here, there)
         async with Guest.boot(lab, here) as guest:

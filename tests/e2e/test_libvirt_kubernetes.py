@@ -80,7 +80,7 @@ class KubeLab(Lab):
         options = ["--kubeconfig", str(self.directory / f"{name}.kubeconfig"), "--socket-owner", "0:0"]
         if self.tls:
             options += ["--tls-dir", self._certificates]
-        return Node(name, f"10.1.1.{number}", self.directory / name, *options, holder=self._holders)
+        return Node(name, f"10.1.1.{number}", self.directory / name, *options)
 
     @classmethod
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""migproxy.service as shipped, under a systemd that was booted for it."""
+"""migproxy.service and migproxy-relay.service as shipped, under a systemd that was booted for them."""
 
 import re
 import tempfile
@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.e2e.booted import ROOT, Booted, boot
-from tests.e2e.services import connected, laboratory
+from tests.e2e.services import RELAY, connected, laboratory
 
 pytestmark = [pytest.mark.tier("gate"), pytest.mark.root]
 
-UNIT = ROOT / "systemd/migproxy.service"
+UNITS = ("migproxy", RELAY)
 PATIENCE = 60.0
 
 
@@ -60,28 +60,53 @@ def test_a_wrong_configuration_is_named_in_the_journal(machine: Booted) -> None:
     machine.wait(lambda: any("no-such-option" in line["MESSAGE"] for line in machine.journal()), "the option's name")
 
 
-def test_the_manager_and_the_daemon_have_the_same_limit(machine: Booted) -> None:
-    machine.run("systemctl", "start", "migproxy")
-    assert f"FDSTORE={machine.show('FileDescriptorStoreMax')}" in machine.show("Environment").split()
-
-
-def test_its_exposure_is_as_the_unit_says(machine: Booted) -> None:
-    said = re.search(r"security migproxy` says (\d+\.\d)", UNIT.read_text())
+@pytest.mark.parametrize("unit", UNITS)
+def test_its_exposure_is_as_the_unit_says(machine: Booted, unit: str) -> None:
+    said = re.search(rf"security {unit}` says (\d+\.\d)", (ROOT / f"systemd/{unit}.service").read_text())
     found = re.search(
-        r"exposure level for migproxy.service: (\d+\.\d)", machine.run("systemd-analyze", "security", "migproxy")
+        rf"exposure level for {unit}.service: (\d+\.\d)", machine.run("systemd-analyze", "security", unit)
     )
     assert said
     assert found
     assert float(found[1]) <= float(said[1]) + 0.5  # systemds weigh differently; the comment's is 252's
-    assert machine.run("systemd-analyze", "verify", "migproxy.service") == ""
+    assert machine.run("systemd-analyze", "verify", f"{unit}.service") == ""
 
 
-def test_a_crash_loop_is_never_given_up(machine: Booted) -> None:
+def test_the_relay_is_not_root_and_has_no_capability(machine: Booted) -> None:
+    machine.run("systemctl", "start", "migproxy")
+    status = machine.run("cat", f"/proc/{machine.show('MainPID', RELAY)}/status")
+    assert re.search(r"^Uid:\t[1-9]", status, re.MULTILINE)
+    assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
+
+
+def test_the_relay_starts_and_stops_with_the_daemon_and_outlives_its_restarts(machine: Booted) -> None:
+    machine.run("systemctl", "start", "migproxy")
+    relay = machine.show("MainPID", RELAY)
+    assert relay != "0"
+    machine.run("systemctl", "restart", "migproxy")
+    assert machine.show("MainPID", RELAY) == relay
+    machine.run("systemctl", "kill", "--signal", "KILL", "migproxy")
+    machine.wait(lambda: machine.show("NRestarts") == "1", "the daemon's restart")
+    machine.wait(lambda: machine.show("ActiveState") == "active", "the daemon to run again")
+    assert machine.show("MainPID", RELAY) == relay
+    machine.configure(no_such_option=1)
+    machine.run("systemctl", "restart", "migproxy", check=False)
+    machine.wait(lambda: any("no-such-option" in line["MESSAGE"] for line in machine.journal()), "a failed start")
+    assert machine.show("MainPID", RELAY) == relay, "a daemon that cannot start takes no connection with it"
+    machine.run("systemctl", "stop", "migproxy")
+    machine.wait(lambda: machine.show("ActiveState", RELAY) == "inactive", "the relay's end")
+    assert machine.show("Result", RELAY) == "success"
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_crash_loop_is_never_given_up(machine: Booted, unit: str) -> None:
     machine.run("systemctl", "start", "migproxy")
     for number in range(1, 13):  # twice as many in 10 s as systemd lets a unit be started without its own limit
-        machine.run("systemctl", "kill", "--signal", "KILL", "migproxy")
-        machine.wait(partial(lambda wanted: machine.show("NRestarts") == wanted, str(number)), f"restart {number}")
-    machine.wait(lambda: machine.show("ActiveState") == "active", "the daemon to run again")
+        machine.run("systemctl", "kill", "--signal", "KILL", unit)
+        machine.wait(
+            partial(lambda wanted: machine.show("NRestarts", unit) == wanted, str(number)), f"restart {number}"
+        )
+    machine.wait(lambda: machine.show("ActiveState", unit) == "active", "it to run again")
 
 
 def test_a_daemon_that_hangs_is_started_anew(machine: Booted) -> None:

@@ -1,16 +1,12 @@
-"""Migrations go on whatever happens to the daemon under a real systemd, with its store and the unit as shipped."""
+"""Migrations go on whatever happens to daemon or relay under a real systemd, with the units as shipped."""
 
-import asyncio
-import json
 import random
-import signal
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 import pytest
 
 from demo.lab import Lab, until
-from tests.e2e.services import PATIENCE, Service, carries, connected, laboratory
+from tests.e2e.services import PATIENCE, RELAY, Service, carries, connected, laboratory
 from tests.e2e.unbreakable import MIB, Storm, Streams, Tide, carried, seed
 
 pytestmark = [pytest.mark.tier("soak"), pytest.mark.root]
@@ -19,7 +15,7 @@ KILLS = 200  # of both daemons together
 TOTAL = 4096 * MIB
 ROUNDS = 10
 RESTARTS = 5  # of each daemon
-STATE = "run/migproxy/control.state.json"
+RELAY_KILLS = 20  # of each relay
 
 
 async def carry(lab: Lab, total: int, during: Callable[[Streams, Tide], Awaitable[None]]) -> None:
@@ -44,6 +40,7 @@ async def settled(streams: Streams) -> None:
 async def test_streams_come_through_a_storm() -> None:
     async with laboratory(disable_tls=True) as (lab, services):
         before = [service.descriptors() for service in services]
+        relays = [service.relay for service in services]
         storm = Storm(services, seed(), 1.0)
 
         async def strike(streams: Streams, tide: Tide) -> None:
@@ -57,6 +54,7 @@ async def test_streams_come_through_a_storm() -> None:
 
         await carry(lab, TOTAL, strike)
         assert storm.kills == sum(int(service.machine.show("NRestarts")) for service in services) == KILLS
+        assert [service.relay for service in services] == relays
         for service, at_first in zip(services, before, strict=True):
             await until(no_more(service, at_first), f"{at_first} descriptors in the daemon", PATIENCE)
 
@@ -66,8 +64,25 @@ def no_more(service: Service, than: int) -> Callable[[], bool]:
     return lambda: service.descriptors() <= than
 
 
-async def test_a_restart_hands_over() -> None:
+async def test_the_relays_are_killed_and_the_next_ones_go_on() -> None:
     async with laboratory(disable_tls=True) as (lab, services):
+
+        async def kill(streams: Streams, tide: Tide) -> None:
+            for number in range(1, RELAY_KILLS + 1):
+                tide.rise(number / (RELAY_KILLS + 1))
+                for service in services:
+                    await service.kill(RELAY)
+                await settled(streams)
+
+        await carry(lab, 256 * MIB, kill)
+        for service in services:
+            assert service.machine.show("NRestarts", RELAY) == str(RELAY_KILLS)
+            assert service.machine.show("NRestarts") == "0", "the daemon took no notice"
+
+
+async def test_a_restart_leaves_everything_to_the_relay() -> None:
+    async with laboratory(disable_tls=True) as (lab, services):
+        relays = [service.relay for service in services]
 
         async def restart(streams: Streams, tide: Tide) -> None:
             for number in range(1, RESTARTS + 1):
@@ -78,11 +93,9 @@ async def test_a_restart_hands_over() -> None:
                 await settled(streams)
 
         await carry(lab, 256 * MIB, restart)
+        assert [service.relay for service in services] == relays
         for service in services:
-            await until(
-                lambda machine=service.machine: len(machine.journal("EVENT=handed over")) == RESTARTS,  # type: ignore[misc]
-                "the journal to tell of each",
-            )
+            assert len(service.machine.journal("EVENT=left to the relay")) == RESTARTS
             assert service.machine.show("NRestarts") == "0", "systemd saw no crash"
 
 
@@ -92,11 +105,13 @@ async def test_a_stop_drains() -> None:
             await service.stop_in_order()
             await service.shows("StatusText", "1 migration running, 0 B/s, draining: no new one is taken")
         await carries(ends)
+        await services[0].kill(RELAY)
+        await carries(ends)
         lab.vmi.end(failed=False)
         for service in services:
-            await service.shows("ActiveState", "inactive")
-            assert service.machine.show("Result") == "success"
-            assert not (service.machine.root / STATE).exists()
+            for unit in ("migproxy", RELAY):
+                await service.shows("ActiveState", "inactive", unit)
+                assert service.machine.show("Result", unit) == "success"
         for service in services:
             await service.start()
 
@@ -111,20 +126,3 @@ async def test_a_hanging_daemon_is_replaced_and_its_connections_go_on() -> None:
             await service.ready()
             assert "Failed with result 'watchdog'" in service.machine.run("journalctl", "--unit", "migproxy")
         await carries(ends)
-
-
-async def test_a_state_from_the_future_is_refused_and_its_connections_end() -> None:
-    async with laboratory(disable_tls=True) as (lab, services), connected(lab) as ends:
-        source, target = services
-        await source.systemctl("kill", "--signal", "STOP")
-        path = source.machine.root / STATE
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1000}))
-        await source.stop(signal.SIGKILL)
-        for end in ends:
-            end.settimeout(PATIENCE)
-            with suppress(ConnectionResetError):
-                assert end.recv(1) == b""
-        await source.ready()
-        (refused,) = source.machine.journal("EVENT=another version of migproxy left connections: they are ended")
-        assert "version 1000" in refused["ERROR"]
-        assert await asyncio.to_thread(target.machine.show, "NRestarts") == "0"

@@ -1,4 +1,4 @@
-"""Both daemons are killed again and again in the middle of a migration, and it completes without a byte lost."""
+"""Daemons and relays are killed again and again in the middle of a migration; it completes without a byte lost."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 
 from demo import guest as vm
 from demo.guest import Guest
-from demo.lab import Lab, until
+from demo.lab import Lab, Node, until
 from tests.e2e.test_libvirt_migration import (
     assert_heartbeat_goes_on,
     assert_nothing_is_left,
@@ -17,6 +17,9 @@ from tests.e2e.unbreakable import (
     MIB,
     PATIENCE,
     SUSPENDED,
+    ByTurns,
+    Killable,
+    KillableRelay,
     Storm,
     Streams,
     Tide,
@@ -39,13 +42,15 @@ BEAT = 0.3  # seconds
         pytest.param(300, 4096, 15, id="long"),
     ],
 )
-async def test_streams_come_through_a_storm(kills: int, mib: int, rounds: int) -> None:
-    async with Lab(libvirt=False, tls=False, holders=True) as lab:
+@pytest.mark.parametrize("killed", ["daemons", "relays", "by turns"])
+async def test_streams_come_through_a_storm(killed: str, kills: int, mib: int, rounds: int) -> None:
+    async with Lab(libvirt=False, tls=False) as lab:
         source, target = lab.nodes
         proxies = [node.proxy for node in lab.nodes]
-        storm = Storm(proxies, seed(), max([await startup(proxy) for proxy in proxies]))
+        seconds = max([await startup(proxy) for proxy in proxies])
         for proxy in proxies:
             await proxy.ready()
+        storm = Storm([killable(node, killed) for node in lab.nodes], seed(), seconds)
         total = mib * MIB
         async with leaves_nothing(lab.nodes):
             async with lab.migration(source, target, block=True) as uid:
@@ -67,12 +72,23 @@ async def test_streams_come_through_a_storm(kills: int, mib: int, rounds: int) -
             assert storm.kills == kills
 
 
+def killable(node: Node, which: str) -> Killable:
+    """What a storm is to kill of a node."""
+    match which:
+        case "daemons":
+            return node.proxy
+        case "relays":
+            return KillableRelay(node)
+        case _:
+            return ByTurns(node.proxy, KillableRelay(node))
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("parallel", [pytest.param(0, id="copy-storage-all"), pytest.param(4, id="parallel")])
 async def test_a_running_guest_comes_through(parallel: int) -> None:
     vm.check()
     disk = not parallel
-    async with Lab(tls=False, holders=True) as lab:
+    async with Lab(tls=False) as lab:
         source, target = lab.nodes
         proxies = [node.proxy for node in lab.nodes]
         for proxy in proxies:

@@ -1,4 +1,4 @@
-"""A storm of SIGKILLs over both daemons, and hashed streams that must come through it.
+"""A storm of SIGKILLs over both nodes' daemons and relays, and hashed streams that must come through it.
 
 The storm's moments come from a seed (STORM_SEED), so that a run's schedule can be had again; what the machine does
 in between is its own.
@@ -22,6 +22,7 @@ from typing import Protocol
 
 from demo.lab import LabError, Node, Traffic, until
 from demo.stream import Flow, Wires
+from migproxy import control
 from migproxy.portmap import Channel
 
 MIB = 1 << 20
@@ -39,7 +40,12 @@ def seed() -> int:
 
 
 class Killable(Protocol):
-    """A daemon that can be killed and started again: a `Proxy` of the laboratory's, or what behaves like one."""
+    """What can be killed and started again: a daemon (`Proxy`), a relay, or both by turns.
+
+    Attributes:
+        control: The daemon's control socket.
+        listens: Whether it serves.
+    """
 
     control: Path
 
@@ -51,6 +57,68 @@ class Killable(Protocol):
     async def ready(self) -> None: ...
 
     async def stop(self, how: signal.Signals = signal.SIGTERM) -> int: ...
+
+
+def is_whole(path: Path, pid: int) -> bool:
+    """Whether a daemon answers at its control socket, and that relay has everything of it."""
+    try:
+        report = control.ask(str(path))["relay"]
+    except control.ControlError:
+        return False
+    return bool(report["pid"] == pid and report["problem"] is None)
+
+
+class KillableRelay:
+    """A node's relay."""
+
+    def __init__(self, node: Node) -> None:
+        self.control, self._relay = node.proxy.control, node.relay
+
+    @property
+    def listens(self) -> bool:
+        """Whether the daemon has handed everything over to it."""
+        return is_whole(self.control, self._relay.pid)
+
+    async def spawn(self) -> None:
+        """Starts it, and waits for nothing."""
+        await self._relay.start()
+
+    async def ready(self) -> None:
+        """Waits until the daemon has handed everything over to it."""
+        await until(lambda: self.listens, f"{self.control} to have its relay", PATIENCE)
+
+    async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """Ends it."""
+        return await self._relay.stop(how)
+
+
+class ByTurns:
+    """A node's daemon and relay by turns, neither of them while the other one is being started."""
+
+    def __init__(self, daemon: Killable, relay: Killable) -> None:
+        self.control = daemon.control
+        self._both = (daemon, relay)
+        self._next = 0
+
+    @property
+    def listens(self) -> bool:
+        """Whether the relay has everything of the daemon."""
+        return self._both[1].listens
+
+    async def spawn(self) -> None:
+        """Starts the one that was stopped."""
+        await self._both[self._next].spawn()
+        self._next = 1 - self._next
+
+    async def ready(self) -> None:
+        """Waits until both are there, and have everything."""
+        for one in self._both:
+            await one.ready()
+
+    async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """Ends one of them, as soon as the other one could do without it."""
+        await self.ready()
+        return await self._both[self._next].stop(how)
 
 
 class Storm:
@@ -364,7 +432,7 @@ def defects(node: Node) -> list[str]:
 
 @asynccontextmanager
 async def leaves_nothing(nodes: list[Node]) -> AsyncIterator[None]:
-    """Asserts that holders and daemons have no more descriptors at the end than at the beginning, and no defects.
+    """Asserts that relays and daemons have no more descriptors at the end than at the beginning, and no defects.
 
     Shows what the daemons logged last where anything fails.
     """
@@ -374,7 +442,7 @@ async def leaves_nothing(nodes: list[Node]) -> AsyncIterator[None]:
         for node, at_first in zip(nodes, before, strict=True):
             await until(
                 lambda node=node, at_first=at_first: holds_no_more(count(node), at_first),  # type: ignore[misc]
-                f"{at_first} descriptors again in {node.name}'s holder and daemon: {count(node)}, {held(node)}",
+                f"{at_first} descriptors again in {node.name}'s relay and daemon: {count(node)}, {held(node)}",
             )
             if found := defects(node):
                 raise LabError(f"{node.name}'s daemon logged what it should not: {found}")
@@ -387,18 +455,16 @@ async def leaves_nothing(nodes: list[Node]) -> AsyncIterator[None]:
 
 
 def count(node: Node) -> tuple[int, int]:
-    """How many descriptors a node's holder has open, and its daemon."""
-    assert node.holder
-    return node.holder.descriptors(), node.proxy.descriptors()
+    """How many descriptors a node's relay has open, and its daemon."""
+    return node.relay.descriptors(), node.proxy.descriptors()
 
 
 def holds_no_more(now: tuple[int, int], before: tuple[int, int]) -> bool:
-    """Whether the holder has as many descriptors as before, and the daemon no more."""
+    """Whether the relay has as many descriptors as before, and the daemon no more."""
     return now[0] == before[0] and now[1] <= before[1]
 
 
 def held(node: Node) -> list[str]:
-    """What a node's holder has open."""
-    assert node.holder
-    folder = f"/proc/{node.holder.pid}/fd"
+    """What a node's relay has open."""
+    folder = f"/proc/{node.relay.pid}/fd"
     return [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]

@@ -1,4 +1,4 @@
-"""Runs inside the virtual machine of test_unbreakable_vm: a storm of SIGKILLs over two daemons with kernel TLS.
+"""Runs inside the virtual machine of test_unbreakable_vm: a storm of SIGKILLs over daemons and relays with kernel TLS.
 
 Prints a line of JSON: what everybody counted, and what the kernel had offloaded before the storm and after it.
 """
@@ -10,8 +10,6 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from typing import Any
 import aiohttp.web  # noqa: F401 - here once, and not in each daemon that is forked
 
 from demo.lab import Node, VMIFile, until
-from migproxy import control, holder, logs
-from tests.e2e.ktls_guest import ADDRESSES, DEADLINE, kernel_counters, prepared, serve
-from tests.e2e.unbreakable import MIB, Storm, Streams, Tide, carried, seed
+from migproxy import control, logs
+from tests.e2e.ktls_guest import ADDRESSES, DEADLINE, kernel_counters, prepared, serve, start_relay
+from tests.e2e.unbreakable import MIB, ByTurns, Storm, Streams, Tide, carried, is_whole, seed
 
 KILLS = 20
 TOTAL = 64 * MIB
@@ -43,7 +41,6 @@ class ForkedDaemon:
         self._go, self._gone = os.pipe()
         self._keeper = os.fork()
         if self._keeper == 0:
-            os.environ["NOTIFY_SOCKET"] = str(node.directory / "holder.sock")
             while os.read(self._go, 1):
                 pid = os.fork() or serve(node, vmis, certificates, {"ktls": "on"})
                 os.write(told, pid.to_bytes(4, "little"))
@@ -84,21 +81,39 @@ class ForkedDaemon:
         os.waitpid(self._keeper, 0)
 
 
-@contextmanager
-def held(node: Node) -> Iterator[int]:
-    """Runs a node's holder; yields its process ID."""
-    path = node.directory / "holder.sock"
-    pid = os.fork()
-    if pid == 0:
-        try:
-            holder.Holder(str(path), 16384).serve()
-        finally:
-            os._exit(0)
-    try:
-        yield pid
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+class ForkedRelay:
+    """A node's relay, that can be killed and started again.
+
+    Args:
+        node: Its node.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.control, self._node = node.proxy.control, node
+        self.pid = start_relay(node)
+
+    @property
+    def listens(self) -> bool:
+        """Whether the daemon has handed everything over to it."""
+        return is_whole(self.control, self.pid)
+
+    async def spawn(self) -> None:
+        """Starts it, and waits for nothing."""
+        self.pid = start_relay(self._node)
+
+    async def ready(self) -> None:
+        """Waits until the daemon has handed everything over to it."""
+        await until(lambda: self.listens, f"{self.control} to have its relay", DEADLINE)
+
+    async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """Ends it."""
+        os.kill(self.pid, how)
+        os.waitpid(self.pid, 0)
+        return 0
+
+    def descriptors(self) -> int:
+        """How many descriptors it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 
 def offloaded() -> dict[str, int]:
@@ -107,17 +122,20 @@ def offloaded() -> dict[str, int]:
     return {name: counters[name] for name in ("TlsCurrTxSw", "TlsCurrRxSw")}
 
 
-async def survive(vmi: VMIFile, nodes: list[Node], daemons: list[ForkedDaemon], holders: list[int]) -> dict[str, Any]:
+async def survive(
+    vmi: VMIFile, nodes: list[Node], daemons: list[ForkedDaemon], relays: list[ForkedRelay]
+) -> dict[str, Any]:
     """Carries streams through a storm, and returns what everybody counted."""
     source, target = nodes
     for one in daemons:
         await one.spawn()
         await one.ready()
-    before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in holders]
+    before = [relay.descriptors() for relay in relays]
     vmi.begin(source, target, block=True)
     await until(lambda: len(source.sockets()) == 3, "the source's sockets", DEADLINE)
     vmi.start()
-    storm, tide = Storm(daemons, seed(), 1.0), Tide()
+    by_turns = [ByTurns(*both) for both in zip(daemons, relays, strict=True)]
+    storm, tide = Storm(by_turns, seed(), 1.0), Tide()
     streams = Streams(source, target, vmi.read()["metadata"]["uid"], TOTAL, tide)
     seen = []
 
@@ -133,15 +151,12 @@ async def survive(vmi: VMIFile, nodes: list[Node], daemons: list[ForkedDaemon], 
             await storm.blow(KILLS // ROUNDS // 2, killing)
             streams.calm()
             await until(lambda: streams.are_settled, f"what is due: {streams}", DEADLINE)
-        # What has ended is in the holders until the daemons have it on record.
         await until(lambda: offloaded() == seen[0], f"as many offloaded as before, not {offloaded()}", DEADLINE)
         seen.append(offloaded())
         tide.end()
     status = [control.ask(str(one.control)) for one in daemons]
     vmi.end(failed=False)
-    await until(
-        lambda: [len(os.listdir(f"/proc/{pid}/fd")) for pid in holders] == before, "the holders to be empty", DEADLINE
-    )
+    await until(lambda: [relay.descriptors() for relay in relays] == before, "the relays to be empty", DEADLINE)
     return {
         "kills": storm.kills,
         "offloaded": seen,
@@ -162,17 +177,20 @@ def main() -> None:
         vmis.mkdir()
         vmi = VMIFile(vmis / "vmi.yaml")
         nodes = [Node(name, address, Path(folder) / name) for name, address in ADDRESSES.items()]
-        with held(nodes[0]) as one, held(nodes[1]) as other:
-            daemons = [ForkedDaemon(node, vmis, certificates) for node in nodes]
-            try:
-                print("RESULT", json.dumps(asyncio.run(survive(vmi, nodes, daemons, [one, other]))), flush=True)
-            except BaseException:
-                for node in nodes:
-                    print(*node.proxy.log.read_text().splitlines()[-30:], sep="\n", file=sys.stderr)
-                raise
-            finally:
-                for each in daemons:
-                    each.close()
+        relays = [ForkedRelay(node) for node in nodes]
+        daemons = [ForkedDaemon(node, vmis, certificates) for node in nodes]
+        try:
+            print("RESULT", json.dumps(asyncio.run(survive(vmi, nodes, daemons, relays))), flush=True)
+        except BaseException:
+            for node in nodes:
+                print(*node.proxy.log.read_text().splitlines()[-30:], sep="\n", file=sys.stderr)
+            raise
+        finally:
+            for daemon in daemons:
+                daemon.close()
+            for relay in relays:
+                os.kill(relay.pid, signal.SIGKILL)
+                os.waitpid(relay.pid, 0)
 
 
 if __name__ == "__main__":

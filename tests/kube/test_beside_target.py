@@ -12,14 +12,13 @@ import pytest
 from aiohttp import web
 
 from migproxy.announcement import TARGET_ANNOTATION
-from migproxy.fdstore import Lease
 from migproxy.inventory import BYPASSED
 from migproxy.inventory.announcements import UNSUPPORTED
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel
+from migproxy.relay.client import Contents, Left
 from migproxy.state import ProxyState
-from migproxy.survival import Estate, Kind, Listener, Name, fingerprint
-from migproxy.takeover import Survivor
+from migproxy.survival import listener_name, state_name
 from tests.clock import Clock, eventually
 from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, Refused, begin, end, start, vmi
 from tests.kube.gate import Gate
@@ -535,18 +534,15 @@ async def test_what_a_killed_daemon_served_is_gone_on_with_though_the_announceme
         uid = (await beside.request("GET", f"{VMIS}/one"))["metadata"]["uid"]
         migration = Migration("default", "one", uid, "first")
         names = [
-            Name(Kind.LISTENER, Role.TARGET, channel, fingerprint(migration), "1-1")
-            for channel in (Channel.LIBVIRT, Channel.DIRECT)
+            listener_name(Role.TARGET, channel, migration, (1, 1)) for channel in (Channel.LIBVIRT, Channel.DIRECT)
         ]
         async with target_node(beside, tmp_path) as node:
-            listeners = [
-                Listener(name, sock, Lease(str(name))) for name, sock in zip(names, (libvirt, direct), strict=True)
-            ]
+            kept = {name: Left([sock.dup().detach()]) for name, sock in zip(names, (libvirt, direct), strict=True)}
             state = ProxyState(
                 namespace="default", name="one", vmi_uid=uid, migration_uid="first", role=Role.TARGET, began=time.time()
             )
-            key = (fingerprint(migration), Role.TARGET)
-            node.node.take_over({key: Survivor(key, Estate(state, listeners), node.node._around)})
+            notes = {state_name(Role.TARGET, migration): state.model_dump_json()}
+            node.node.take_over(Contents(kept, notes))
             await eventually(lambda: path(node) == ("migproxy", ""), "the path")
             await eventually(lambda: len(node.migration("one").get("channels", ())) == 2, "the proxy")
             assert node.tcp_ports() == {int(port) for port in ports}

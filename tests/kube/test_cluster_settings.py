@@ -178,7 +178,7 @@ async def test_status_shows_the_settings(kubernetes: Cluster, tmp_path: Path) ->
             "problems": {},
             "migrations": [],
             "tls": {"errors": {}},
-            "store": {"problem": None},
+            "relay": {"pid": 1, "connections": 0, "problem": None},
             "cluster": followed.kubevirt.report(),
         }
     shown = render(report)

@@ -100,8 +100,9 @@ class Protected(Scene):
         assert await end(self.failsafe, signal.SIGTERM) == 0, self.log.read_text()
 
     async def close(self) -> None:
-        """Ends both."""
+        """Ends all of it."""
         await self.daemon.stop()
+        await self.daemon.relay.stop()
         if self.failsafe.returncode is None:
             await self.complete()
         assert "Traceback" not in self.log.read_text()
@@ -234,26 +235,20 @@ async def test_second_failsafe_of_a_daemon_is_refused(killable: Protected) -> No
 
 
 async def test_who_has_connected_to_a_dead_daemon_is_served_by_the_next_one(killable: Protected) -> None:
-    scene, store = killable, killable.folder_of_node / "holder.sock"
-    holder = await asyncio.create_subprocess_exec(*MIGPROXY, "holder", str(store))
-    try:
-        await until(store.is_socket, "the holder")
-        environment = {"NOTIFY_SOCKET": str(store)}
-        await scene.daemon.start(env=environment)
-        await scene.source_in_path()
-        await until(lambda: scene.daemon.status()["store"]["descriptors"] >= 2, "the listeners in the holder")
+    scene = killable
+    await scene.daemon.start()
+    await scene.source_in_path()
+    await until(lambda: scene.daemon.status()["relay"]["descriptors"] >= 2, "the listeners at the relay")
 
-        await scene.kill()
-        assert scene.is_ours()
-        with scene.dial() as near:
-            await until(scene.is_given_back, "virt-handler's sockets")
-            await scene.daemon.start(env=environment)
-            with await scene.arrived() as far:
-                await through(near, far)
-        assert not scene.virt_handler.relayed
-        await scene.daemon.stop()
-    finally:
-        assert await end(holder, signal.SIGTERM) == 0
+    await scene.kill()
+    assert scene.is_ours()
+    with scene.dial() as near:
+        await until(scene.is_given_back, "virt-handler's sockets")
+        await scene.daemon.start()
+        with await scene.arrived() as far:
+            await through(near, far)
+    assert not scene.virt_handler.relayed
+    await scene.daemon.stop()
 
 
 async def test_status_says_whether_a_failsafe_runs(killable: Protected) -> None:

@@ -9,7 +9,6 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from migproxy import notify
 from migproxy import settings as options
 from migproxy.announcement import TARGET_ANNOTATION
 from migproxy.inventory import kube
@@ -23,6 +22,7 @@ FILES = sorted([ROOT / "daemonset.yaml", ROOT / "kustomization.yaml", *(ROOT / "
 DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "daemonset.yaml").read_text()))
 VERSIONS = ("1.32", "1.34", "1.37")
 TLS_FOLDERS = (SERVER_DIR, CLIENT_DIR)
+TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
 def document(kind: str) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def document(kind: str) -> dict[str, Any]:
 
 
 POD = document("DaemonSet")["spec"]["template"]["spec"]
-HOLDER, CONTAINER = POD["containers"]
+RELAY, CONTAINER = POD["containers"]
 
 
 def flags() -> dict[str, str | None]:
@@ -59,25 +59,60 @@ def volume(mount: dict[str, Any]) -> dict[str, Any]:
     return dict(found)
 
 
-def test_the_daemon_finds_the_holder_and_leaves_its_state_where_a_restarted_container_finds_it() -> None:
-    command, path = HOLDER["args"]
-    assert command == "holder"
-    assert environment()[notify.SOCKET]["value"] == path
-    (shared,) = HOLDER["volumeMounts"]
+def test_the_daemon_finds_the_relay_and_starts_none_itself() -> None:
+    *command, path = RELAY["command"]
+    assert command[1:] == ["-m", "migproxy.relay"]
+    assert environment()["MIGPROXY_RELAY_SOCKET"]["value"] == path
+    assert environment()["MIGPROXY_RELAY_EXTERNALLY_MANAGED"]["value"] == "true"
+    (shared,) = RELAY["volumeMounts"]
     assert Path(path).parent == Path(shared["mountPath"])
     assert shared in CONTAINER["volumeMounts"]
-    assert Path(Settings(control_socket=str(effective("control_socket"))).state_file).parent == Path(path).parent
     assert "emptyDir" in volume(shared), "which outlives a container, and not the pod"
+
+
+def test_the_relay_has_the_program_that_the_image_has() -> None:
+    image = (ROOT / "Containerfile").read_text()
+    program = Path(RELAY["command"][0])
+    assert f'ENTRYPOINT ["{program.parent}/migproxy"]' in image
+    assert RELAY["image"] == CONTAINER["image"]
 
 
 def test_a_daemon_that_hangs_is_not_waited_for_as_one_that_drains_is() -> None:
     assert CONTAINER["livenessProbe"]["terminationGracePeriodSeconds"] <= 10 < POD["terminationGracePeriodSeconds"]
 
 
-def test_the_holder_may_do_nothing_but_hold() -> None:
-    context = HOLDER["securityContext"]
+def test_the_relay_may_do_nothing_but_move_what_it_is_given() -> None:
+    context = RELAY["securityContext"]
     assert context["capabilities"] == {"drop": ["ALL"]}
-    assert HOLDER["image"] == CONTAINER["image"]
+    assert context["runAsNonRoot"] is True
+    assert context["runAsUser"] > 0
+    assert context["privileged"] is False
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["readOnlyRootFilesystem"] is True
+    assert not RELAY.get("env")
+    assert "cpu" not in RELAY["resources"]["limits"], "which would throttle the migrations"
+
+
+def test_the_token_is_only_where_the_api_is_asked() -> None:
+    assert POD["automountServiceAccountToken"] is False
+    (token,) = [one for one in POD["volumes"] if "projected" in one]
+    assert token["name"] not in {one["name"] for one in RELAY["volumeMounts"]}
+    _, failsafe = containers_beside()
+    for container in (CONTAINER, failsafe):
+        (mount,) = [one for one in container["volumeMounts"] if one["name"] == token["name"]]
+        assert mount["mountPath"] == TOKEN_FOLDER
+        assert mount["readOnly"] is True
+    paths = {
+        path
+        for source in token["projected"]["sources"]
+        for kind in source.values()
+        for path in ([kind["path"]] if "path" in kind else [item["path"] for item in kind["items"]])
+    }
+    assert paths == {"token", "ca.crt", "namespace"}
+
+
+def test_nobody_replaces_a_pod_that_moves_bytes_unasked() -> None:
+    assert document("DaemonSet")["spec"]["updateStrategy"] == {"type": "OnDelete"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -100,7 +135,7 @@ def test_every_flag_exists_and_has_a_good_value() -> None:
 
 def test_every_variable_exists() -> None:
     known = {variable for field in Settings.model_fields for variable in options.variables(field)}
-    assert set(environment()) <= {*known, notify.SOCKET}
+    assert set(environment()) <= known
 
 
 def test_node_and_namespace_and_address_come_from_the_pod() -> None:
@@ -126,7 +161,7 @@ def test_every_path_is_mounted() -> None:
         "tls_server_dir",  # its default
         "tls_client_dir",  # its default
     }
-    assert found == {"pods_dir", "control_socket", *unused}
+    assert found == {"pods_dir", "control_socket", "relay_socket", *unused}
     pods = mounts()[effective("pods_dir")]
     assert volume(pods)["hostPath"]["path"] == Settings.model_fields["pods_dir"].default
     assert pods["mountPropagation"] == "HostToContainer"
@@ -144,7 +179,7 @@ def test_certificates_are_mounted() -> None:
 
 
 def test_nothing_else_is_mounted() -> None:
-    assert set(mounts()) == {effective("pods_dir"), "/run/migproxy", *TLS_FOLDERS}
+    assert set(mounts()) == {effective("pods_dir"), "/run/migproxy", "/run/migproxy-relay", TOKEN_FOLDER, *TLS_FOLDERS}
     assert {one["name"] for one in POD["volumes"]} == {one["name"] for one in CONTAINER["volumeMounts"]}
 
 
@@ -165,7 +200,6 @@ def test_container_has_no_more_rights_than_it_needs() -> None:
         "CHOWN",
         "FOWNER",
         "SYS_RESOURCE",
-        "SYS_NICE",
     }
     assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not POD.get("hostNetwork")

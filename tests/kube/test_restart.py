@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from demo.lab import Holder, until
+from demo.lab import until
 from demo.stream import short_path
 from migproxy.devcerts import make
 from migproxy.portmap import Channel, source_socket_name, target_socket_path
@@ -25,12 +25,10 @@ ADDRESSES = ("127.77.0.1", "127.77.0.2")
 
 
 class Pair:
-    """A cluster's two nodes with a daemon and a holder each, and a VMI that migrates from the first to the second."""
+    """A cluster's two nodes with a daemon and a relay each, and a VMI that migrates from the first to the second."""
 
     def __init__(self, kubernetes: Cluster, folder: Path, url: str, uid: str) -> None:
         self.daemons: list[Daemon] = []
-        self.holders: list[Holder] = []
-        self.idle: list[int] = []
         make(str(folder / "tls"), 1)
         for name, address in zip(NODES, ADDRESSES, strict=True):
             options = ["--kubeconfig", str(kubernetes.kubeconfig(folder, name, url)), "--migration-address", address]
@@ -41,15 +39,14 @@ class Pair:
             daemon = Daemon(name, address, folder / name, *options)
             daemon.protect("--tls-dir", str(folder / "tls"), "--ktls", "off")
             self.daemons.append(daemon)
-            self.holders.append(Holder(daemon.directory))
         here, there = (folder / f"{uid}-on-{name}" for name in NODES)
         self.departure = here / "kubevirt/migrationproxy" / source_socket_name(uid, Channel.DIRECT)
         self.arrival = there / target_socket_path(uid, Channel.DIRECT, LIBVIRT_SOCKET)
 
     async def start(self) -> None:
         """Starts the daemons; returns when they have read the VMIs."""
-        for daemon, holder in zip(self.daemons, self.holders, strict=True):
-            await daemon.start(env=holder.environment)
+        for daemon in self.daemons:
+            await daemon.start()
 
     async def kill(self) -> None:
         """Kills the daemons."""
@@ -59,17 +56,15 @@ class Pair:
     async def beginning(self) -> socket.socket:
         """A connection that both daemons have, and its launcher on the target does not listen for yet."""
         await until(self.departure.exists, "the source's socket")
-        listeners = [2 + idle for idle in self.idle]
-        await until(lambda: self.held() == listeners, f"{listeners} descriptors in the holders")
+        await until(lambda: self.kept() == [2, 2], "the listeners at the relays")
         made = self.connect()
-        # The source relays by then: two sockets and two pipes. The target has accepted.
-        relayed = [listeners[0] + 4, listeners[1] + 1]
-        await until(lambda: self.held() == relayed, f"{relayed} descriptors in the holders")
+        # The source's relay moves it by then: two sockets, two pipes, its tallies. The target has accepted.
+        await until(lambda: self.kept() == [2 + 7, 2 + 1], "the connection at both relays")
         return made
 
-    def held(self) -> list[int]:
-        """How many descriptors the holders have open."""
-        return [holder.descriptors() for holder in self.holders]
+    def kept(self) -> list[int]:
+        """How many descriptors the relays keep."""
+        return [int(daemon.status()["relay"]["descriptors"]) for daemon in self.daemons]
 
     def connect(self) -> socket.socket:
         """Connects as the source's QEMU does."""
@@ -91,20 +86,17 @@ class Pair:
 
 @pytest.fixture
 async def pair(kubernetes: Cluster, door: Gate, tmp_path: Path) -> AsyncIterator[Pair]:
-    """The VMI's migration has been asked for, and the holders run."""
+    """The VMI's migration has been asked for, and nothing runs."""
     uid = (await kubernetes.request("POST", VMIS, vmi("one")))["metadata"]["uid"]
     await kubernetes.request("PATCH", f"{VMIS}/one", begin("first"), MERGE_PATCH)
     await kubernetes.request("POST", KUBEVIRTS, kubevirt({}))
     made = Pair(kubernetes, tmp_path, door.url, uid)
     try:
-        for holder in made.holders:
-            await holder.start()
-        made.idle = made.held()
         yield made
     finally:
-        for daemon, holder in zip(made.daemons, made.holders, strict=True):
+        for daemon in made.daemons:
             await daemon.stop(signal.SIGKILL)
-            await holder.stop(signal.SIGKILL)
+            await daemon.relay.stop(signal.SIGKILL)
 
 
 async def disable_tls(kubernetes: Cluster, *, yes: bool = True) -> None:

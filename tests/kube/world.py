@@ -23,6 +23,7 @@ from migproxy.vmi import VMI
 from migproxy.watch import Watcher
 from tests.clock import eventually
 from tests.kube.cluster import Cluster
+from tests.relaying import relaying
 
 PACE = Pace(page=7, watch=30, silence=1.0, first_retry=0.02, last_retry=0.3, healthy=0.5)
 """As patient as tests can be; the pages are so small that every list has several."""
@@ -113,7 +114,7 @@ class LocalNode:
         def local_address(version: int) -> IPAddress:
             return self.address
 
-        async with Watcher() as watcher, ApiServer(str(kubeconfig)) as api:
+        async with relaying() as relay, Watcher() as watcher, ApiServer(str(kubeconfig)) as api:
             self.node = Node(
                 NodeOptions(self.name, PortRange(), None, "libvirt/libvirt-sock"),
                 Surroundings(
@@ -124,6 +125,7 @@ class LocalNode:
                     dial_timeout=5,
                     max_connections=8,
                     max_handshakes=8,
+                    relay=relay,
                 ),
                 KubeInventory(api, self.name, PACE),
                 AddressWatcher("none", self.address),

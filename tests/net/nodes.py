@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from demo.lab import MIGPROXY, LabError, end, until
+from demo.lab import MIGPROXY, LabError, Relay, end, until
 from migproxy import control
 from migproxy.portmap import Channel, channels_for, source_socket_name, target_socket_path
 
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 class Daemon:
-    """A node's migproxy daemon, `migproxy run`.
+    """A node's migproxy daemon, `migproxy run`, and its relay, which is started with it and stays.
 
     Args:
         name: of its node.
@@ -39,7 +39,9 @@ class Daemon:
         self.name, self.address, self.directory = name, address, directory
         self.control, self.log = directory / "control.sock", directory / "log"
         directory.mkdir()
-        self._options = ["--node-name", name, "--control-socket", str(self.control)]
+        self.relay = Relay(directory)
+        self._has_own_relay = False
+        self._options = ["--node-name", name, "--control-socket", str(self.control), *self.relay.options]
         self._options += ["--disable-tls", "--http-listen", "off", *options]
         self._process: asyncio.subprocess.Process | None = None
 
@@ -71,8 +73,21 @@ class Daemon:
         if process.returncode is not None:
             raise LabError(f"{self.name}: exit status {process.returncode}: {self.log.read_text()}")
 
-    async def spawn(self, *options: str, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+    def start_relays_itself(self) -> None:
+        """Leaves it to the daemon to start its relay, from its next start on."""
+        self._has_own_relay = True
+        self._options.remove("--relay-externally-managed")
+
+    async def spawn(
+        self,
+        *options: str,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        start_relay: bool = True,
+    ) -> None:
         """Starts it, and waits for nothing."""
+        if start_relay and not self.relay.runs and not self._has_own_relay:
+            await self.relay.start()
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *(*prefix, *MIGPROXY, "run", *self._options, *options),
@@ -88,8 +103,8 @@ class Daemon:
         except control.ControlError:
             return False
 
-    async def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Ends it, and returns its exit status; 0 where it does not run."""
+    async def stop(self, how: signal.Signals = signal.SIGINT) -> int:
+        """Ends it, which drains at SIGINT, and returns its exit status; 0 where it does not run. Its relay stays."""
         process, self._process = self._process, None
         return await end(process, how) if process else 0
 
@@ -367,6 +382,7 @@ class Nodes:
         """Ends the daemons, and asserts that they logged nothing but JSON, and no defect of their own."""
         for node in self.both:
             await node.stop()
+            await node.relay.stop(signal.SIGKILL)
         for made in self._migrations:
             made.close()
         for node in self.both:

@@ -144,7 +144,7 @@ async def test_daemon_with_a_prepared_migration_ends_at_once(nodes: Nodes) -> No
     await vm.served()
     await until(lambda: vm.report(nodes.target)["state"] == vm.report(nodes.source)["state"] == "prepared", "calm")
     for node in nodes.both:
-        node.signal(signal.SIGTERM)
+        node.signal(signal.SIGINT)
         assert await node.ended(20) == 0
     assert os.listdir(vm.folder(nodes.source)) == []
 
@@ -162,6 +162,8 @@ async def test_drain_waits_for_running_migrations_and_takes_no_new_one(nodes: No
     async with vm.connection() as (near, far):
         for node in nodes.both:
             node.signal(number)
+            if number is signal.SIGTERM:  # a pod that is deleted, or systemctl stop
+                node.relay.signal(number)
             await until(lambda node=node: node.status()["draining"], "the drain")  # type: ignore[misc]
             assert not node.status()["ready"]
             await assert_logged(node, "waiting for a running migration", vm.migration_uid)
@@ -189,7 +191,7 @@ async def test_drain_timeout_ends_what_still_runs(nodes: Nodes) -> None:
     await vm.served()
     vm.start()
     async with vm.connection() as (near, far):
-        nodes.source.signal(signal.SIGTERM)
+        nodes.source.signal(signal.SIGINT)
         await assert_ends(near)
         await assert_ends(far)
         assert await nodes.source.ended(20) == 0
@@ -204,10 +206,10 @@ async def test_second_signal_ends_what_still_runs_at_once(nodes: Nodes) -> None:
     await vm.served()
     vm.start()
     async with vm.connection() as (near, far):
-        nodes.source.signal(signal.SIGTERM)
+        nodes.source.signal(signal.SIGINT)
         await assert_logged(nodes.source, "waiting for a running migration")
         await assert_carries(near, far)
-        nodes.source.signal(signal.SIGTERM)
+        nodes.source.signal(signal.SIGINT)
         assert await nodes.source.ended(20) == 0
         await assert_ends(near)
 

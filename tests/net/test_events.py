@@ -48,7 +48,7 @@ async def test_only_the_migration_address_is_listened_on(nodes: Nodes) -> None:
     assert not ports & (listeners("127.0.0.3") | listeners("0.0.0.0"))
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("running", [False, True])
 async def test_restarted_target_listens_on_the_ports_that_it_published(
     nodes: Nodes, how: signal.Signals, running: bool
@@ -62,6 +62,8 @@ async def test_restarted_target_listens_on_the_ports_that_it_published(
     before = vm.path.read_bytes()
 
     await nodes.target.stop(how)
+    if how is signal.SIGKILL:
+        await nodes.target.relay.stop(how)
     assert not listeners(nodes.target.address) & set(vm.published().values())
     await nodes.target.start()
 
@@ -69,7 +71,7 @@ async def test_restarted_target_listens_on_the_ports_that_it_published(
     assert vm.path.read_bytes() == before
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 async def test_restarted_source_puts_its_sockets_in_place_again(nodes: Nodes, how: signal.Signals) -> None:
     await nodes.start()
     vm = nodes.migration()
@@ -77,6 +79,8 @@ async def test_restarted_source_puts_its_sockets_in_place_again(nodes: Nodes, ho
     await vm.served()
 
     await nodes.source.stop(how)
+    if how is signal.SIGKILL:
+        await nodes.source.relay.stop(how)
     await nodes.source.start()
 
     await vm.served()

@@ -61,7 +61,8 @@ async def test_published_port_that_is_taken_after_the_start_is_told(nodes: Nodes
         await vm.served()
         vm.start()
         port = vm.published()[Channel.DIRECT]
-    await nodes.target.stop(signal.SIGKILL)
+    for dying in (nodes.target, nodes.target.relay):
+        await dying.stop(signal.SIGKILL)
     with socket.create_server((nodes.target.address, port)):
         await nodes.target.start()
         await assert_reported(nodes.target, vm, f"port {port} is in use on 127.0.0.2", "has started", "ss -ltnp")

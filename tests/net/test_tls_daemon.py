@@ -17,10 +17,10 @@ import pytest
 
 from demo.lab import background, until
 from migproxy.portmap import Channel
-from migproxy.relay import Relay
-from migproxy.verify import TLSError
+from migproxy.tlserrors import TLSError
 from tests.certificates import SOURCE, TARGET, Cluster, SecretMount, authority
 from tests.net.nodes import MIB, Migration, Nodes, assert_carries, assert_ends, assert_logged, connect, receive, send
+from tests.relaying import carry
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -198,11 +198,10 @@ async def test_a_target_that_breaks_the_handshake_off_is_dialled_again(nodes: No
         launcher, unix = socket.socketpair()
         with launcher:
             launcher.setblocking(False)
-            relay = Relay(unix, await cluster.security().secure(tcp, server=True))
-            running = asyncio.create_task(relay.run())
+            carrying = asyncio.create_task(carry(unix, await cluster.security().secure(tcp, server=True)))
             words.set_result(await receive(launcher, 11))
-            relay.stop()
-            await running
+            carrying.cancel()
+            await asyncio.gather(carrying, return_exceptions=True)
 
     async with target_of_the_tests_own(nodes, cluster, serve) as migration:
         with connect(migration.source_path(Channel.DIRECT)) as near:

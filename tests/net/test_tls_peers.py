@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from migproxy.relay import Relay
-from migproxy.splice import Transport
+from migproxy.transport import Transport
 from tests.certificates import Cluster
 from tests.missing import missing
+from tests.relaying import carry
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -52,8 +52,7 @@ class Ours:
         self.launcher, unix = socket.socketpair(socket.AF_UNIX)
         self.launcher.setblocking(False)
         self.transport = transport
-        self._relay = Relay(unix, transport)
-        self.run = asyncio.create_task(self._relay.run())
+        self.run = asyncio.create_task(carry(unix, transport))
 
     async def send(self, data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self.launcher, data)

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
@@ -28,6 +28,7 @@ from migproxy.doctor import api, host, peer
 from migproxy.doctor.finding import Finding, Level, render
 from migproxy.netif import MigrationAddress
 from migproxy.pki import SERVER_NAMES
+from tests.relays import Speaker, relay_thread
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -117,6 +118,46 @@ def test_pid_namespace_is_not_the_hosts(tmp_path: Path) -> None:
     other = tmp_path / "pid"
     other.touch()
     failing(host.check_pid_namespace(str(other)), Level.FAIL, "hostPID: true")
+
+
+# The relay
+
+
+def test_a_relay_that_answers_is_told_with_its_process(tmp_path: Path) -> None:
+    path = str(tmp_path / "relay.sock")
+    with relay_thread(path), Speaker(path) as daemon:
+        daemon.greet()
+        found = host.check_relay(path, is_externally_managed=True)
+        assert daemon.sync() == []  # it has its daemon still
+    assert found == Finding("relay", Level.OK, f"process {os.getpid()} answers at {path}")
+
+
+def test_no_relay_answers(tmp_path: Path) -> None:
+    path = str(tmp_path / "relay.sock")
+    failing(host.check_relay(path, is_externally_managed=True), Level.FAIL, "systemctl start migproxy")
+    found = host.check_relay(path, is_externally_managed=False)
+    assert found == Finding("relay", Level.OK, f"none runs at {path}: the daemon starts one")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(path)
+    failing(host.check_relay(path, is_externally_managed=True), Level.FAIL, "systemctl start migproxy")
+
+
+def test_a_relay_that_hangs_accepts_nobody(tmp_path: Path) -> None:
+    path = str(tmp_path / "relay.sock")
+    with ExitStack() as stack:
+        hanging, first = (stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) for _ in range(2))
+        hanging.bind(path)
+        hanging.listen(0)
+        first.connect(path)
+        failing(host.check_relay(path, is_externally_managed=True), Level.FAIL, "SIGKILL will do")
+
+
+def test_another_programs_socket_is_no_relay(tmp_path: Path) -> None:
+    path = str(tmp_path / "control.sock")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        other.listen()
+        failing(host.check_relay(path, is_externally_managed=False), Level.FAIL, "--relay-socket")
 
 
 # Certificates

@@ -19,11 +19,12 @@ from migproxy.metrics import Exporter, render
 from migproxy.netif import AddressWatcher
 from migproxy.node import Node, NodeOptions
 from migproxy.proxy import Surroundings
+from migproxy.relay.client import RelayClient
 from migproxy.sockets import TCPOptions
-from migproxy.splice import Transport
 from migproxy.target import PortRange
 from migproxy.tls import Plaintext, Security
-from migproxy.verify import Reason
+from migproxy.tlserrors import Reason
+from migproxy.transport import KernelTransport, Transport
 from migproxy.watch import Watcher
 
 pytestmark = pytest.mark.tier("gate")
@@ -49,7 +50,7 @@ class Protected:
     """A security with a certificate."""
 
     encrypts = True
-    resumable = False
+    is_relayed = True
 
     def __init__(self, ends: str) -> None:
         self.errors: Counter[Reason] = Counter({Reason.WRONG_CA: 3})
@@ -58,7 +59,7 @@ class Protected:
     async def settled(self) -> None: ...
 
     async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
-        return Transport(tcp)
+        return KernelTransport(tcp)
 
     def report(self) -> dict[str, Any]:
         certificates = [{"role": "server", "file": "/tls.crt", "not_after": self._ends}]
@@ -72,7 +73,9 @@ def node(inventory: Inventory, security: Security, watcher: Watcher) -> Node:
     def nowhere(_: int) -> Any:
         raise AssertionError
 
-    around = Surroundings(Launchers("/run", "/"), TCPOptions(), security, nowhere, 1, 1, 1)
+    around = Surroundings(
+        Launchers("/run", "/"), TCPOptions(), security, nowhere, 1, 1, 1, relay=RelayClient("/nonexistent")
+    )
     options = NodeOptions("node01", PortRange(), None, "libvirt/virtqemud-sock")
     return Node(options, around, inventory, AddressWatcher("migration0"), watcher)
 

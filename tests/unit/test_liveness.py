@@ -12,7 +12,8 @@ from migproxy.health import Activity
 from migproxy.liveness import DISK_SECONDS, PUMP_SECONDS, Liveness, Reading, Stalls, read
 from migproxy.notify import Notifier
 from migproxy.service import Service, status_text
-from migproxy.splice import Pump, Splice
+from migproxy.splice import Pipe, Pump, Splice
+from migproxy.tally import Tally
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -23,7 +24,7 @@ class Wedged(Pump):
     """A pump that has stopped moving bytes, until it is freed."""
 
     def __init__(self, source: socket.socket, target: socket.socket) -> None:
-        super().__init__(source, target)
+        super().__init__(source, target, Tally())
         self.free = threading.Event()
 
     def _move(self) -> None:
@@ -82,7 +83,7 @@ def test_what_a_pump_can_move(ends: list[socket.socket]) -> None:
 
 
 def test_bytes_in_the_pipe_are_to_be_moved_too(ends: list[socket.socket]) -> None:
-    pump = Splice(ends[1], ends[2])
+    pump = Splice(ends[1], ends[2], Tally(), Pipe())
     assert not read(pump).can_move
     os.write(pump.pipe.writer, b"x")
     assert read(pump).can_move
@@ -129,11 +130,11 @@ def test_a_wedged_pump_starves_the_watchdog_and_says_whose_it_is(
 def test_a_disk_that_hangs() -> None:
     now = 1000.0
     hanging = Liveness(lambda: now)
-    with hanging.writing("/run/migproxy/state.json"):
+    with hanging.writing("/run/migproxy/kubevirt-ca.crt"):
         assert hanging.check([]) == []
         now += DISK_SECONDS
         (problem,) = hanging.check([])
-        assert "/run/migproxy/state.json" in problem
+        assert "/run/migproxy/kubevirt-ca.crt" in problem
     assert hanging.check([]) == []
 
 

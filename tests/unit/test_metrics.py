@@ -64,7 +64,16 @@ def report(*migrations: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "vmis": 7,
         "queue_depth": 1,
         "watch": {"source": "kubernetes", "last_event": 1700000000.0, "reconnects": 3, "relists": 1},
-        "store": {"holder": "/run/holder.sock", "descriptors": 12, "limit": 16384, "problem": None},
+        "relay": {
+            "socket": "/run/migproxy/control.relay.sock",
+            "pid": 4711,
+            "version": "0.1.0",
+            "connections": 2,
+            "descriptors": 14,
+            "limit": 16384,
+            "replaced": 1,
+            "problem": None,
+        },
         "tls": {
             "mode": "mTLS",
             "errors": {"wrong_ca": 4},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from migproxy.portmap import Channel
-from migproxy.relay import Progress, Traffic
 from migproxy.retention import MOST, Ended, Retention
+from migproxy.traffic import Progress, Traffic
 
 pytestmark = pytest.mark.tier("gate")
 

@@ -13,8 +13,8 @@ from migproxy.devcerts import make
 from migproxy.kube.cluster import ClusterSettings
 from migproxy.security import ClusterSecurity, OptionsSecurity, SecurityError
 from migproxy.settings import Settings
-from migproxy.splice import Transport
-from migproxy.verify import Reason, TLSError
+from migproxy.tlserrors import Reason, TLSError
+from migproxy.transport import Transport
 from tests.clock import Clock
 
 pytestmark = pytest.mark.tier("gate")

@@ -32,7 +32,16 @@ def report(**fields: Any) -> dict[str, Any]:
         "ready": True,
         "draining": False,
         "problems": {},
-        "store": {"holder": "/run/holder.sock", "descriptors": 0, "limit": 16384, "problem": None},
+        "relay": {
+            "socket": "/run/migproxy/control.relay.sock",
+            "pid": 4711,
+            "version": "0.1.0",
+            "connections": 0,
+            "descriptors": 0,
+            "limit": 16384,
+            "replaced": 0,
+            "problem": None,
+        },
         "tls": {"errors": {}},
         "migrations": [],
     }
@@ -49,7 +58,14 @@ def test_daemon_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: py
 
 
 def test_idle_node() -> None:
-    assert render(report()) == "node node01, migration address 10.1.1.1, ready\nno migrations"
+    assert render(report()) == (
+        "node node01, migration address 10.1.1.1, ready\nrelay: process 4711 moves 0 connections\nno migrations"
+    )
+
+
+def test_a_relay_that_does_not_answer_is_a_problem() -> None:
+    relay = report()["relay"] | {"pid": None, "problem": "no relay answers"}
+    assert "  relay: no relay answers" in render(report(relay=relay)).splitlines()
 
 
 def test_problems_are_shown_first() -> None:
@@ -74,7 +90,7 @@ def test_running_migration_shows_its_channels_and_its_rate() -> None:
         "bytes_received_per_second": 0,
         "channels": [CHANNEL | {"bytes_sent": 5 * 2**20, "bytes_received": 12}],
     }
-    rows = [" ".join(line.split()) for line in render(report(migrations=[running])).splitlines()[3:]]
+    rows = [" ".join(line.split()) for line in render(report(migrations=[running])).splitlines()[4:]]
     assert rows == [
         (
             "default/vm 01234567 source running 1m23s direct 2 3 1 5.0 MiB 12 B 0.25 ms 7 spliced "

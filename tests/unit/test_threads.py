@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from migproxy.threads import Threads, prefer_this_thread
+from migproxy.threads import Threads
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -52,19 +52,3 @@ def test_threads_without_work_end() -> None:
     while len(os.listdir("/proc/self/task")) > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def test_pumps_do_not_inherit_the_event_loops_preference() -> None:
-    niceness = os.getpriority(os.PRIO_PROCESS, 0)
-    seen = queue.SimpleQueue[tuple[bool, int, int]]()
-
-    def start_as_the_loop_does() -> None:
-        preferred, own = prefer_this_thread(), os.getpriority(os.PRIO_PROCESS, 0)
-        Threads(linger=0).start(lambda: seen.put((preferred, own, os.getpriority(os.PRIO_PROCESS, 0))))
-
-    loop = threading.Thread(target=start_as_the_loop_does)
-    loop.start()
-    loop.join()
-    preferred, own, pump = seen.get(timeout=DEADLINE)
-    assert (own < niceness) == preferred
-    assert pump == niceness

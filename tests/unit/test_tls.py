@@ -18,9 +18,10 @@ from migproxy import devcerts
 from migproxy.credentials import Validity
 from migproxy.ktls import check_control
 from migproxy.pki import CLIENT_NAMES, SERVER_NAMES, locate
-from migproxy.splice import Transport
 from migproxy.tls import MutualTLS, SecurityError, TLSOptions, Unfinished, cipher_string
-from migproxy.verify import Peers, Reason, TLSError
+from migproxy.tlserrors import Reason, TLSError
+from migproxy.transport import KernelTransport, Transport, UserTransport
+from migproxy.verify import Peers
 from tests.certificates import (
     CLIENT,
     DAY,
@@ -201,7 +202,6 @@ async def say(sock: socket.socket, words: bytes) -> None:
         pytest.param(b"\x00" * 100, Reason.NOT_TLS, id="zeroes"),
         pytest.param(b"\x28\x00\x00\x00\x20\x00\x80\x86" * 8, Reason.NOT_TLS, id="libvirt-rpc"),
         pytest.param(b"\x16\x03\x01\xff\xff" + b"x" * 100, Reason.NOT_TLS, id="oversized-record"),
-        pytest.param(b"\x16\x03\x01\x00\x00" + b"x" * 100, Reason.NOT_TLS, id="empty-record"),
     ],
 )
 async def test_who_does_not_speak_tls_is_refused(cluster: Cluster, words: bytes, reason: Reason) -> None:
@@ -212,26 +212,6 @@ async def test_who_does_not_speak_tls_is_refused(cluster: Cluster, words: bytes,
         await talking
     assert isinstance(refused, TLSError)
     assert refused.reason == reason
-
-
-async def test_a_damaged_record_of_a_peer_that_speaks_tls_is_told_apart(cluster: Cluster) -> None:
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    peer = context_of(cluster).wrap_bio(incoming, outgoing)
-    loop = asyncio.get_running_loop()
-    with connection() as (near, far):
-        refusing = asyncio.create_task(outcome(cluster.security().secure(far, server=True)))
-        with pytest.raises(ssl.SSLWantReadError):
-            peer.do_handshake()
-        await loop.sock_sendall(near, outgoing.read())
-        while not outgoing.pending:
-            incoming.write(await loop.sock_recv(near, 1 << 16))
-            with contextlib.suppress(ssl.SSLWantReadError):
-                peer.do_handshake()
-        *encrypted, last = outgoing.read()
-        await loop.sock_sendall(near, bytes([*encrypted, last ^ 1]))
-        refused = await refusing
-    assert isinstance(refused, TLSError)
-    assert refused.reason == Reason.HANDSHAKE
 
 
 @pytest.mark.simulated_time
@@ -319,7 +299,7 @@ async def test_sessions_are_not_resumed(cluster: Cluster) -> None:
                     return tls.session
 
             running = asyncio.create_task(asyncio.to_thread(theirs))
-            assert isinstance(await outcome(target.secure(far, server=True)), Transport)
+            assert isinstance(await outcome(target.secure(far, server=True)), KernelTransport | UserTransport)
             session = await running
     assert reused == [False] * 3
 
@@ -361,12 +341,12 @@ async def test_new_connections_use_new_certificates_at_once(cluster: Cluster, tm
     server, _ = locate(server=None, client=None, pair=None, folder=str(mount.folder), ca=None)
     target = cluster.security(server=server)
     old = cluster.security()
-    assert all(isinstance(end, Transport) for end in await shake(old, target))
+    assert all(isinstance(end, KernelTransport | UserTransport) for end in await shake(old, target))
 
     renewed = authority()
     put(renewed)
     new = other(cluster, tmp_path / "new", ca=renewed, source=renewed.issue(SOURCE)).security()
-    assert all(isinstance(end, Transport) for end in await shake(new, target))
+    assert all(isinstance(end, KernelTransport | UserTransport) for end in await shake(new, target))
     refusals = await shake(old, target)
     assert all(isinstance(end, TLSError) for end in refusals)
     assert target.report()["reloads"] == 1
@@ -385,13 +365,13 @@ async def test_files_that_cannot_be_used_leave_the_last_good_ones_in_force(clust
     else:
         (cluster.folder / "server/tls.key").unlink()
     for _ in range(2):
-        assert all(isinstance(end, Transport) for end in await shake(source, target))
+        assert all(isinstance(end, KernelTransport | UserTransport) for end in await shake(source, target))
     report = target.report()
     assert report["reload_failures"] == 1
     assert str(cluster.folder) in report["problems"]["server"]
 
     cluster.write()
-    assert all(isinstance(end, Transport) for end in await shake(source, target))
+    assert all(isinstance(end, KernelTransport | UserTransport) for end in await shake(source, target))
     assert not target.report()["problems"]
 
 
@@ -468,7 +448,7 @@ async def test_the_configured_cipher_is_the_one_spoken(cluster: Cluster) -> None
         handshake = asyncio.create_task(asyncio.to_thread(context.wrap_socket, near))
         transport = await outcome(target.secure(far, server=True))
         (await handshake).close()
-    assert isinstance(transport, Transport)
+    assert isinstance(transport, KernelTransport | UserTransport)
     assert "TLSv1.2 ECDHE-ECDSA-CHACHA20-POLY1305" in transport.label
 
 
@@ -528,7 +508,9 @@ async def test_development_certificates_are_what_two_nodes_need(tmp_path: Path) 
     devcerts.make(folder, days=2)
     server, client = locate(server=None, client=None, pair=None, folder=folder, ca=None)
     options = TLSOptions(server, client, Peers(CLIENT_NAMES), Peers(SERVER_NAMES), ktls="off")
-    assert all(isinstance(end, Transport) for end in await shake(MutualTLS(options), MutualTLS(options)))
+    assert all(
+        isinstance(end, KernelTransport | UserTransport) for end in await shake(MutualTLS(options), MutualTLS(options))
+    )
     strict = ssl.create_default_context(cafile=f"{folder}/ca.crt")
     strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python's clients from 3.13 on
     strict.check_hostname = False
@@ -536,7 +518,7 @@ async def test_development_certificates_are_what_two_nodes_need(tmp_path: Path) 
     with connection() as (near, far):
         near.settimeout(DEADLINE)
         handshake = asyncio.create_task(asyncio.to_thread(strict.wrap_socket, near))
-        assert isinstance(await outcome(MutualTLS(options).secure(far, server=True)), Transport)
+        assert isinstance(await outcome(MutualTLS(options).secure(far, server=True)), KernelTransport | UserTransport)
         (await handshake).close()
     assert (tmp_path / "made/server/tls.key").stat().st_mode & 0o077 == 0
     with pytest.raises(FileExistsError):

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from migproxy.relay import Relay
+from migproxy.connection import LocalConnection
 from migproxy.tls import MutualTLS
-from migproxy.verify import Reason, TLSError
+from migproxy.tlserrors import Reason, TLSError
+from migproxy.transport import UserTransport
 from tests.certificates import DAY, SOURCE, Cluster, client_context
 
 pytestmark = pytest.mark.tier("gate")
@@ -62,7 +63,8 @@ class Legs:
         transport = await security.secure(tcp, server=True)
         self.far = await handshake
         assert str(self.far.version()) in transport.label
-        self.relay = Relay(self._unix, transport)
+        assert isinstance(transport, UserTransport)
+        self.relay = LocalConnection(self._unix, transport)
         self.run = asyncio.create_task(self.relay.run())
 
     async def ended(self) -> None:
@@ -78,7 +80,7 @@ async def connected(cluster: Cluster, version: ssl.TLSVersion) -> AsyncIterator[
     try:
         yield made
     finally:
-        made.relay.stop()
+        made.run.cancel()
         with contextlib.suppress(OSError, asyncio.CancelledError):
             await made.ended()
         made.launcher.close()
@@ -114,10 +116,11 @@ async def test_bytes_cross_both_ways_at_once_unchanged(cluster: Cluster) -> None
     transports = await asyncio.gather(source.secure(near, server=False), target.secure(far, server=True))
     launchers, runs, relays = [], [], []
     for transport in transports:
+        assert isinstance(transport, UserTransport)
         launcher, unix = socket.socketpair(socket.AF_UNIX)
         launcher.settimeout(DEADLINE)
         launchers.append(launcher)
-        relays.append(Relay(unix, transport))
+        relays.append(LocalConnection(unix, transport))
         runs.append(asyncio.create_task(relays[-1].run()))
     there, back = random.Random(1).randbytes(40_000_000), random.Random(2).randbytes(37_000_001)
 
@@ -170,12 +173,14 @@ async def test_what_the_peer_sends_with_its_handshake_is_not_lost(cluster: Clust
     await loop.sock_sendall(near, outgoing.read())
     launcher, unix = socket.socketpair(socket.AF_UNIX)
     launcher.settimeout(DEADLINE)
-    relay = Relay(unix, await securing)
-    run = asyncio.create_task(relay.run())
+    transport = await securing
+    assert isinstance(transport, UserTransport)
+    run = asyncio.create_task(LocalConnection(unix, transport).run())
     launcher.shutdown(socket.SHUT_WR)  # the target's close_notify must not swallow them
     assert await asyncio.to_thread(read, launcher, 11) == b"first words"
-    relay.stop()
-    await run
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
     near.close()
     launcher.close()
 
@@ -310,7 +315,8 @@ async def test_a_source_learns_after_its_handshake_that_the_target_refused_it(cl
     refusing = asyncio.create_task(cluster.security().secure(far, server=True))
     transport = await expired.security().secure(near, server=False)
     launcher, unix = socket.socketpair(socket.AF_UNIX)
-    run = asyncio.create_task(Relay(unix, transport).run())
+    assert isinstance(transport, UserTransport)
+    run = asyncio.create_task(LocalConnection(unix, transport).run())
     with pytest.raises(TLSError) as refused:
         await refusing
     far.close()
@@ -351,8 +357,9 @@ async def test_stopping_ends_a_stalled_transfer_at_once_and_the_peer_sees_no_cle
     blocked = asyncio.create_task(asyncio.to_thread(legs.launcher.sendall, bytes(50_000_000)))
     while legs.relay.sent == 0:
         await asyncio.sleep(0)
-    legs.relay.stop()
-    await legs.ended()
+    legs.run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await legs.ended()
     with pytest.raises(OSError, match=r"reset|Broken"):
         await blocked
     with pytest.raises(OSError, match=r"reset|EOF"):

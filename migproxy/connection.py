@@ -1,0 +1,282 @@
+"""Connections that are relayed, as the daemon sees them: by the relay, or by this process (user-space TLS)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+
+from migproxy import tcpinfo
+from migproxy.fds import break_off
+from migproxy.relay.carrier import Carrier
+from migproxy.relay.client import Lease, Left
+from migproxy.relay.protocol import Ended, Way
+from migproxy.splice import Pipe, Pump
+from migproxy.tally import Tallies, Tally
+from migproxy.tlserrors import Reason, TLSError
+from migproxy.transport import KernelTransport, Transport, UserTransport
+
+_STOP_SECONDS = 1.0  # that the relay may take to count the last bytes of a connection that is broken off
+
+
+class Connection(ABC):
+    """A connection between a launcher's unix socket and the other node; owns both, and closes both.
+
+    Attributes:
+        opened: When it was made (`time.monotonic`).
+    """
+
+    def __init__(self, tcp: socket.socket | None, tallies: tuple[Tally, Tally]) -> None:
+        self.opened = time.monotonic()
+        self._to_network, self._to_launcher = tallies
+        self._observed = tcp
+        self._last_tcp_info: tcpinfo.TCPInfo | None = None
+
+    @property
+    def sent(self) -> int:
+        """Bytes taken from the launcher and handed to TCP."""
+        return self._to_network.moved
+
+    @property
+    def received(self) -> int:
+        """Bytes taken from TCP and handed to the launcher."""
+        return self._to_launcher.moved
+
+    @property
+    @abstractmethod
+    def ways(self) -> tuple[str, str]:
+        """How the bytes sent and received are moved: "spliced", "ktls" or "user-space"."""
+
+    @property
+    def modes(self) -> Counter[str]:
+        """Bytes both ways, by how they moved."""
+        modes: Counter[str] = Counter()
+        for way, moved in zip(self.ways, (self.sent, self.received), strict=True):
+            modes[way] += moved
+        return modes
+
+    @property
+    def spliced(self) -> tuple[int, int]:
+        """Of the bytes sent and received, those that never left the kernel."""
+        sending, receiving = (way != Pump.mode for way in self.ways)
+        return self.sent * sending, self.received * receiving
+
+    @property
+    def tcp_info(self) -> tcpinfo.TCPInfo | None:
+        """TCP's own view of the connection; of a closed one, the last there was."""
+        return tcpinfo.read(self._observed) if self._observed else self._last_tcp_info
+
+    def _forget_tcp(self) -> None:
+        """Keeps TCP's last view of the connection, which is about to be closed."""
+        self._last_tcp_info, self._observed = self.tcp_info, None
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Returns when both directions have ended, and both sockets are closed.
+
+        Raises:
+            OSError: What broke the connection first; its TCP peer has been told by a reset, never by an end of
+                stream that would pass for a complete one.
+        """
+
+    @property
+    def pumps(self) -> Iterable[Pump]:
+        """Those that run in this process."""
+        return ()
+
+
+class RelayedConnection(Connection):
+    """A connection whose bytes the relay moves.
+
+    This process keeps its copies of all descriptors, so that it can hand them to another relay where one dies.
+
+    Args:
+        lease: Its name at the relay.
+        unix, tcp: Its sockets; owned from now on.
+        way: How it is moved.
+        rest: The ends of its two pipes and the memory of its tallies, as the relay has them; None to make them.
+
+    Raises:
+        OSError: No descriptors are left; the sockets stay the caller's.
+    """
+
+    def __init__(
+        self, lease: Lease, unix: socket.socket, tcp: socket.socket, way: Way, rest: list[int] | None = None
+    ) -> None:
+        made: list[Pipe] = []
+        if rest is None:
+            try:
+                made.extend((Pipe(), Pipe()))
+                tallies = Tallies()
+            except OSError:
+                for pipe in made:
+                    pipe.close()
+                raise
+        else:
+            made.extend((Pipe((rest[0], rest[1])), Pipe((rest[2], rest[3]))))
+            tallies = Tallies(rest[4])
+        super().__init__(tcp, (tallies.to_network, tallies.to_launcher))
+        self.lease = lease
+        self._unix = unix
+        self._tcp = tcp
+        self._way = way
+        self._pipes = made
+        self._tallies = tallies
+
+    @classmethod
+    def adopt(cls, lease: Lease, left: Left) -> RelayedConnection:
+        """Makes it of what the relay moves already."""
+        assert left.way
+        unix, tcp, *rest = left.fds
+        return cls(lease, socket.socket(fileno=unix), socket.socket(fileno=tcp), left.way, rest)
+
+    @property
+    def ways(self) -> tuple[str, str]:
+        """See Connection."""
+        return self._way, self._way
+
+    async def run(self) -> None:
+        """See Connection; a cancellation breaks it off."""
+        to_network, to_launcher = self._pipes
+        fds = (*to_network.ends, *to_launcher.ends, self._tallies.fd)
+        ended = self.lease.ended or self.lease.move(self._way, self._unix.fileno(), self._tcp.fileno(), *fds)
+        try:
+            end = await asyncio.shield(ended)
+            if end.number:  # also where the relay has not taken it
+                self._break_off()
+        except asyncio.CancelledError:
+            self._break_off()
+            await self._last_words(ended)
+            raise
+        finally:
+            self._close()
+        if end.number:
+            raise _error(end)
+
+    def _break_off(self) -> None:
+        self._forget_tcp()  # a reset clears it
+        break_off(self._tcp, self._unix)
+
+    @staticmethod
+    async def _last_words(ended: asyncio.Future[Ended]) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_SECONDS):
+                await asyncio.shield(ended)
+
+    def _close(self) -> None:
+        self._forget_tcp()
+        for sock in (self._tcp, self._unix):
+            sock.close()
+        for pipe in self._pipes:
+            pipe.close()
+        self._tallies.close()
+
+
+class EndedConnection(Connection):
+    """A connection that the relay moved to its end while no daemon was there to hear of it.
+
+    Args:
+        left: As the relay has it; its descriptors are closed.
+    """
+
+    def __init__(self, left: Left) -> None:
+        assert left.way
+        assert left.end
+        *others, memory = left.fds
+        for fd in others:
+            os.close(fd)
+        tallies = Tallies(memory)
+        tallies.close()
+        super().__init__(None, (tallies.to_network, tallies.to_launcher))
+        self._way = left.way
+        self._end = left.end
+
+    @property
+    def ways(self) -> tuple[str, str]:
+        """See Connection."""
+        return self._way, self._way
+
+    async def run(self) -> None:
+        """See Connection."""
+        if self._end.number:
+            raise _error(self._end)
+
+
+class LocalConnection(Connection):
+    """A connection in user-space TLS: this process has the keys, moves the bytes, and takes it along when it dies.
+
+    Raises:
+        OSError: No descriptors are left; the sockets stay the caller's.
+    """
+
+    def __init__(self, unix: socket.socket, transport: UserTransport) -> None:
+        tallies = Tally(), Tally()
+        super().__init__(transport.tcp, tallies)
+        self._unix = unix
+        self._tcp = transport.tcp
+        self._pumps = transport.pumps(unix, tallies)
+        self._runs = False
+
+    @property
+    def ways(self) -> tuple[str, str]:
+        """See Connection."""
+        sending, receiving = self._pumps
+        return sending.mode, receiving.mode
+
+    @property
+    def pumps(self) -> Iterable[Pump]:
+        """See Connection."""
+        return [pump for pump in self._pumps if self._runs and not pump.tally.end]
+
+    async def run(self) -> None:
+        """See Connection; a cancellation breaks it off."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[OSError | None] = loop.create_future()
+
+        def on_end(error: OSError | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(ended.set_result, error)
+
+        carrier = Carrier(self._unix, self._tcp, self._pumps, on_end)
+        self._runs = True
+        carrier.start()
+        cancelled: asyncio.CancelledError | None = None
+        while not ended.done():
+            try:
+                await asyncio.shield(ended)
+            except asyncio.CancelledError as error:
+                cancelled = error
+                carrier.stop()
+        self._runs = False
+        self._forget_tcp()
+        carrier.close()
+        if cancelled:
+            raise cancelled
+        if broken := ended.result():
+            raise broken
+
+
+def relayed(unix: socket.socket, transport: Transport, lease: Lease) -> Connection:
+    """Makes the connection of a launcher's socket and a secured one to the other node.
+
+    Args:
+        lease: What keeps the two for the next daemon so far; it is dropped where they cannot outlive this one.
+
+    Raises:
+        OSError: No descriptors are left; the sockets stay the caller's.
+    """
+    if isinstance(transport, KernelTransport):
+        return RelayedConnection(lease, unix, transport.tcp, transport.way)
+    lease.drop()  # so that both peers notice at once when this process dies
+    return LocalConnection(unix, transport)
+
+
+def _error(end: Ended) -> OSError:
+    if end.reason:
+        return TLSError(Reason(end.reason), end.error)
+    return OSError(end.number, end.error or os.strerror(end.number))
