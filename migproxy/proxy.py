@@ -313,7 +313,8 @@ class Proxy(ABC):
                 await ready(listener.fileno(), writing=False)
                 # Else it would queue behind others, in this process alone; in the listener's queue it is safe.
                 await self.around.relay.handed_over()
-                name = connection_name(self.role, channel, self.migration)
+                lease = self.around.relay.lease(connection_name(self.role, channel, self.migration))
+                keeps = self.around.security.is_relayed
                 fd = accept(listener)
             except OSError as error:
                 if error.errno in _NOT_THIS_TIME:
@@ -326,8 +327,8 @@ class Proxy(ABC):
                 self.log.error("cannot accept connections", channel=channel.label, error=error.strerror, remedy=remedy)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            # At once: a connection that only this process has dies with it.
-            lease = self._lease(name, fd)
+            if keeps:  # at once: a connection that only this process has dies with it
+                lease.keep(fd)
             accepted = socket.socket(fileno=fd)
             self.follow(self._connection(accepted, channel, lease), lease, accepted)
 
@@ -337,10 +338,6 @@ class Proxy(ABC):
         self._turns.setdefault(channel, _Turns())
         self.traffic.setdefault(channel, Traffic())
         return self._slots.setdefault(channel, asyncio.Semaphore(self.around.max_connections))
-
-    def _lease(self, name: str, fd: int) -> Lease:
-        relay = self.around.relay
-        return relay.lease(name, fd) if self.around.security.is_relayed else relay.lease(name)
 
     def follow(self, connection: Coroutine[Any, Any, None], lease: Lease, *owned: socket.socket) -> None:
         """Runs what serves a connection in a task of its own, which ends with the proxy; closes what it owns then."""

@@ -100,6 +100,16 @@ class Lease:
     fds: tuple[int, ...] = ()
     way: Way | None = None
     ended: asyncio.Future[Ended] | None = None
+    _keep: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Before there is anything to keep: a connection that was accepted and is not with the relay yet dies with us.
+        self._keep = encode(Keep(self.name))
+
+    @property
+    def packet(self) -> bytes:
+        """The message that hands it over."""
+        return encode(Move(self.name, self.way)) if self.way else self._keep
 
     def keep(self, *fds: int) -> None:
         """Has the relay keep these, and nothing else, under the name; never waits and never fails."""
@@ -157,7 +167,7 @@ class RelayClient:
 
     def lease(self, name: str, *fds: int) -> Lease:
         """Makes a name, and has the relay keep descriptors under it; without any, nothing is kept yet."""
-        made = self._leases[name] = Lease(name, self)
+        made = Lease(name, self)
         if fds:
             made.keep(*fds)
         return made
@@ -173,22 +183,23 @@ class RelayClient:
 
     def hand_over(self, lease: Lease) -> None:
         """See `Lease.keep` and `Lease.move`."""
+        self._leases[lease.name] = lease
         if self._is_ready:
-            self._send(Move(lease.name, lease.way) if lease.way else Keep(lease.name), lease.fds)
+            self._send(lease.packet, lease.fds)
 
     def drop(self, *leases: Lease) -> None:
         """See `Lease.drop`."""
         names = self._forget(leases)
         if self._is_ready:
             for start in range(0, len(names), MOST_NAMES):
-                self._send(Drop(names[start : start + MOST_NAMES]))
+                self._say(Drop(names[start : start + MOST_NAMES]))
 
     def note(self, name: str, words: str, *over: Lease) -> None:
         """Has the relay keep words for the next daemon, and drops names in the same instant."""
         names = self._forget(over)
         self._notes[name] = words
         if self._is_ready:
-            self._send(Note(name, words, names))
+            self._say(Note(name, words, names))
 
     def adopt_note(self, name: str, words: str) -> None:
         """Takes over words that the relay has already, as `open` gave them."""
@@ -197,7 +208,7 @@ class RelayClient:
     def forget_note(self, name: str) -> None:
         """Has the relay forget words."""
         if self._notes.pop(name, None) is not None and self._is_ready:
-            self._send(Drop((name,)))
+            self._say(Drop((name,)))
 
     def _forget(self, leases: Sequence[Lease]) -> tuple[str, ...]:
         known = [lease for lease in leases if self._leases.get(lease.name) is lease]
@@ -212,8 +223,10 @@ class RelayClient:
         """Whether the relay takes messages; what changes otherwise, it is told of when it does."""
         return self._socket is not None and self._all_told is None
 
-    def _send(self, message: FromDaemon, fds: Sequence[int] = ()) -> None:
-        packet = encode(message)
+    def _say(self, message: FromDaemon) -> None:
+        self._send(encode(message))
+
+    def _send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
         if not self._unsent:
             try:
                 self._post(packet, fds)
@@ -282,7 +295,7 @@ class RelayClient:
         try:
             async with asyncio.timeout(seconds):
                 while self._is_ready:
-                    self._send(Sync(number))
+                    self._say(Sync(number))
                     lost = asyncio.create_task(self._lost.wait())
                     answer = asyncio.create_task(answered.wait())
                     try:
@@ -301,7 +314,7 @@ class RelayClient:
     def release(self) -> None:
         """Lets a relay that was told to end do so as soon as it moves nothing: this daemon stays."""
         if self._is_ready:
-            self._send(Leave())
+            self._say(Leave())
 
     # The relay's life
 
@@ -381,7 +394,7 @@ class RelayClient:
         self._socket, self._refused, self._welcome = sock, None, None
         self._told, self._all_told = Contents(), loop.create_future()
         loop.add_reader(sock, self._read)
-        self._send(Hello(VERSION, __version__))
+        self._say(Hello(VERSION, __version__))
         try:
             async with asyncio.timeout(_HANG_SECONDS):
                 await self._all_told
@@ -491,13 +504,13 @@ class RelayClient:
             lease = self._leases.get(name)
             _close(left.fds)
             if lease is None:
-                self._send(Drop((name,)))
+                self._say(Drop((name,)))
             elif left.end:
                 self._note_end(left.end)
         for name in told.notes.keys() - self._notes.keys():
-            self._send(Drop((name,)))
+            self._say(Drop((name,)))
         for name, words in self._notes.items():
-            self._send(Note(name, words))
+            self._say(Note(name, words))
         for lease in [*self._leases.values()]:
             known = told.kept.get(lease.name)
             if lease.fds and not (known and known.way) and not (lease.ended and lease.ended.done()):

@@ -496,8 +496,8 @@ async def test_short_connections_all_through_a_storm(
             assert "lost" not in (await until_closed(vm, node))["failures"]
             await until(lambda node=node: kept(node) == LISTENERS, "only the listeners to be left")  # type: ignore[misc]
     print(f"{counts} of {kills} kills")
-    # One that is accepted right when the daemon dies ends with it: a matter of tenths of a millisecond.
-    assert counts["ended"] <= kills / 4
+    # One that is accepted right when the daemon dies ends with it: a matter of some microseconds.
+    assert counts["ended"] <= (max(1, kills / 10) if kill is kill_daemons else 0)
 
 
 async def answering(listener: socket.socket) -> None:
