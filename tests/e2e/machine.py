@@ -51,6 +51,7 @@ def run_guest(module: str, *options: str, variables: dict[str, str] | None = Non
         errors="replace",
         check=False,
     ).stdout
-    found = [json.loads(line.partition("RESULT")[2]) for line in text.splitlines() if "RESULT" in line]
+    # With the brace: a traceback shows the line that prints it, too.
+    found = [json.loads(line.partition("RESULT ")[2]) for line in text.splitlines() if "RESULT {" in line]
     assert found, text[-8000:]
     return found
