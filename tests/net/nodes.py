@@ -374,6 +374,7 @@ class Nodes:
         made.begin()
         await made.served()
         async with made.connection() as (near, far):
+            await assert_carries(near, far)  # so that both relays have it
             yield made
             await assert_carries(near, far)
         await made.served()
