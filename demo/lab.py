@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -173,11 +173,15 @@ class Relay:
         """How many descriptors it has open, those that it keeps among them."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
-    async def start(self) -> None:
-        """Starts it, as its systemd unit does; a daemon waits until it listens."""
+    async def start(self, *, prefix: Sequence[str] = ()) -> None:
+        """Starts it, as its systemd unit does; a daemon waits until it listens.
+
+        Args:
+            prefix: a command that runs the relay's.
+        """
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "migproxy.relay", str(self.socket)),
+                *(*prefix, sys.executable, "-m", "migproxy.relay", str(self.socket)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from migproxy import tcpinfo
-from migproxy.fds import break_off
+from migproxy.fds import break_off, close_all
 from migproxy.relay.carrier import Carrier
 from migproxy.relay.client import Lease, Left
 from migproxy.relay.protocol import Ended, Way
@@ -188,8 +188,7 @@ class EndedConnection(Connection):
         assert left.way
         assert left.end
         *others, memory = left.fds
-        for fd in others:
-            os.close(fd)
+        close_all(others)
         tallies = Tallies(memory)
         tallies.close()
         super().__init__(None, (tallies.to_network, tallies.to_launcher))

@@ -1,11 +1,13 @@
-"""Sockets of which another process has a descriptor, too: ending them so that their peers notice."""
+"""Descriptors of which another process has a copy, too; of sockets: ending them so that their peers notice."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import socket
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 
 _TCP_ULP = 31  # linux/tcp.h
@@ -80,3 +82,25 @@ def raise_file_limit() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def duplicate(fds: Iterable[int]) -> tuple[int, ...]:
+    """Makes descriptors of one's own.
+
+    Raises:
+        OSError: There are not as many.
+    """
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except OSError:
+        close_all(made)
+        raise
+    return tuple(made)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Closes descriptors."""
+    for fd in fds:
+        os.close(fd)

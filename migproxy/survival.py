@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import socket
 import time
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from enum import StrEnum
 import structlog
 
 from migproxy import state
-from migproxy.fds import is_connected, quench, reset
+from migproxy.fds import close_all, is_connected, quench, reset
 from migproxy.ktls import offloaded
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel
@@ -215,7 +214,7 @@ def sort(contents: Contents, relay: RelayClient) -> dict[Key, Inheritance]:
         if name is None:
             log.error("another version of migproxy left something: it is ended", name=text)
             lease.drop()
-            _close(left)
+            close_all(left.fds)
             continue
         _add(found.setdefault((name.migration, name.role), Inheritance()), name, lease, left)
     return found
@@ -249,11 +248,6 @@ def _add(inheritance: Inheritance, name: Name, lease: Lease, left: Left) -> None
         inheritance.listeners.append(listener)
     else:  # shut down by a daemon whose last words have not reached the relay
         listener.close()
-
-
-def _close(left: Left) -> None:
-    for fd in left.fds:
-        os.close(fd)
 
 
 def _listens(sock: socket.socket) -> bool:

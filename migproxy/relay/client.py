@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import structlog
 
 from migproxy import __version__
+from migproxy.fds import close_all, duplicate
 from migproxy.pauses import doubling
 from migproxy.relay.protocol import (
     MOST_BYTES,
@@ -154,7 +154,6 @@ class RelayClient:
         self._leases: dict[str, Lease] = {}
         self._notes: dict[str, str] = {}
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
-        self._is_writing = False
         self._retry: asyncio.TimerHandle | None = None
         self._sent = asyncio.Event()
         self._syncs: dict[int, asyncio.Event] = {}
@@ -242,7 +241,7 @@ class RelayClient:
             return
         try:
             # Duplicates: the owner may close its own before they are sent.
-            self._unsent.append((packet, _duplicate(fds)))
+            self._unsent.append((packet, duplicate(fds)))
         except OSError as error:
             self._lose(f"descriptors cannot be handed over: {error.strerror}: raise the limit of open files")
             return
@@ -260,7 +259,7 @@ class RelayClient:
             raise
 
     def _write_on(self) -> None:
-        # A timer besides: a socket with too many descriptors in flight counts as ready all the same.
+        # A timer: a socket with too many descriptors in flight counts as writable all the same.
         if self._retry is None:
             self._retry = asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._flush)
 
@@ -271,7 +270,7 @@ class RelayClient:
                 packet, fds = self._unsent[0]
                 self._post(packet, fds)
                 self._unsent.popleft()
-                _close(fds)
+                close_all(fds)
         except BlockingIOError:
             self._write_on()
             return
@@ -424,7 +423,7 @@ class RelayClient:
             try:
                 message = for_daemon(packet, len(fds))
             except ProtocolError as error:
-                _close(fds)
+                close_all(fds)
                 self._lose(f"it says what is not understood: {error}")
                 return
             self._hear(message, fds)
@@ -470,16 +469,7 @@ class RelayClient:
     def _lose(self, why: str) -> None:
         if self._socket is None:
             return
-        asyncio.get_running_loop().remove_reader(self._socket)
-        self._socket.close()
-        self._socket = None
-        for _, fds in self._unsent:
-            _close(fds)
-        self._unsent.clear()
-        self._sent.set()
-        for left in self._told.kept.values():
-            _close(left.fds)
-        self._told = Contents()
+        self.close()
         if self._all_told and not self._all_told.done():
             self._all_told.set_exception(ProtocolError(why) if self._refused else OSError(errno.ECONNRESET, why))
             return
@@ -489,7 +479,7 @@ class RelayClient:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the relay was started by this process, and moves nothing: nobody else would end it."""
+        """Whether the relay is nobody's but the daemons', and moves nothing: nothing is lost if it ends."""
         return self._starts and not self._moving
 
     @property
@@ -502,7 +492,7 @@ class RelayClient:
         self._all_told = None
         for name, left in told.kept.items():
             lease = self._leases.get(name)
-            _close(left.fds)
+            close_all(left.fds)
             if lease is None:
                 self._say(Drop((name,)))
             elif left.end:
@@ -546,29 +536,15 @@ class RelayClient:
         """Ends the connection; the relay keeps what it has."""
         if self._retry:
             self._retry.cancel()
+            self._retry = None
         if self._socket:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
         for _, fds in self._unsent:
-            _close(fds)
+            close_all(fds)
         self._unsent.clear()
+        self._sent.set()
         for left in self._told.kept.values():
-            _close(left.fds)
+            close_all(left.fds)
         self._told = Contents()
-
-
-def _duplicate(fds: Sequence[int]) -> tuple[int, ...]:
-    made: list[int] = []
-    try:
-        for fd in fds:
-            made.append(os.dup(fd))
-    except OSError:
-        _close(made)
-        raise
-    return tuple(made)
-
-
-def _close(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from migproxy import __version__
-from migproxy.fds import raise_file_limit, reset_on_close
+from migproxy.fds import close_all, raise_file_limit, reset_on_close
 from migproxy.ktls import KernelReceive, KernelSend
 from migproxy.liveness import Stalls, read
 from migproxy.notify import Notifier
@@ -168,8 +168,8 @@ class Relay:
             self._notifier.tell(READY=1)
         next_look = time.monotonic() + _LOOK_SECONDS
         while not self._is_over():
-            for key, events in self._selector.select(self._patience(next_look)):
-                self._serve(key.fileobj, events)
+            for key, _ in self._selector.select(self._patience(next_look)):
+                self._serve(key.fileobj)
             self._note_ends()
             if self._is_ending and not told:
                 told = True
@@ -220,7 +220,7 @@ class Relay:
         is_used = bool(self._entries or self._notes) or not self._had_daemon
         return not (self._running or (is_used and time.monotonic() - self._alone_since < _LONELY_SECONDS))
 
-    def _serve(self, fileobj: object, events: int) -> None:
+    def _serve(self, fileobj: object) -> None:
         if fileobj is self._listener:
             self._accept()
         elif fileobj is self._wakes:
@@ -279,23 +279,23 @@ class Relay:
             self._let_go(client)
             return
         if not packet:
-            _close(fds)
+            close_all(fds)
             self._let_go(client)
             return
         try:
             message = for_relay(packet, len(fds))
         except ProtocolError as error:
-            _close(fds)
+            close_all(fds)
             lost = "; the limit of open files is too low" if flags & socket.MSG_CTRUNC else ""
             self._refuse(client, f"that is not understood: {error}{lost}")
             return
         if isinstance(message, Hello):
             self._welcome(client, message)
         elif not client.is_daemon:
-            _close(fds)
+            close_all(fds)
             self._refuse(client, "Hello comes first")
         else:
-            self._do(client, message, fds)
+            self._do(message, fds)
 
     def _welcome(self, client: _Client, hello: Hello) -> None:
         if hello.version != VERSION:
@@ -331,7 +331,7 @@ class Relay:
 
     # What the daemon asks for
 
-    def _do(self, client: _Client, message: FromDaemon, fds: list[int]) -> None:
+    def _do(self, message: FromDaemon, fds: list[int]) -> None:
         if isinstance(message, Keep):
             self._keep(message.name, fds)
         elif isinstance(message, Move):
@@ -347,36 +347,31 @@ class Relay:
             self._may_leave = True
 
     def _keep(self, name: str, fds: list[int]) -> None:
-        known = self._entries.get(name)
-        if known and known.way:
-            _close(fds)
-            self._tell(Refused("it is moved already", name))
-            return
-        self._drop((name,))
-        if self._has_room(name, fds, len(fds)):
+        if self._takes(name, fds, len(fds)):
             self._entries[name] = _Entry(fds)
             self._count += len(fds)
 
-    def _has_room(self, name: str, fds: list[int], count: int) -> bool:
-        if self._count + count <= self._limit:
-            return True
-        _close(fds)
-        self._tell(Refused(f"the relay is full ({self._limit} descriptors): raise its limit of open files", name))
+    def _takes(self, name: str, fds: list[int], count: int) -> bool:
+        """Makes room for what comes under a name, or closes it and says why not."""
+        known = self._entries.get(name)
+        if known and known.way:
+            why = "it is moved already"
+        else:
+            self._drop((name,))
+            if self._count + count <= self._limit:
+                return True
+            why = f"the relay is full ({self._limit} descriptors): raise its limit of open files"
+        close_all(fds)
+        self._tell(Refused(why, name))
         return False
 
     def _move(self, move: Move, fds: list[int]) -> None:
-        known = self._entries.get(move.name)
-        if known and known.way:
-            _close(fds)
-            self._tell(Refused("it is moved already", move.name))
-            return
-        self._drop((move.name,))
-        if not self._has_room(move.name, fds, _MOVED_FDS):
+        if not self._takes(move.name, fds, _MOVED_FDS):
             return
         try:
             entry = self._carry(move, fds)
         except (OSError, ValueError) as error:
-            _close(fds)
+            close_all(fds)
             self._tell(Refused(f"it cannot be moved: {error}", move.name))
             return
         self._entries[move.name] = entry
@@ -420,7 +415,7 @@ class Relay:
             self._alone_since = time.monotonic()
             if self._entries.get(name) is not entry:  # dropped meanwhile
                 self._count -= 1
-                _close(entry.fds)
+                close_all(entry.fds)
                 continue
             entry.end = Ended(name)
             if error:
@@ -438,7 +433,7 @@ class Relay:
                 entry.carrier.stop()  # `_note_ends` closes everything
             else:
                 self._count -= len(entry.fds)
-                _close(entry.fds)
+                close_all(entry.fds)
 
     # What the daemon is told
 
@@ -514,11 +509,6 @@ def check_connection(fds: Sequence[int]) -> None:
         is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
         if not is_pipe or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != way:
             raise ValueError("a pipe's end is of another kind")
-
-
-def _close(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def _listen(path: str) -> tuple[int, socket.socket]:

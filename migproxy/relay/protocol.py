@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Final, TypeVar
 
@@ -30,6 +30,8 @@ MOST_NAMES: Final = 256
 
 _NAME_LENGTH = 200
 _WORDS_LENGTH = MOST_BYTES // 2
+_LONGEST_ESCAPE = 12  # bytes that a character may take (RFC 8259, 7)
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class ProtocolError(Exception):
@@ -205,10 +207,9 @@ def encode(message: FromDaemon | FromRelay) -> bytes:
     Raises:
         ProtocolError: Nobody would take it: a name or text is too long, or all of it.
     """
-    values = asdict(message)
-    for name, check in _checks(type(message)).items():
-        check(name, values[name])
-    packet = json.dumps({"is": type(message).__name__.lower(), **values}, separators=(",", ":")).encode()
+    kind = type(message)
+    values = {name: check(name, getattr(message, name)) for name, check in _FIELDS[kind].items()}
+    packet = _to_json({"is": kind.__name__.lower(), **values}).encode()
     _check_length(packet)
     return packet
 
@@ -245,7 +246,7 @@ def _decode(kinds: Mapping[str, type[T]], packet: bytes, fds: int) -> T:
     if fds not in _FDS.get(kind, _NONE):
         raise ProtocolError(f"{label} came with {fds} descriptors")
     # A field that is unknown belongs to a later version, which may add some.
-    given = {name: check(name, values[name]) for name, check in _checks(kind).items() if name in values}
+    given = {name: check(name, values[name]) for name, check in _FIELDS[kind].items() if name in values}
     try:
         return kind(**given)
     except TypeError as error:
@@ -257,10 +258,6 @@ def _check_length(packet: bytes) -> None:
         raise ProtocolError(f"a message of {len(packet)} bytes or more; {MOST_BYTES} are allowed")
 
 
-def _checks(kind: type) -> dict[str, Callable[[str, object], object]]:
-    return {field.name: _CHECKS[str(field.type)] for field in fields(kind)}
-
-
 def _number(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
         raise ProtocolError(f"{name} is no number")
@@ -269,7 +266,9 @@ def _number(name: str, value: object) -> int:
 
 def _text(name: str, value: object) -> str:
     # As it is sent: what one side took it has to be able to say to the other.
-    if not isinstance(value, str) or len(json.dumps(value)) > _WORDS_LENGTH:
+    if not isinstance(value, str) or (
+        len(value) * _LONGEST_ESCAPE > _WORDS_LENGTH and len(_to_json(value)) > _WORDS_LENGTH
+    ):
         raise ProtocolError(f"{name} is no text of a reasonable length")
     if name in ("name", "program") and (len(value) > _NAME_LENGTH or not value.isprintable()):
         raise ProtocolError(f"{name} is no name")
@@ -299,4 +298,9 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "tuple[str, ...]": _names,
     "Way": _way,
     "Way | None": _way_or_none,
+}
+
+_FIELDS: dict[type, dict[str, Callable[[str, object], object]]] = {
+    kind: {field.name: _CHECKS[str(field.type)] for field in fields(kind)}
+    for kind in (*_TO_RELAY.values(), *_TO_DAEMON.values())
 }
