@@ -28,8 +28,11 @@ class Connection(ABC):
     """A connection between a launcher's unix socket and the other node; owns both, and closes both.
 
     Attributes:
+        is_local: This process moves its bytes, and takes it along when it dies.
         opened: When it was made (`time.monotonic`).
     """
+
+    is_local = False
 
     def __init__(self, tcp: socket.socket | None, tallies: tuple[Tally, Tally]) -> None:
         self.opened = time.monotonic()
@@ -207,11 +210,13 @@ class EndedConnection(Connection):
 
 
 class LocalConnection(Connection):
-    """A connection in user-space TLS: this process has the keys, moves the bytes, and takes it along when it dies.
+    """A connection in user-space TLS: this process has the keys.
 
     Raises:
         OSError: No descriptors are left; the sockets stay the caller's.
     """
+
+    is_local = True
 
     def __init__(self, unix: socket.socket, transport: UserTransport) -> None:
         tallies = Tally(), Tally()

@@ -28,6 +28,7 @@ K = TypeVar("K")
 
 JOURNAL = "/run/systemd/journal/socket"
 
+_LEVELS = {name.lower(): level for name, level in logging.getLevelNamesMapping().items()}
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 _OWN_NAMES = {"name": "VMI"}  # NAME alone would be anybody's
 _SECONDS = 0.2
@@ -44,13 +45,12 @@ def configure(style: Style, level: str) -> None:
             where standard error leads there, else console on a terminal.
         level: The least severity that is logged.
     """
-    _output.least = logging.getLevelNamesMapping()[level.upper()]
+    _output.least = _LEVELS[level.lower()]
     _output.renderers, _output.write = _choose(style)
     if not structlog.is_configured():
         structlog.configure(
             processors=[
                 _output.filter,
-                structlog.contextvars.merge_contextvars,
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
                 _output.render,
@@ -69,7 +69,7 @@ class _Output:
         self.write: Any = None
 
     def filter(self, _: object, method: str, event: Event) -> Event:
-        if logging.getLevelNamesMapping().get(method.upper(), logging.ERROR) < self.least:
+        if _LEVELS.get(method, logging.ERROR) < self.least:
             raise structlog.DropEvent
         return event
 

@@ -15,7 +15,6 @@ import structlog
 
 from migproxy import rows, survival
 from migproxy.announcement import Announcement
-from migproxy.connection import LocalConnection
 from migproxy.health import Activity, WatchReporter
 from migproxy.inventory import BYPASSED, FAILED, Inventory, Overtaken, PublishError
 from migproxy.launcher import LauncherError
@@ -151,7 +150,7 @@ class Node:
     def local(self) -> int:
         """Connections that this process moves itself, and that would end with it."""
         traffics = [traffic for proxy in self._proxies() for traffic in proxy.traffic.values()]
-        return sum(isinstance(one, LocalConnection) for traffic in traffics for one in traffic.open)
+        return sum(one.is_local for traffic in traffics for one in traffic.open)
 
     async def drain(self) -> None:
         """Takes no new migration, closes those that have not begun, and returns when the running ones are over."""

@@ -145,7 +145,6 @@ class Proxy(ABC):
         self._turns: dict[Channel, _Turns] = {}
         self.inherited: list[LeftListener] = []
         self.begun: list[LeftConnection] = []
-        self._noted = ""
         self._storing = asyncio.Lock()
         self._failed_lines = Limit(self._log_more_failed)
         self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
@@ -279,16 +278,15 @@ class Proxy(ABC):
             channels={channel.label: one.state() for channel, one in self.traffic.items()},
         )
 
-    def note(self, *over: Lease) -> None:
+    def note(self, *over: Lease, at_once: bool = False) -> None:
         """Has the relay keep what the next daemon is to know, if it has changed.
 
         Args:
             over: What has ended, and is counted; forgotten in the same instant, so that nothing is counted twice.
+            at_once: The relay does not know of it otherwise.
         """
-        words = self.state().model_dump_json()
-        if over or words != self._noted:
-            self._noted = words
-            self.around.relay.note(state_name(self.role, self.migration), words, *over)
+        name = state_name(self.role, self.migration)
+        self.around.relay.note(name, lambda: self.state().model_dump_json(), *over, at_once=at_once)
 
     async def accept(self, listener: socket.socket, channel: Channel) -> None:
         """Accepts connections and relays each in a task of its own; runs until cancelled.
@@ -390,6 +388,7 @@ class Proxy(ABC):
                 raise
             log = log.bind(security=transport.label)
             log.info("connection opened")
+            self._begin(connection, channel)
             await self._relay(connection, lease, channel, log)
 
     @asynccontextmanager
@@ -516,13 +515,16 @@ class Proxy(ABC):
             why = str(last) if last else f"{self.peer(channel)}: no answer"
             raise DialError(f"{why} (tried for {self.around.dial_timeout:g} s)") from last
 
+    def _begin(self, connection: Connection, channel: Channel) -> None:
+        """Counts a connection from now on, which `_relay` is to relay."""
+        self.traffic[channel].begin(connection)
+        self.note(at_once=connection.is_local)
+        self.progress.opened = self.progress.opened or connection.opened
+
     async def _relay(
         self, connection: Connection, lease: Lease, channel: Channel, log: structlog.stdlib.BoundLogger
     ) -> None:
         traffic = self.traffic[channel]
-        traffic.begin(connection)
-        self.note()
-        self.progress.opened = self.progress.opened or connection.opened
         failure: dict[str, str] = {}
         try:
             await connection.run()
@@ -530,7 +532,7 @@ class Proxy(ABC):
             failure = self._fail(channel, error, _BROKEN.get(error.errno or 0, "other"))
         finally:
             traffic.end(connection)
-            self.note(lease)
+            self.note(lease, at_once=connection.is_local)
             seconds = round(time.monotonic() - connection.opened, 3)
             counts = {"sent": connection.sent, "received": connection.received, "seconds": seconds}
             if failure:

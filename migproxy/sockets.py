@@ -159,11 +159,16 @@ def accept(listener: socket.socket) -> int:
 async def ready(fd: int, *, writing: bool) -> None:
     """Waits until a descriptor can be read from or written to, or its connection has failed."""
     loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
+    ready: asyncio.Future[None] = loop.create_future()
     add, remove = (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
-    add(fd, ready.set)
+
+    def note() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    add(fd, note)
     try:
-        await ready.wait()
+        await ready
     finally:
         remove(fd)
 

@@ -11,6 +11,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 
 import structlog
 
@@ -87,6 +88,7 @@ def state_name(role: Role, migration: Migration) -> str:
     return f"{_STATE}.{role}.{fingerprint(migration)}"
 
 
+@lru_cache
 def fingerprint(migration: Migration) -> str:
     """A short name for a migration's identity."""
     whole = f"{migration.namespace}\x00{migration.name}\x00{migration.vmi_uid}\x00{migration.migration_uid}"

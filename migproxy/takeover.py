@@ -69,16 +69,20 @@ class AdoptedProxy(Proxy):
                 self.log.error("connection cannot be relayed", channel=channel.label, error=error.strerror)
                 left.close()
             else:
-                self.follow(self._follow(connection, left.lease, channel), left.lease)
+                self._follow(connection, left.lease, channel)
 
     def _go_on(self, relayed: RelayedLeft) -> None:
         """Goes on with a connection that the relay moves, or counts one that it has moved to its end."""
         self._open(relayed.name.channel)
         left = relayed.left
         connection = EndedConnection(left) if left.end else RelayedConnection.adopt(relayed.lease, left)
-        self.follow(self._follow(connection, relayed.lease, relayed.name.channel), relayed.lease)
+        self._follow(connection, relayed.lease, relayed.name.channel)
 
-    async def _follow(self, connection: Connection, lease: Lease, channel: Channel) -> None:
+    def _follow(self, connection: Connection, lease: Lease, channel: Channel) -> None:
+        self._begin(connection, channel)  # now: nobody is to see counters without it
+        self.follow(self._relay_on(connection, lease, channel), lease)
+
+    async def _relay_on(self, connection: Connection, lease: Lease, channel: Channel) -> None:
         logger = self.log.bind(channel=channel.label)
         logger.info("connection goes on", sent=connection.sent, received=connection.received)
         self.around.measures.resumed.labels(self.role).inc()

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from migproxy import tcpinfo
-from migproxy.connection import Connection, LocalConnection
+from migproxy.connection import Connection
 from migproxy.portmap import Channel
 from migproxy.state import ChannelState
 
@@ -82,7 +82,7 @@ class Traffic:
 
     def state(self) -> ChannelState:
         """What is to be restored: all but what the relay moves now, which has its own tallies."""
-        local = [connection for connection in self.open if isinstance(connection, LocalConnection)]
+        local = [connection for connection in self.open if connection.is_local]
         return ChannelState(
             connections=self.connections - len(self.open),
             failures=dict(self.failures),
@@ -109,13 +109,14 @@ class Traffic:
 
     def end(self, connection: Connection) -> None:
         """Counts a connection as over, and keeps what it moved."""
-        self._spliced = (self._spliced[0] + connection.spliced[0], self._spliced[1] + connection.spliced[1])
         self.open.discard(connection)
         self._sent += connection.sent
         self._received += connection.received
-        self._modes += connection.modes
-        if connection.tcp_info:
-            self._retransmits += connection.tcp_info.retransmits
+        before, more = self._spliced, connection.spliced
+        self._spliced = before[0] + more[0], before[1] + more[1]
+        self._modes.update(connection.modes)
+        if info := connection.tcp_info:
+            self._retransmits += info.retransmits
 
 
 @dataclass

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,9 @@ _PATIENCE = 1.0  # seconds that a new connection waits until the relay has its d
 _BEAT_SECONDS = 2.0  # between two questions whether the relay gets on
 _HANG_SECONDS = 10.0  # without an answer
 _RETRY_SECONDS = 0.01  # while the kernel has too many descriptors of this user in flight (unix(7), ETOOMANYREFS)
+_NOTE_SECONDS = 0.01  # that what is noted may be late
+_MOST_OVER = MOST_NAMES - 1  # names that are dropped with words, and the words' own when those are dropped
+_SEND, _RECEIVE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
 _MOST_UNSENT = 4096  # messages that wait for a relay which takes none
 
 
@@ -128,6 +131,21 @@ class Lease:
         self._client.drop(self)
 
 
+@dataclass(slots=True)
+class _Note:
+    """Words for the next daemon.
+
+    Attributes:
+        words: Makes them.
+        told: What the relay was told last.
+        over: Names to drop with the next ones.
+    """
+
+    words: Callable[[], str]
+    told: str | None = None
+    over: list[str] = field(default_factory=list)
+
+
 class RelayClient:
     """Speaks with the relay; where one dies, hands everything to the next.
 
@@ -152,7 +170,9 @@ class RelayClient:
         self._all_told: asyncio.Future[None] | None = None
         self._lost = asyncio.Event()
         self._leases: dict[str, Lease] = {}
-        self._notes: dict[str, str] = {}
+        self._notes: dict[str, _Note] = {}
+        self._due: set[str] = set()
+        self._noting: asyncio.TimerHandle | None = None
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self._retry: asyncio.TimerHandle | None = None
         self._sent = asyncio.Event()
@@ -193,21 +213,50 @@ class RelayClient:
             for start in range(0, len(names), MOST_NAMES):
                 self._say(Drop(names[start : start + MOST_NAMES]))
 
-    def note(self, name: str, words: str, *over: Lease) -> None:
-        """Has the relay keep words for the next daemon, and drops names in the same instant."""
-        names = self._forget(over)
-        self._notes[name] = words
-        if self._is_ready:
-            self._say(Note(name, words, names))
+    def note(self, name: str, words: Callable[[], str], *over: Lease, at_once: bool = False) -> None:
+        """Has the relay keep words for the next daemon, and drops names in the same instant.
+
+        After the first ones not at once, so that many connections need one message: what has ended is with the relay
+        until then, and the next daemon counts it.
+
+        Args:
+            words: Makes them, as late as possible.
+            over: What they tell of.
+            at_once: They tell of something that the relay does not know.
+        """
+        note = self._notes.setdefault(name, _Note(words))
+        note.words = words
+        note.over += self._forget(over)
+        self._due.add(name)
+        if at_once or note.told is None or len(note.over) >= _MOST_OVER:
+            self._write_notes()
+        elif self._noting is None:
+            self._noting = asyncio.get_running_loop().call_later(_NOTE_SECONDS, self._write_notes)
 
     def adopt_note(self, name: str, words: str) -> None:
         """Takes over words that the relay has already, as `open` gave them."""
-        self._notes[name] = words
+        self._notes[name] = _Note(lambda: words, words)
 
     def forget_note(self, name: str) -> None:
-        """Has the relay forget words."""
-        if self._notes.pop(name, None) is not None and self._is_ready:
-            self._say(Drop((name,)))
+        """Has the relay forget words, and what is dropped with them."""
+        note = self._notes.pop(name, None)
+        self._due.discard(name)
+        if note and self._is_ready:
+            self._say(Drop((*note.over, name)))
+
+    def _write_notes(self) -> None:
+        if self._noting:
+            self._noting.cancel()
+            self._noting = None
+        if not self._is_ready:
+            return  # the next relay is told everything
+        due, self._due = self._due, set()
+        for name in due:
+            note = self._notes[name]
+            words, over = note.words(), tuple(note.over)
+            if over or words != note.told:
+                note.told, note.over = words, []
+                self._say(Note(name, words, over))
 
     def _forget(self, leases: Sequence[Lease]) -> tuple[str, ...]:
         known = [lease for lease in leases if self._leases.get(lease.name) is lease]
@@ -252,7 +301,7 @@ class RelayClient:
         assert self._socket
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         try:
-            self._socket.sendmsg([packet], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._socket.sendmsg([packet], ancillary, _SEND)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
                 raise BlockingIOError(error.errno, error.strerror) from error
@@ -288,6 +337,7 @@ class RelayClient:
 
     async def settle(self, seconds: float) -> bool:
         """Waits until the relay has done everything that it was told; returns whether it has."""
+        self._write_notes()
         self._number += 1
         number, answered = self._number, asyncio.Event()
         self._syncs[number] = answered
@@ -409,7 +459,7 @@ class RelayClient:
     def _read(self) -> None:
         while self._socket:
             try:
-                packet, fds, _, _ = socket.recv_fds(self._socket, MOST_BYTES + 1, MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+                packet, fds, _, _ = socket.recv_fds(self._socket, MOST_BYTES + 1, MOST_FDS, _RECEIVE)
             except BlockingIOError:
                 return
             except ConnectionResetError:
@@ -499,8 +549,10 @@ class RelayClient:
                 self._note_end(left.end)
         for name in told.notes.keys() - self._notes.keys():
             self._say(Drop((name,)))
-        for name, words in self._notes.items():
-            self._say(Note(name, words))
+        for note in self._notes.values():
+            note.told, note.over = None, []
+        self._due.update(self._notes)
+        self._write_notes()
         for lease in [*self._leases.values()]:
             known = told.kept.get(lease.name)
             if lease.fds and not (known and known.way) and not (lease.ended and lease.ended.done()):
@@ -534,9 +586,9 @@ class RelayClient:
 
     def close(self) -> None:
         """Ends the connection; the relay keeps what it has."""
-        if self._retry:
-            self._retry.cancel()
-            self._retry = None
+        for timer in filter(None, (self._retry, self._noting)):
+            timer.cancel()
+        self._retry = self._noting = None
         if self._socket:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()

@@ -71,6 +71,8 @@ _MOST_UNSENT = 1 << 16  # messages: a daemon that lets so many wait is hanging
 _MOVED_FDS = 8  # of a connection: what comes with Move, and another of the memory, which Python's mmap makes
 _PUMPS = {Way.SPLICED: (Splice, Splice), Way.KTLS: (KernelSend, KernelReceive)}
 _NO_PEER = struct.Struct("3i")  # ucred, unix(7)
+_RECEIVE = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_MOST_AT_ONCE = 64  # messages that are heard before others have their turn
 
 
 class RelayError(Exception):
@@ -229,7 +231,9 @@ class Relay:
                     pass
         else:
             for client in [one for one in (self._daemon, *self._strangers) if one and one.socket is fileobj]:
-                self._hear(client)
+                for _ in range(_MOST_AT_ONCE):
+                    if not self._hear(client):
+                        break
 
     # Whoever connects
 
@@ -268,51 +272,53 @@ class Relay:
         else:
             self._strangers.remove(client)
 
-    def _hear(self, client: _Client) -> None:
+    def _hear(self, client: _Client) -> bool:
+        """Takes a message, if there is one; returns whether there may be another."""
         try:
-            packet, fds, flags, _ = socket.recv_fds(
-                client.socket, MOST_BYTES + 1, MOST_FDS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
-        except (BlockingIOError, ConnectionResetError):
-            return  # a reset is told before the last words of who died with something unread
+            packet, fds, flags, _ = socket.recv_fds(client.socket, MOST_BYTES + 1, MOST_FDS, _RECEIVE)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True  # which is told before the last words of who died with something unread
         except OSError:
             self._let_go(client)
-            return
+            return False
         if not packet:
             close_all(fds)
             self._let_go(client)
-            return
+            return False
         try:
             message = for_relay(packet, len(fds))
         except ProtocolError as error:
             close_all(fds)
             lost = "; the limit of open files is too low" if flags & socket.MSG_CTRUNC else ""
             self._refuse(client, f"that is not understood: {error}{lost}")
-            return
+            return False
         if isinstance(message, Hello):
-            self._welcome(client, message)
-        elif not client.is_daemon:
-            close_all(fds)
-            self._refuse(client, "Hello comes first")
-        else:
+            return self._welcome(client, message)
+        if client.is_daemon:
             self._do(message, fds)
+            return client is self._daemon
+        close_all(fds)
+        self._refuse(client, "Hello comes first")
+        return False
 
-    def _welcome(self, client: _Client, hello: Hello) -> None:
+    def _welcome(self, client: _Client, hello: Hello) -> bool:
         if hello.version != VERSION:
             self._refuse(
                 client,
                 f"the daemon ({hello.program}) speaks version {hello.version}, and this relay ({__version__}) version "
                 f"{VERSION}: restart the relay when no migration runs",
             )
-            return
+            return False
         if client.is_daemon:
             self._refuse(client, "Hello comes once")
-            return
+            return False
         before = self._daemon
         if before is not None:
             if not has_hung_up(before.socket):
                 self._refuse(client, f"another daemon is here, process {before.pid}: end it, or use another socket")
-                return
+                return False
             while self._daemon is before:  # its last words
                 self._hear(before)
         self._strangers.remove(client)
@@ -328,6 +334,7 @@ class Relay:
         self._tell(Synced(0))
         if self._is_ending:
             self._tell(Ending())
+        return client is self._daemon
 
     # What the daemon asks for
 
@@ -381,11 +388,10 @@ class Relay:
         entry.carrier.start()
 
     def _carry(self, move: Move, fds: list[int]) -> _Entry:
-        check_connection(fds)
-        tallies = Tallies(fds[6])
-        unix, tcp = socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1])
+        unix, tcp = connection(fds)
         try:
             reset_on_close(tcp, yes=True)  # if both processes die, nobody may take that for an end of stream
+            tallies = Tallies(fds[6])
             sends, receives = _PUMPS[move.way]
             pumps = (
                 sends(unix, tcp, tallies.to_network, Pipe((fds[2], fds[3]))),
@@ -487,28 +493,33 @@ class Relay:
             os.abort()
 
 
-def check_connection(fds: Sequence[int]) -> None:
-    """Checks that descriptors are what Move comes with.
+def connection(fds: Sequence[int]) -> tuple[socket.socket, socket.socket]:
+    """Makes the two sockets of what Move comes with, the launcher's first, and checks the rest of it.
 
     Raises:
-        ValueError: One is of another kind.
+        ValueError: A descriptor is of another kind; all of them stay the caller's.
     """
-    for fd, families, what in (
-        (fds[0], (socket.AF_UNIX,), "launcher's socket"),
-        (fds[1], (socket.AF_INET, socket.AF_INET6), "other node's socket"),
-    ):
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            raise ValueError(f"the {what} is no socket")
-        sock = socket.socket(fileno=fd)
-        try:
-            if sock.family not in families or sock.type != socket.SOCK_STREAM:
-                raise ValueError(f"the {what} is of another kind")
-        finally:
-            sock.detach()
     for fd, way in zip(fds[2:6], (os.O_RDONLY, os.O_WRONLY) * 2, strict=True):
         is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
         if not is_pipe or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != way:
             raise ValueError("a pipe's end is of another kind")
+    unix = _stream(fds[0], "launcher's socket", socket.AF_UNIX)
+    try:
+        return unix, _stream(fds[1], "other node's socket", socket.AF_INET, socket.AF_INET6)
+    except ValueError:
+        unix.detach()
+        raise
+
+
+def _stream(fd: int, what: str, *families: socket.AddressFamily) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise ValueError(f"the {what} is no socket") from error
+    if sock.family not in families or sock.type != socket.SOCK_STREAM:
+        sock.detach()
+        raise ValueError(f"the {what} is of another kind")
+    return sock
 
 
 def _listen(path: str) -> tuple[int, socket.socket]:

@@ -32,6 +32,7 @@ _NAME_LENGTH = 200
 _WORDS_LENGTH = MOST_BYTES // 2
 _LONGEST_ESCAPE = 12  # bytes that a character may take (RFC 8259, 7)
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
+_from_json = json.JSONDecoder().decode
 
 
 class ProtocolError(Exception):
@@ -234,7 +235,7 @@ def for_daemon(packet: bytes, fds: int) -> FromRelay:
 def _decode(kinds: Mapping[str, type[T]], packet: bytes, fds: int) -> T:
     _check_length(packet)
     try:
-        values = json.loads(packet)
+        values = _from_json(packet.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError("not JSON") from error
     if not isinstance(values, dict):

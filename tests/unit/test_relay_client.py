@@ -122,7 +122,7 @@ async def test_the_next_client_gets_connections_words_and_ends(relay: RelayProce
         await client.open()
         for name, wire in (("moving", moving), ("over", over)):
             client.lease(name).move(Way.SPLICED, *wire.fds)
-        client.note("state", "words")
+        client.note("state", lambda: "words")
         await asyncio.to_thread(moving.check, 1000)
         await asyncio.to_thread(over.check, 1000)
         for sock in (over.launcher, over.far):
@@ -130,6 +130,7 @@ async def test_the_next_client_gets_connections_words_and_ends(relay: RelayProce
         ended = client._leases["over"].ended
         assert ended
         assert await ended == Ended("over")
+        assert await client.settle(DEADLINE)
         client.close()
         for wire in (moving, over):
             wire.let_go()
@@ -221,7 +222,7 @@ async def test_a_relay_that_dies_right_after_its_last_word_is_not_had(played: Pl
     with await played.greeted():
         await opening
         run = asyncio.create_task(client.run())
-        client.note("state", "words")
+        client.note("state", lambda: "words")
     for _ in range(3):
         (await played.greeted()).close()
     with await played.greeted() as sock:
@@ -271,7 +272,7 @@ async def test_the_same_relay_is_told_what_it_lacks_and_moves_nothing_twice(play
         run = asyncio.create_task(client.run())
         ended = client.lease("moved").move(Way.SPLICED, *wire.fds)
         client.lease("kept", wire.unix.fileno())
-        client.note("state", "new")
+        client.note("state", lambda: "new", at_once=True)
         sock.close()
         sock = await asyncio.to_thread(played.accept)
         await asyncio.to_thread(sock.recv, 1 << 16)
@@ -290,6 +291,32 @@ async def test_the_same_relay_is_told_what_it_lacks_and_moves_nothing_twice(play
             await run
         client.close()
         sock.close()
+
+
+async def test_ends_of_many_connections_are_one_message_with_the_words_that_tell_of_them(
+    played: Played, path: str
+) -> None:
+    client = RelayClient(path)
+    opening = asyncio.create_task(client.open())
+    with await played.greeted() as sock:
+        await opening
+        words = "first"
+        client.note("state", lambda: words)
+        assert await asyncio.to_thread(hear, sock) == Note("state", "first"), "the first words are said at once"
+        client.note("state", lambda: words)  # nothing new
+        leases = [client.lease(name, 0) for name in "abcd"]
+        assert [await asyncio.to_thread(hear, sock) for _ in leases] == [Keep(name) for name in "abcd"]
+        for lease in leases[:2]:
+            client.note("state", lambda: words, lease)
+            lease.drop()  # which says nothing before those words
+        words = "two are over"
+        assert await asyncio.to_thread(hear, sock) == Note("state", words, ("a", "b"))
+        client.note("state", lambda: words, leases[2], at_once=True)
+        assert await asyncio.to_thread(hear, sock) == Note("state", words, ("c",))
+        client.note("state", lambda: words, leases[3])
+        client.forget_note("state")
+        assert await asyncio.to_thread(hear, sock) == Drop(("d", "state"))
+    client.close()
 
 
 async def test_a_relay_that_takes_nothing_is_left_and_nothing_waits_for_it(played: Played, path: str) -> None:
