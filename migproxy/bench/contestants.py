@@ -248,6 +248,7 @@ class Migproxy(Contestant):
     Attributes:
         vmis: The folder of VMIs that both watch.
         controls: The control sockets of the target's and the source's daemon.
+        parts: The processes of the daemons, and those of the relays, by "daemon" and "relay".
 
     Args:
         migrations: How many VMIs migrate.
@@ -269,6 +270,7 @@ class Migproxy(Contestant):
         self.vmis = self._folder / "vmis"
         self.vmis.mkdir()
         self.controls = [f"{self._folder}/{node}.control" for node in ("target", "source")]
+        self.parts: dict[str, list[int]] = {"daemon": [], "relay": []}
 
     def _start(self) -> None:
         for number in range(self._migrations):
@@ -279,12 +281,14 @@ class Migproxy(Contestant):
             ("source", network.source, (), self.controls[1]),
         ):
             relay = f"{self._folder}/{node}.relay"
-            self._run([sys.executable, "-m", "migproxy.relay", relay], self._folder / f"{node}.relay.log")
+            moves = self._run([sys.executable, "-m", "migproxy.relay", relay], self._folder / f"{node}.relay.log")
             daemon = ["-m", "migproxy", "run", "--node-name", node, "--vmi-dir", str(self.vmis)]
             daemon += ["--launcher-run-dir", f"{self._folder}/{node[0]}/{{uid}}", "--migration-address", address]
             daemon += ["--libvirt-socket", "libvirtd", "--control-socket", control, "--http-listen", "off"]
             daemon += ["--relay-socket", relay, "--relay-externally-managed"]
-            self._run([*prefix, sys.executable, *daemon, *self._options], self._folder / f"{node}.log")
+            decides = self._run([*prefix, sys.executable, *daemon, *self._options], self._folder / f"{node}.log")
+            self.parts["relay"].append(moves.pid)
+            self.parts["daemon"].append(decides.pid)
         until(lambda: self._ended() or all(Path(path).is_socket() for path in self.sources), "migproxy's sockets", 60)
         self.check()
 

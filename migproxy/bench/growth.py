@@ -24,7 +24,7 @@ _LONG = 6.0  # hundreds of connections take seconds until their buffers are full
 
 
 def measure(stage: Stage, network: Network, *, migrations: int) -> Iterator[Row]:
-    """Measures how the daemons grow, and yields what was found, one daemon's half of what both use.
+    """Measures how the daemons grow, and yields what was found, one node's half of what both use.
 
     Args:
         stage: Where.
@@ -61,13 +61,16 @@ def _by(flow: Flow, size: int) -> list[int]:
 def _idle(stage: Stage, daemons: Migproxy) -> Iterator[Row]:
     fresh = usage(daemons.pids)
     time.sleep(2)  # in which the threads of the connections before it go
-    before = usage(daemons.pids)
+    before = {part: usage(pids) for part, pids in daemons.parts.items()}
     held = idle(stage, daemons, _OPEN)
-    until(lambda: usage(daemons.pids).threads <= before.threads, f"the threads of {_OPEN} connections to go")
-    yield "RSS of an idle daemon", before.rss / 2 / MIB, "MiB"
-    yield "CPU of an idle daemon", (before.cpu - fresh.cpu) / 4 * 1e3, "ms each second"
-    yield f"RSS of a daemon with {_OPEN} connections", held.rss / 2 / MIB, "MiB"
-    yield from _each("open connection", before, held, _OPEN)
+    at_first = sum(before.values(), Usage())
+    until(lambda: usage(daemons.pids).threads <= at_first.threads, f"the threads of {_OPEN} connections to go")
+    for part in daemons.parts:
+        yield f"RSS of an idle {part}", before[part].rss / 2 / MIB, "MiB"
+    yield "CPU of an idle daemon and its relay", (at_first.cpu - fresh.cpu) / 4 * 1e3, "ms each second"
+    for part in daemons.parts:
+        yield f"RSS of a {part} with {_OPEN} connections", held[part].rss / 2 / MIB, "MiB"
+    yield from _each("open connection", at_first, sum(held.values(), Usage()), _OPEN)
 
 
 def _each(what: str, before: Usage, after: Usage, count: int) -> Iterator[Row]:

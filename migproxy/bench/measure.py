@@ -97,10 +97,10 @@ def stream(
     return Flow(received["ended"] - sent["began"], received["bytes"], received["within"], used)
 
 
-def idle(stage: Stage, contestant: Contestant, connections: int) -> Usage:
-    """Opens connections that carry nothing, and returns what the relays hold then."""
-    with _open(stage, contestant, connections, 0, RPC * 8, 0) as (reader, writer):
-        used = usage(contestant.pids)
+def idle(stage: Stage, migproxy: Migproxy, connections: int) -> dict[str, Usage]:
+    """Opens connections that carry nothing, and returns what daemons and relays hold then (see `Migproxy.parts`)."""
+    with _open(stage, migproxy, connections, 0, RPC * 8, 0) as (reader, writer):
+        used = {part: usage(pids) for part, pids in migproxy.parts.items()}
         writer.finish()
         reader.finish()
     return used

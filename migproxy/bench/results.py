@@ -199,6 +199,16 @@ class Target:
     limit: float | None = None
 
 
+_MOST = {
+    "RSS of an idle daemon": 80,
+    "RSS of a daemon with 100 connections": 80,
+    "RSS of an idle relay": 30,
+    "RSS of a relay with 100 connections": 60,
+    "VMI event to both listening, beside 8 streams at full speed": 10,
+}
+"""What `growth.measure` may find at most, in the unit that it gives."""
+
+
 def targets(results: Results) -> Iterator[Target]:
     """Checks the promises that the measured cells allow to check."""
     for cell in results.values:
@@ -212,10 +222,8 @@ def targets(results: Results) -> Iterator[Target]:
             rate = results.median(cell, MIGPROXY, "rate")
             yield from _least(f"connections per second, {cell.network}", rate, 1000)
     for what, value, unit in results.growth:
-        if unit == "MiB" and "idle daemon" in what:
-            yield from _most(what, value, 100)
-        elif unit == "MiB" and "100 connections" in what:
-            yield from _most(what, value, 150)
+        if what in _MOST:
+            yield from _most(f"{what}, {unit}", value, _MOST[what])
         elif unit == "of its equal share":
             yield from _least(what, value, 0.5)
 

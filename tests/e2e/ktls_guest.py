@@ -78,6 +78,7 @@ def start_relay(node: Node) -> int:
     if pid:
         return pid
     try:
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # of the streams, whose ends it would keep open
         os.dup2(os.open(node.relay.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
         Relay(str(node.relay.socket)).serve()
     finally:

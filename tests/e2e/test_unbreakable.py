@@ -1,12 +1,17 @@
 """Daemons and relays are killed again and again in the middle of a migration; it completes without a byte lost."""
 
+import asyncio
 import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 
 import pytest
 
 from demo import guest as vm
-from demo.guest import Guest
-from demo.lab import Lab, Node, until
+from demo.guest import Guest, job_statistics
+from demo.lab import Lab, LabError, Node, until
 from tests.e2e.test_libvirt_migration import (
     assert_heartbeat_goes_on,
     assert_nothing_is_left,
@@ -33,6 +38,8 @@ from tests.e2e.unbreakable import (
 pytestmark = pytest.mark.tier("soak")
 
 BEAT = 0.3  # seconds
+FIRST_PART = 32 * MIB  # of 192
+SLOW = ("--bandwidth", "40", "--postcopy-bandwidth", "20")  # MiB/s, or it would be over before the second kill
 
 
 @pytest.mark.parametrize(
@@ -84,25 +91,73 @@ def killable(node: Node, which: str) -> Killable:
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("killed", ["daemons", "by turns"])
 @pytest.mark.parametrize("parallel", [pytest.param(0, id="copy-storage-all"), pytest.param(4, id="parallel")])
-async def test_a_running_guest_comes_through(parallel: int) -> None:
+async def test_a_running_guest_comes_through(parallel: int, killed: str) -> None:
+    async with migrating(killed, disk=not parallel) as (guest, storm):
+        source, target = storm.nodes
+        move = await guest.migrate(source, target, *SUSPENDED, parallel=parallel, during=storm.blowing())
+        print(f"{len(storm.struck)} kills on each node while the guest migrated for {move.seconds:.1f} s")
+        assert len(storm.struck) > 1
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("killed", ["daemons", "by turns"])
+async def test_a_guest_that_runs_on_the_target_already_gets_the_rest_of_its_memory(killed: str) -> None:
+    """Post-copy: a connection that breaks would lose the guest, whose one half is here and the other one there."""
+    async with migrating(killed, disk=False) as (guest, storm):
+        source, target = storm.nodes
+        switched = asyncio.create_task(switch(source, guest))
+        move = await guest.migrate(source, target, "--postcopy", *SLOW, during=storm.blowing())
+        running = await switched
+        later = sum(at > running for at in storm.struck)
+        print(f"{later} of {len(storm.struck)} kills after the switch-over; {move.seconds:.1f} s, {move.job}")
+        assert move.job["memory_postcopy_reqs"] > 0
+        assert later > 1
+
+
+async def switch(source: Node, guest: Guest) -> float:
+    """Lets a guest go on on the target when a part of its memory is there; returns when."""
+    while True:
+        with suppress(LabError):  # the migration has not begun
+            if (await job_statistics(source)).get("memory_processed", 0) > FIRST_PART:
+                await source.virsh("migrate-postcopy", vm.DOMAIN)
+                return time.monotonic()
+        await asyncio.sleep(0.05)
+
+
+@dataclass
+class Beating:
+    """Kills on both nodes, on one beat.
+
+    Attributes:
+        nodes: the source, and the target.
+        struck: when there was one.
+    """
+
+    nodes: list[Node]
+    proxies: list[Killable]
+    struck: list[float] = field(default_factory=list)
+
+    def blowing(self) -> AbstractAsyncContextManager[None]:
+        """Kills as long as the context lasts."""
+        return metronome(self.proxies, BEAT, self.struck)
+
+
+@asynccontextmanager
+async def migrating(killed: str, *, disk: bool) -> AsyncIterator[tuple[Guest, Beating]]:
+    """A guest that the body migrates, which goes on on the target as if nobody had been killed; nothing is left."""
     vm.check()
-    disk = not parallel
     async with Lab(tls=False) as lab:
         source, target = lab.nodes
-        proxies = [node.proxy for node in lab.nodes]
-        for proxy in proxies:
-            await proxy.start()
-            assert (await proxy.status())["tls"]["mode"] == "plaintext"
+        for node in lab.nodes:
+            await node.proxy.start()
+            assert (await node.proxy.status())["tls"]["mode"] == "plaintext"
         descriptors = {node.name: node.proxy.descriptors() for node in lab.nodes}
         async with Guest.boot(lab, source, disk=disk) as guest:
             at_first = guest.hashes[0]
-            kills: list[int] = []
             async with leaves_nothing(lab.nodes):
-                beating = metronome(proxies, BEAT, kills)
-                move = await guest.migrate(source, target, *SUSPENDED, parallel=parallel, during=beating)
-                print(f"{kills[0]} kills of each while the guest migrated for {move.seconds:.1f} s")
-                assert kills[0] > 1
+                yield guest, Beating(lab.nodes, [killable(node, killed) for node in lab.nodes])
                 await assert_runs_only_on(target, lab)
                 await assert_heartbeat_goes_on(guest, *await guest.handover(source, target))
                 for node in lab.nodes:

@@ -179,7 +179,7 @@ async def startup(proxy: Killable) -> float:
 
 
 @asynccontextmanager
-async def metronome(proxies: Sequence[Killable], seconds: float, kills: list[int]) -> AsyncIterator[None]:
+async def metronome(proxies: Sequence[Killable], seconds: float, struck: list[float]) -> AsyncIterator[None]:
     """Kills all the daemons and starts them again, so many seconds after all of them serve, until the context ends.
 
     They live at the same time, however slowly they start: QEMU's NBD server gives its client ten seconds to negotiate.
@@ -187,20 +187,18 @@ async def metronome(proxies: Sequence[Killable], seconds: float, kills: list[int
     Args:
         proxies: The daemons.
         seconds: That they live once they serve.
-        kills: Gets the number of kills of each daemon.
+        struck: Gets the times at which they were killed (`time.monotonic`).
     """
 
-    async def beat() -> int:
-        count = 0
+    async def beat() -> None:
         while not over.is_set():
             for proxy in proxies:
                 await until(lambda proxy=proxy: proxy.listens, f"{proxy.control}", PATIENCE)  # type: ignore[misc]
             await asyncio.sleep(seconds)
             await asyncio.gather(*(proxy.stop(signal.SIGKILL) for proxy in proxies))
-            count += 1
+            struck.append(time.monotonic())
             await asyncio.gather(*(proxy.spawn() for proxy in proxies))
         await asyncio.gather(*(proxy.ready() for proxy in proxies))
-        return count
 
     over = asyncio.Event()
     beating = asyncio.create_task(beat())
@@ -208,7 +206,7 @@ async def metronome(proxies: Sequence[Killable], seconds: float, kills: list[int
         yield
     finally:
         over.set()
-        kills.append(await beating)
+        await beating
 
 
 class Tide:

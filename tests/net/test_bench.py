@@ -102,10 +102,12 @@ async def test_a_short_run_moves_every_byte_with_few_wake_ups_and_little_memory(
     for kind in ("round trip", "set-up", "listen"):
         assert medians(results, kind), kind
     growth = {row["what"]: row["value"] for row in results["growth"]}
-    assert growth["RSS of an idle daemon"] < 100
-    assert growth["RSS of a daemon with 100 connections"] < 150
+    for what in ("an idle daemon", "a daemon with 100 connections"):
+        assert growth[f"RSS of {what}"] < 80
+    assert growth["RSS of an idle relay"] < 30
+    assert growth["RSS of a relay with 100 connections"] < 60
     assert growth["threads for each open connection"] == 2
-    assert growth["descriptors for each open connection"] == 6
+    assert growth["descriptors for each open connection"] == 16  # daemon and relay hold the same eight
     assert growth["RSS for the slow reader"] < 8
 
 

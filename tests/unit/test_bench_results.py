@@ -128,8 +128,8 @@ def test_what_the_limit_has_beside_the_peers_is_told_with_what_is_promised() -> 
 def test_growth_is_checked_too() -> None:
     results = Results({})
     results.growth += [
-        ("RSS of an idle daemon", 101.0, "MiB"),
-        ("RSS of a daemon with 100 connections", 149.0, "MiB"),
+        ("RSS of an idle daemon", 81.0, "MiB"),
+        ("RSS of a relay with 100 connections", 59.0, "MiB"),
         ("8 migrations: the slowest", 0.5, "of its equal share"),
     ]
     assert list(verdicts(results).values()) == [False, True, True]
