@@ -137,6 +137,7 @@ class Relay:
         self._strangers: list[_Client] = []
         self._is_ending = self._may_leave = self._is_told_to_quit = False
         self._had_daemon = False
+        self._refused = ""
         self._alone_since = time.monotonic()
         self._stalls = Stalls()
         self._ends: queue.SimpleQueue[tuple[str, _Entry, OSError | None]] = queue.SimpleQueue()
@@ -256,7 +257,9 @@ class Relay:
             self._let_go(self._strangers[0])
 
     def _refuse(self, client: _Client, why: str) -> None:
-        _log("error", "refused", pid=client.pid, error=why)
+        if why != self._refused:  # else it tries again and again
+            _log("error", "refused", pid=client.pid, error=why)
+        self._refused = why
         with suppress(OSError):
             client.socket.send(encode(Refused(why)))
         self._let_go(client)
@@ -325,6 +328,7 @@ class Relay:
         client.is_daemon = True
         self._daemon = client
         self._had_daemon = True
+        self._refused = ""
         _log("info", "a daemon has come", pid=client.pid, program=hello.program, kept=len(self._entries))
         self._tell(Welcome(VERSION, __version__, os.getpid(), self._limit))
         for name, words in self._notes.items():
