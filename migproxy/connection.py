@@ -269,14 +269,13 @@ def relayed(unix: socket.socket, transport: Transport, lease: Lease) -> Connecti
     """Makes the connection of a launcher's socket and a secured one to the other node.
 
     Args:
-        lease: What keeps the two for the next daemon so far; it is dropped where they cannot outlive this one.
+        lease: Its name at the relay, which moves it unless it is local.
 
     Raises:
         OSError: No descriptors are left; the sockets stay the caller's.
     """
     if isinstance(transport, KernelTransport):
         return RelayedConnection(lease, unix, transport.tcp, transport.way)
-    lease.drop()  # so that both peers notice at once when this process dies
     return LocalConnection(unix, transport)
 
 

@@ -415,6 +415,7 @@ class Node:
             proxy.resume(ended.progress)
         if adopted := self._adopted.pop((fingerprint(item.migration), item.role), None):
             proxy.succeed(adopted)
+        proxy.note()  # before anything is kept that the next daemon could not assign
         return proxy
 
     async def announce(self, target: Target) -> None:

@@ -377,7 +377,7 @@ class Proxy(ABC):
                 told = self._fail(channel, error, "dial")
                 if self._failed_lines.admits((channel, told.get("reason", ""))):
                     log.error("connection failed", **told)
-                self.note(lease)
+                self.note(lease, at_once=True)
                 for leg in legs:
                     reset(leg)
                 return
@@ -388,7 +388,7 @@ class Proxy(ABC):
                 raise
             log = log.bind(security=transport.label)
             log.info("connection opened")
-            self._begin(connection, channel)
+            self._begin(connection, channel, lease)
             await self._relay(connection, lease, channel, log)
 
     @asynccontextmanager
@@ -515,10 +515,13 @@ class Proxy(ABC):
             why = str(last) if last else f"{self.peer(channel)}: no answer"
             raise DialError(f"{why} (tried for {self.around.dial_timeout:g} s)") from last
 
-    def _begin(self, connection: Connection, channel: Channel) -> None:
+    def _begin(self, connection: Connection, channel: Channel, lease: Lease) -> None:
         """Counts a connection from now on, which `_relay` is to relay."""
         self.traffic[channel].begin(connection)
-        self.note(at_once=connection.is_local)
+        if connection.is_local:  # both peers are to notice at once when this process dies
+            self.note(lease, at_once=True)
+        else:
+            self.note()
         self.progress.opened = self.progress.opened or connection.opened
 
     async def _relay(
@@ -532,7 +535,7 @@ class Proxy(ABC):
             failure = self._fail(channel, error, _BROKEN.get(error.errno or 0, "other"))
         finally:
             traffic.end(connection)
-            self.note(lease, at_once=connection.is_local)
+            self.note(lease, at_once=connection.is_local or not lease.fds)
             seconds = round(time.monotonic() - connection.opened, 3)
             counts = {"sent": connection.sent, "received": connection.received, "seconds": seconds}
             if failure:

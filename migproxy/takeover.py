@@ -51,7 +51,8 @@ class AdoptedProxy(Proxy):
             self._go_on(relayed)
         for connection in inheritance.connections:
             self._find_fate(connection)
-        self.note()
+        if known:
+            self.note()
         self.sample()
 
     def _find_fate(self, left: LeftConnection) -> None:
@@ -79,7 +80,7 @@ class AdoptedProxy(Proxy):
         self._follow(connection, relayed.lease, relayed.name.channel)
 
     def _follow(self, connection: Connection, lease: Lease, channel: Channel) -> None:
-        self._begin(connection, channel)  # now: nobody is to see counters without it
+        self._begin(connection, channel, lease)  # now: nobody is to see counters without it
         self.follow(self._relay_on(connection, lease, channel), lease)
 
     async def _relay_on(self, connection: Connection, lease: Lease, channel: Channel) -> None:

@@ -139,11 +139,13 @@ class _Note:
         words: Makes them.
         told: What the relay was told last.
         over: Names to drop with the next ones.
+        is_due: They may have changed since.
     """
 
     words: Callable[[], str]
     told: str | None = None
     over: list[str] = field(default_factory=list)
+    is_due: bool = False
 
 
 class RelayClient:
@@ -171,7 +173,6 @@ class RelayClient:
         self._lost = asyncio.Event()
         self._leases: dict[str, Lease] = {}
         self._notes: dict[str, _Note] = {}
-        self._due: set[str] = set()
         self._noting: asyncio.TimerHandle | None = None
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self._retry: asyncio.TimerHandle | None = None
@@ -227,7 +228,7 @@ class RelayClient:
         note = self._notes.setdefault(name, _Note(words))
         note.words = words
         note.over += self._forget(over)
-        self._due.add(name)
+        note.is_due = True
         if at_once or note.told is None or len(note.over) >= _MOST_OVER:
             self._write_notes()
         elif self._noting is None:
@@ -240,7 +241,6 @@ class RelayClient:
     def forget_note(self, name: str) -> None:
         """Has the relay forget words, and what is dropped with them."""
         note = self._notes.pop(name, None)
-        self._due.discard(name)
         if note and self._is_ready:
             self._say(Drop((*note.over, name)))
 
@@ -250,13 +250,13 @@ class RelayClient:
             self._noting = None
         if not self._is_ready:
             return  # the next relay is told everything
-        due, self._due = self._due, set()
-        for name in due:
-            note = self._notes[name]
-            words, over = note.words(), tuple(note.over)
-            if over or words != note.told:
-                note.told, note.over = words, []
-                self._say(Note(name, words, over))
+        for name, note in self._notes.items():
+            if note.is_due:
+                words, over = note.words(), tuple(note.over)
+                note.is_due = False
+                if over or words != note.told:
+                    note.told, note.over = words, []
+                    self._say(Note(name, words, over))
 
     def _forget(self, leases: Sequence[Lease]) -> tuple[str, ...]:
         known = [lease for lease in leases if self._leases.get(lease.name) is lease]
@@ -275,6 +275,8 @@ class RelayClient:
         self._send(encode(message))
 
     def _send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
+        if self._socket is None:  # lost by the message before: the next relay is told everything
+            return
         if not self._unsent:
             try:
                 self._post(packet, fds)
@@ -512,9 +514,10 @@ class RelayClient:
             return
         log.error("the relay does not take a connection or listener", name=message.name, error=message.why)
         self.problem = message.why
-        lease = self._leases.get(message.name)
-        if lease and lease.ended and not lease.ended.done():
-            lease.ended.set_result(Ended(message.name, errno.ENOBUFS, message.why))
+        if lease := self._leases.get(message.name):
+            lease.fds = ()
+            if lease.ended and not lease.ended.done():
+                lease.ended.set_result(Ended(message.name, errno.ENOBUFS, message.why))
 
     def _lose(self, why: str) -> None:
         if self._socket is None:
@@ -550,8 +553,7 @@ class RelayClient:
         for name in told.notes.keys() - self._notes.keys():
             self._say(Drop((name,)))
         for note in self._notes.values():
-            note.told, note.over = None, []
-        self._due.update(self._notes)
+            note.told, note.over, note.is_due = None, [], True
         self._write_notes()
         for lease in [*self._leases.values()]:
             known = told.kept.get(lease.name)

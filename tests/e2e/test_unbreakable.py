@@ -107,9 +107,10 @@ async def test_a_guest_that_runs_on_the_target_already_gets_the_rest_of_its_memo
     """Post-copy: a connection that breaks would lose the guest, whose one half is here and the other one there."""
     async with migrating(killed, disk=False) as (guest, storm):
         source, target = storm.nodes
-        switched = asyncio.create_task(switch(source, guest))
-        move = await guest.migrate(source, target, "--postcopy", *SLOW, during=storm.blowing())
-        running = await switched
+        async with asyncio.TaskGroup() as tasks:
+            switched = tasks.create_task(switch(source, guest))
+            move = await guest.migrate(source, target, "--postcopy", *SLOW, during=storm.blowing())
+        running = switched.result()
         later = sum(at > running for at in storm.struck)
         print(f"{later} of {len(storm.struck)} kills on each node after the switch-over; {move.seconds:.1f} s")
         assert later > 1
@@ -117,12 +118,16 @@ async def test_a_guest_that_runs_on_the_target_already_gets_the_rest_of_its_memo
 
 async def switch(source: Node, guest: Guest) -> float:
     """Lets a guest go on on the target when a part of its memory is there; returns when it does."""
-    while True:
-        await asyncio.sleep(0.05)
+
+    async def processed() -> int:
         with suppress(LabError):  # the migration has not begun
-            if (await job_statistics(source)).get("memory_processed", 0) > FIRST_PART:
-                await source.virsh("migrate-postcopy", vm.DOMAIN)
-                break
+            return (await job_statistics(source)).get("memory_processed", 0)
+        return 0
+
+    async with asyncio.timeout(PATIENCE):
+        while await processed() < FIRST_PART:
+            await asyncio.sleep(0.05)
+    await source.virsh("migrate-postcopy", vm.DOMAIN)
     await until(lambda: guest.beats[-1].node != source.name, "its first heartbeat on the target")
     assert (await source.virsh("domstate", vm.DOMAIN, "--reason")).strip() == "paused (post-copy)"
     return time.monotonic()

@@ -1,4 +1,4 @@
-"""Runs a daemon or a relay that kills itself at a chosen step of a connection's set-up.
+"""Runs a daemon or a relay that kills itself at a chosen step of a connection's life.
 
 `python -m tests.net.dying STEPS AT COMMAND...`: from the moment in which the file STEPS exists, each call into the
 kernel that the main thread makes for the next connection is a step, and is counted there; right before step AT, the

@@ -25,6 +25,7 @@ from tests.net.test_restarts import direct, has_all, served
 pytestmark = pytest.mark.tier("gate")
 
 MESSAGE = os.urandom(64)
+NOTED = 0.3  # seconds, many times what a daemon takes
 FEWEST = 12  # steps that a connection's life has, whatever becomes of the code
 SENT = "sendmsg"
 """The step with which a daemon hands over what it has accepted."""
@@ -62,9 +63,10 @@ class Dying:
         self._steps.touch()
 
     async def meanwhile(self, work: "asyncio.Task[str]") -> bool:
-        """Waits for a piece of work, or for its death; returns whether it has died."""
+        """Waits for a piece of work, and for its death a moment longer; returns whether it has died."""
         assert self._ended
         await asyncio.wait([work, self._ended], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([self._ended], timeout=NOTED)  # what is over is noted a moment later
         return self._ended.done()
 
 

@@ -431,6 +431,7 @@ async def test_without_anybody_else_a_daemon_starts_a_relay_which_goes_on_withou
     assert told["socket"] == str(source.relay.socket)
     relay = source.status()["relay"]["pid"]
     async with vm.connection() as (near, far):
+        await assert_carries(near, far)  # else no relay might have it yet
         await source.stop(signal.SIGKILL)
         await assert_carries(near, far)
         await source.start()

@@ -319,6 +319,29 @@ async def test_ends_of_many_connections_are_one_message_with_the_words_that_tell
     client.close()
 
 
+@pytest.mark.parametrize("notes", [1, 3])
+async def test_a_relay_that_dies_between_two_messages_is_lost_once(played: Played, path: str, notes: int) -> None:
+    client = RelayClient(path)
+    opening = asyncio.create_task(client.open())
+    with await played.greeted() as sock:
+        await opening
+        for number in range(notes):
+            client.note(str(number), lambda: "words")
+            assert await asyncio.to_thread(hear, sock) == Note(str(number), "words")
+    for number in range(notes):
+        client.note(str(number), lambda: "more")
+    assert not await client.settle(0.05)
+    run = asyncio.create_task(client.run())
+    with await played.greeted() as sock:
+        heard = [await asyncio.to_thread(hear, sock) for _ in range(notes)]
+        assert heard == [Note(str(number), "more") for number in range(notes)]
+        assert not run.done()
+    run.cancel()
+    with suppress(asyncio.CancelledError):
+        await run
+    client.close()
+
+
 async def test_a_relay_that_takes_nothing_is_left_and_nothing_waits_for_it(played: Played, path: str) -> None:
     client = RelayClient(path)
     opening = asyncio.create_task(client.open())
