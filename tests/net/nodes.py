@@ -422,12 +422,12 @@ async def send(sock: socket.socket, data: bytes) -> None:
     await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(sock, data), 20)
 
 
-async def receive(sock: socket.socket, size: int = -1) -> bytes:
-    """Receives so many bytes, or until the end of the stream."""
+async def receive(sock: socket.socket, size: int = -1, *, seconds: float = 20) -> bytes:
+    """Receives so many bytes, or until the end of the stream; waits so long for each part."""
     data = bytearray()
     while len(data) != size:
         wanted = MIB if size < 0 else size - len(data)
-        part = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, wanted), 20)
+        part = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, wanted), seconds)
         if not part:
             break
         data += part

@@ -25,6 +25,7 @@ from tests.net.test_restarts import direct, has_all, served
 pytestmark = pytest.mark.tier("gate")
 
 MESSAGE = os.urandom(64)
+PATIENCE = 60.0  # seconds, for what takes one where a few processes share a CPU
 NOTED = 0.3  # seconds, many times what a daemon takes
 FEWEST = 12  # steps that a connection's life has, whatever becomes of the code
 SENT = "sendmsg"
@@ -83,13 +84,13 @@ async def live(vm: Migration) -> str:
         async def answer() -> None:
             far, _ = await asyncio.get_running_loop().sock_accept(vm.listener(Channel.DIRECT))
             arrived.append(stack.enter_context(far))
-            await send(far, await receive(far, len(MESSAGE)))
+            await send(far, await receive(far, len(MESSAGE), seconds=PATIENCE))
 
         answering = asyncio.create_task(answer())
         received = b""
         with suppress(ConnectionError):
             await send(near, MESSAGE)
-            received = await receive(near, len(MESSAGE))
+            received = await receive(near, len(MESSAGE), seconds=PATIENCE)  # a daemon starts meanwhile
         if is_served := received == MESSAGE:
             near.shutdown(socket.SHUT_WR)
             await assert_ends(arrived[0])
@@ -167,7 +168,11 @@ async def live_and_die(vm: Migration, dying: Dying) -> list[tuple[str, list[str]
         dies = await dying.meanwhile(life)
         steps = dying.steps
         await dying.start(at + 1)
-        fates.append((await life, steps))
-        print(*fates[-1])
+        try:
+            fates.append((await life, steps))
+        except BaseException:
+            for node in (vm.source, vm.target):
+                print(node.name, steps, *node.log.read_text().splitlines()[-20:], sep="\n")
+            raise
     assert at > FEWEST
     return fates
