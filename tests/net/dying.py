@@ -10,13 +10,13 @@ import runpy
 import signal
 import socket
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
-from migproxy import proxy, sockets
-from migproxy.relay import process, protocol
+from migproxy.relay import protocol
 
 CALLS = {"posix", "_socket", "_ssl", "fcntl", "mmap"}
 """The modules whose functions call the kernel."""
@@ -61,23 +61,35 @@ class Steps:
 def main() -> None:
     """See the module."""
     steps = Steps(Path(sys.argv[1]), int(sys.argv[2]))
-    accept, for_relay = sockets.accept, protocol.for_relay
+    _, _, module, *arguments = sys.argv[3:]
+    sys.argv[1:] = arguments
+    with (relay_begins if module == "migproxy.relay" else daemon_begins)(steps):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def daemon_begins(steps: Steps) -> AbstractContextManager[object]:
+    """Within it, a daemon that has accepted a connection says so."""
+    from migproxy import proxy, sockets
 
     def accept_and_begin(listener: socket.socket) -> int:
-        fd = accept(listener)
+        fd = sockets.accept(listener)
         steps.begin()
         return fd
 
+    return patch.object(proxy, "accept", accept_and_begin)
+
+
+def relay_begins(steps: Steps) -> AbstractContextManager[object]:
+    """Within it, a relay that has got a connection says so."""
+    from migproxy.relay import process
+
     def read_and_begin(packet: bytes, fds: int) -> protocol.FromDaemon:
-        message = for_relay(packet, fds)
+        message = protocol.for_relay(packet, fds)
         if isinstance(message, protocol.Keep) and ".connection." in message.name:
             steps.begin()
         return message
 
-    _, _, module, *arguments = sys.argv[3:]
-    sys.argv[1:] = arguments
-    with patch.object(proxy, "accept", accept_and_begin), patch.object(process, "for_relay", read_and_begin):
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return patch.object(process, "for_relay", read_and_begin)
 
 
 if __name__ == "__main__":

@@ -126,12 +126,15 @@ async def assert_seen_once(vm: Migration, seen: int) -> None:
     assert seen <= 1
 
 
+@pytest.mark.parametrize(
+    "stride", [pytest.param(3, id="third"), pytest.param(1, id="each", marks=pytest.mark.tier("soak"))]
+)
 @pytest.mark.parametrize("side", ["source", "target"])
 @pytest.mark.parametrize("which", ["daemon", "relay"])
-async def test_death_at_any_step(nodes: Nodes, tmp_path: Path, which: str, side: str) -> None:
+async def test_death_at_any_step(nodes: Nodes, tmp_path: Path, which: str, side: str, stride: int) -> None:
     vm = await served(nodes)
     before = [direct(vm, node)["bytes_sent"] for node in nodes.both]
-    fates = await live_and_die(vm, Dying(getattr(nodes, side), which, tmp_path / "steps"))
+    fates = await live_and_die(vm, Dying(getattr(nodes, side), which, tmp_path / "steps"), stride)
     for fate, steps in fates:
         # Only what a daemon has not handed over yet ends with it.
         assert fate == "served" or (which == "daemon" and SENT not in steps[:-1]), steps
@@ -151,23 +154,26 @@ async def test_death_at_any_step_with_user_space_tls(nodes: Nodes, tmp_path: Pat
     assert {fate for fate, _ in fates} == {"served", "ended"}
 
 
-async def live_and_die(vm: Migration, dying: Dying) -> list[tuple[str, list[str]]]:
+async def live_and_die(vm: Migration, dying: Dying, stride: int = 1) -> list[tuple[str, list[str]]]:
     """Makes a connection for each step at which a process can die, and one at which it does not.
+
+    Args:
+        stride: From one step to the next that is tried.
 
     Returns:
         What became of each (see `live`), and the steps that were begun.
     """
     fates = []
-    dies, at = True, 0
-    await dying.start(at + 1)
+    dies, at = True, 1
+    await dying.start(at)
     while dies:
-        at += 1
         await until(vm.is_served, "the migration to be served")
         dying.arm()
         life = asyncio.create_task(live(vm))
         dies = await dying.meanwhile(life)
         steps = dying.steps
-        await dying.start(at + 1)
+        at += stride
+        await dying.start(at)
         try:
             fates.append((await life, steps))
         except BaseException:
