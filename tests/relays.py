@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from migproxy.fds import close_all
 from migproxy.relay.process import Relay
 from migproxy.relay.protocol import (
     MOST_BYTES,
@@ -44,12 +45,6 @@ def until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {DEADLINE:g} s in vain for {what}"
         time.sleep(0.002)
-
-
-def close(fds: Sequence[int]) -> None:
-    """Closes descriptors."""
-    for fd in fds:
-        os.close(fd)
 
 
 class Wire:
@@ -173,7 +168,7 @@ class Speaker:
         with suppress(EOFError, ConnectionResetError):
             while True:
                 message, fds = self.hear()
-                close(fds)
+                close_all(fds)
                 heard.append(message)
         return heard
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from migproxy.connection import EndedConnection, RelayedConnection
+from migproxy.fds import close_all
 from migproxy.relay.client import Left, RelayClient
 from migproxy.relay.protocol import (
     Drop,
@@ -30,7 +31,7 @@ from migproxy.relay.protocol import (
     encode,
     for_relay,
 )
-from tests.relays import DEADLINE, RelayProcess, Wire, close, read, relay_process
+from tests.relays import DEADLINE, RelayProcess, Wire, read, relay_process
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -50,9 +51,7 @@ async def running(path: str) -> AsyncIterator[RelayClient]:
     try:
         yield client
     finally:
-        run.cancel()
-        with suppress(asyncio.CancelledError):
-            await run
+        await cancelled(run)
         client.close()
 
 
@@ -161,9 +160,7 @@ async def test_a_relay_is_started_where_none_answers_and_again_where_one_dies(pa
     first = client.report()["pid"]
     os.kill(first, 9)
     await comes(lambda: client.report()["pid"] not in (first, None), "another relay")
-    run.cancel()
-    with suppress(asyncio.CancelledError):
-        await run
+    await cancelled(run)
     client.close()
     assert client._started
     assert await asyncio.to_thread(client._started.wait, DEADLINE) == 0  # it has nothing, and nobody
@@ -174,6 +171,13 @@ def test_of_an_ended_connection_the_error_is_raised() -> None:
         left = Left([os.dup(wire.tallies.fd)], Way.SPLICED, Ended("n", errno.ECONNRESET, "reset by peer"))
         with pytest.raises(ConnectionResetError, match="reset by peer"):
             asyncio.run(EndedConnection(left).run())
+
+
+async def cancelled(task: asyncio.Task[object]) -> None:
+    """Cancels a task, and waits for its end."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 class Played:
@@ -209,7 +213,7 @@ def played(path: str) -> Iterator[Played]:
 def hear(sock: socket.socket) -> object:
     packet, fds, _, _ = socket.recv_fds(sock, 1 << 17, 16)
     message = for_relay(packet, len(fds))
-    close(fds)
+    close_all(fds)
     return message
 
 
@@ -228,9 +232,7 @@ async def test_a_relay_that_dies_right_after_its_last_word_is_not_had(played: Pl
     with await played.greeted() as sock:
         assert await asyncio.to_thread(hear, sock) == Note("state", "words")
         assert client.problem is None
-        run.cancel()
-        with suppress(asyncio.CancelledError):
-            await run
+        await cancelled(run)
     client.close()
 
 
@@ -241,9 +243,7 @@ async def test_a_relay_that_does_not_say_who_it_is_is_none(played: Played, path:
         await asyncio.to_thread(sock.recv, 1 << 16)
         sock.send(encode(Synced(0)))
         await comes(lambda: "has not said who it is" in (client.problem or ""), "a problem")
-    opening.cancel()
-    with suppress(asyncio.CancelledError):
-        await opening
+    await cancelled(opening)
     client.close()
 
 
@@ -286,9 +286,7 @@ async def test_the_same_relay_is_told_what_it_lacks_and_moves_nothing_twice(play
         assert heard[2:] == [Note("state", "new"), Keep("kept")]
         sock.send(encode(Ended("moved", 5, "broken")))
         assert await ended == Ended("moved", 5, "broken")
-        run.cancel()
-        with suppress(asyncio.CancelledError):
-            await run
+        await cancelled(run)
         client.close()
         sock.close()
 
@@ -336,9 +334,7 @@ async def test_a_relay_that_dies_between_two_messages_is_lost_once(played: Playe
         heard = [await asyncio.to_thread(hear, sock) for _ in range(notes)]
         assert heard == [Note(str(number), "more") for number in range(notes)]
         assert not run.done()
-    run.cancel()
-    with suppress(asyncio.CancelledError):
-        await run
+    await cancelled(run)
     client.close()
 
 

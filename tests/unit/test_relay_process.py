@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from migproxy.fds import close_all
 from migproxy.relay.process import Relay, RelayError
 from migproxy.relay.protocol import (
     MOST_BYTES,
@@ -44,7 +45,6 @@ from tests.relays import (
     RelayProcess,
     Speaker,
     Wire,
-    close,
     read,
     relay_process,
     relay_thread,
@@ -204,7 +204,7 @@ def test_hello_comes_once_and_what_was_handed_over_stays(daemon: Speaker, path: 
     with Speaker(path) as again:
         heard = again.greet()
         assert [message for message, _ in heard[1:]] == [Kept("one", Way.SPLICED)]
-        close(heard[1][1])
+        close_all(heard[1][1])
 
 
 def test_many_strangers_who_say_nothing_keep_nobody_out(daemon: Speaker, path: str) -> None:
@@ -339,7 +339,7 @@ def test_what_is_kept_can_be_replaced_and_then_moved(daemon: Speaker, path: str,
     with Speaker(path) as successor:
         _, (kept, fds) = successor.greet()
         assert (kept, len(fds)) == (Kept("one", Way.SPLICED), 7)
-        close(fds)
+        close_all(fds)
 
 
 def test_a_full_relay_says_so_and_goes_on(path: str) -> None:
@@ -404,7 +404,7 @@ def test_a_successor_gets_everything(daemon: Speaker, path: str) -> None:
             assert (tallies.to_network.moved, tallies.to_launcher.moved) == (1000, 1000)
             assert tallies.to_launcher.end == BROKEN + errno.ECONNRESET
             for _, fds in found:
-                close(fds)
+                close_all(fds)
             moving.check(1000)
 
 
@@ -420,7 +420,7 @@ def greet_until(path: str, wanted: Callable[[list[Heard]], bool]) -> list[Heard]
         if wanted(found):
             return found
         for _, fds in found:
-            close(fds)
+            close_all(fds)
 
 
 def test_words_and_names_go_in_one_instant(daemon: Speaker, path: str, wire: Wire) -> None:
@@ -459,7 +459,7 @@ def test_a_connection_that_ends_while_everything_is_told_is_told_as_ended(daemon
         assert {name: 1 if name in ended else 7 for name in kept} == kept
         assert ended
         for _, fds in found:
-            close(fds)
+            close_all(fds)
 
 
 def test_the_last_words_of_a_daemon_that_died_with_something_unread_count(daemon: Speaker, path: str) -> None:
@@ -477,7 +477,7 @@ def test_the_last_words_of_a_daemon_that_died_with_something_unread_count(daemon
             found = daemon.greet()
             assert Noted("words", f"last of {attempt}") in [message for message, _ in found]
             for _, fds in found:
-                close(fds)
+                close_all(fds)
     daemon.close()
 
 
@@ -494,7 +494,7 @@ def test_a_daemon_that_reads_nothing_harms_no_connection(
     with Speaker(path) as successor:
         found = successor.greet()
         assert [message for message, _ in found[1:]] == [Noted("words", "are kept"), Kept("one", Way.SPLICED)]
-        close(found[2][1])
+        close_all(found[2][1])
     wire.check(1_000_000)
 
 
@@ -554,7 +554,7 @@ def test_told_to_end_it_goes_once_its_daemon_is_gone_and_the_next_one_hears_of_i
             assert daemon.hear()[0] == Ending()
         with Speaker(path) as successor:
             for _, fds in successor.greet():
-                close(fds)
+                close_all(fds)
             assert successor.hear()[0] == Ending()
         wire.check()
         assert process.process.poll() is None
@@ -793,12 +793,12 @@ class Fuzz:
                 with suppress(BlockingIOError, EOFError):
                     while True:
                         _, got = speaker.hear()
-                        close(got)
+                        close_all(got)
             else:
                 return
 
     def close(self) -> None:
-        close([self._null, *self._pipe])
+        close_all([self._null, *self._pipe])
         for sock in self._sock:
             sock.close()
 
@@ -834,10 +834,10 @@ def test_rubbish_ends_nothing(path: str, packets: int) -> None:
         kept = {one.name: fds for one, fds in found if isinstance(one, Kept)}
         assert len(kept["one"]) == 7
         for _, fds in found:
-            close(fds)
+            close_all(fds)
         with Speaker(path) as daemon:
             for _, fds in daemon.greet():
-                close(fds)
+                close_all(fds)
             daemon.say(Drop((*kept, *(f"n{number}" for number in range(5)))))
             daemon.sync()
             until(lambda: process.descriptors() == before, "descriptors to be closed")
