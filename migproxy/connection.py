@@ -1,4 +1,4 @@
-"""Connections that are relayed, as the daemon sees them: by the relay, or by this process (user-space TLS)."""
+"""Connections that the relay moves, as the daemon sees them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 
 from migproxy import tcpinfo
 from migproxy.fds import break_off, close_all
-from migproxy.relay.carrier import Carrier
 from migproxy.relay.client import Lease, Left
 from migproxy.relay.protocol import Ended, Way
-from migproxy.splice import Pipe, Pump
+from migproxy.relay.records import wipe
+from migproxy.splice import Pipe
 from migproxy.tally import Tallies, Tally
 from migproxy.tlserrors import Reason, TLSError
-from migproxy.transport import KernelTransport, Transport, UserTransport
+from migproxy.transport import Transport
 
+_PIPES = {Way.SPLICED: 2, Way.KTLS: 2, Way.TLS: 0}
 _STOP_SECONDS = 1.0  # that the relay may take to count the last bytes of a connection that is broken off
 
 
@@ -28,11 +29,8 @@ class Connection(ABC):
     """A connection between a launcher's unix socket and the other node; owns both, and closes both.
 
     Attributes:
-        is_local: This process moves its bytes, and takes it along when it dies.
         opened: When it was made (`time.monotonic`).
     """
-
-    is_local = False
 
     def __init__(self, tcp: socket.socket | None, tallies: tuple[Tally, Tally]) -> None:
         self.opened = time.monotonic()
@@ -66,7 +64,7 @@ class Connection(ABC):
     @property
     def spliced(self) -> tuple[int, int]:
         """Of the bytes sent and received, those that never left the kernel."""
-        sending, receiving = (way != Pump.mode for way in self.ways)
+        sending, receiving = (way != Way.TLS for way in self.ways)
         return self.sent * sending, self.received * receiving
 
     @property
@@ -87,11 +85,6 @@ class Connection(ABC):
                 stream that would pass for a complete one.
         """
 
-    @property
-    def pumps(self) -> Iterable[Pump]:
-        """Those that run in this process."""
-        return ()
-
 
 class RelayedConnection(Connection):
     """A connection whose bytes the relay moves.
@@ -100,34 +93,36 @@ class RelayedConnection(Connection):
 
     Args:
         lease: Its name at the relay.
-        unix, tcp: Its sockets; owned from now on.
-        way: How it is moved.
-        rest: The ends of its two pipes and the memory of its tallies, as the relay has them; None to make them.
+        unix: The launcher's socket; owned from now on.
+        transport: The other node's; likewise.
+        rest: The ends of its pipes and the memory of its tallies, as the relay has them; None to make them.
 
     Raises:
         OSError: No descriptors are left; the sockets stay the caller's.
     """
 
     def __init__(
-        self, lease: Lease, unix: socket.socket, tcp: socket.socket, way: Way, rest: list[int] | None = None
+        self, lease: Lease, unix: socket.socket, transport: Transport, rest: Sequence[int] | None = None
     ) -> None:
         made: list[Pipe] = []
         if rest is None:
             try:
-                made.extend((Pipe(), Pipe()))
+                made.extend(Pipe() for _ in range(_PIPES[transport.way]))
                 tallies = Tallies()
             except OSError:
                 for pipe in made:
                     pipe.close()
                 raise
         else:
-            made.extend((Pipe((rest[0], rest[1])), Pipe((rest[2], rest[3]))))
-            tallies = Tallies(rest[4])
-        super().__init__(tcp, (tallies.to_network, tallies.to_launcher))
+            *ends, memory = rest
+            made.extend(Pipe(both) for both in zip(ends[::2], ends[1::2], strict=True))
+            tallies = Tallies(memory)
+        super().__init__(transport.tcp, (tallies.to_network, tallies.to_launcher))
         self.lease = lease
         self._unix = unix
-        self._tcp = tcp
-        self._way = way
+        self._tcp = transport.tcp
+        self._way = transport.way
+        lease.keys = transport.keys
         self._pipes = made
         self._tallies = tallies
 
@@ -136,7 +131,7 @@ class RelayedConnection(Connection):
         """Makes it of what the relay moves already."""
         assert left.way
         unix, tcp, *rest = left.fds
-        return cls(lease, socket.socket(fileno=unix), socket.socket(fileno=tcp), left.way, rest)
+        return cls(lease, socket.socket(fileno=unix), Transport(socket.socket(fileno=tcp), way=left.way), rest)
 
     @property
     def ways(self) -> tuple[str, str]:
@@ -145,9 +140,9 @@ class RelayedConnection(Connection):
 
     async def run(self) -> None:
         """See Connection; a cancellation breaks it off."""
-        to_network, to_launcher = self._pipes
-        fds = (*to_network.ends, *to_launcher.ends, self._tallies.fd)
-        ended = self.lease.ended or self.lease.move(self._way, self._unix.fileno(), self._tcp.fileno(), *fds)
+        ends = [end for pipe in self._pipes for end in pipe.ends]
+        fds = (self._unix.fileno(), self._tcp.fileno(), *ends, self._tallies.fd)
+        ended = self.lease.ended or self.lease.move(self._way, *fds)
         try:
             end = await asyncio.shield(ended)
             if end.number:  # also where the relay has not taken it
@@ -173,6 +168,7 @@ class RelayedConnection(Connection):
 
     def _close(self) -> None:
         self._forget_tcp()
+        wipe(self.lease.keys)
         for sock in (self._tcp, self._unix):
             sock.close()
         for pipe in self._pipes:
@@ -207,76 +203,6 @@ class EndedConnection(Connection):
         """See Connection."""
         if self._end.number:
             raise _error(self._end)
-
-
-class LocalConnection(Connection):
-    """A connection in user-space TLS: this process has the keys.
-
-    Raises:
-        OSError: No descriptors are left; the sockets stay the caller's.
-    """
-
-    is_local = True
-
-    def __init__(self, unix: socket.socket, transport: UserTransport) -> None:
-        tallies = Tally(), Tally()
-        super().__init__(transport.tcp, tallies)
-        self._unix = unix
-        self._tcp = transport.tcp
-        self._pumps = transport.pumps(unix, tallies)
-        self._runs = False
-
-    @property
-    def ways(self) -> tuple[str, str]:
-        """See Connection."""
-        sending, receiving = self._pumps
-        return sending.mode, receiving.mode
-
-    @property
-    def pumps(self) -> Iterable[Pump]:
-        """See Connection."""
-        return [pump for pump in self._pumps if self._runs and not pump.tally.end]
-
-    async def run(self) -> None:
-        """See Connection; a cancellation breaks it off."""
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[OSError | None] = loop.create_future()
-
-        def on_end(error: OSError | None) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(ended.set_result, error)
-
-        carrier = Carrier(self._unix, self._tcp, self._pumps, on_end)
-        self._runs = True
-        carrier.start()
-        cancelled: asyncio.CancelledError | None = None
-        while not ended.done():
-            try:
-                await asyncio.shield(ended)
-            except asyncio.CancelledError as error:
-                cancelled = error
-                carrier.stop()
-        self._runs = False
-        self._forget_tcp()
-        carrier.close()
-        if cancelled:
-            raise cancelled
-        if broken := ended.result():
-            raise broken
-
-
-def relayed(unix: socket.socket, transport: Transport, lease: Lease) -> Connection:
-    """Makes the connection of a launcher's socket and a secured one to the other node.
-
-    Args:
-        lease: Its name at the relay, which moves it unless it is local.
-
-    Raises:
-        OSError: No descriptors are left; the sockets stay the caller's.
-    """
-    if isinstance(transport, KernelTransport):
-        return RelayedConnection(lease, unix, transport.tcp, transport.way)
-    return LocalConnection(unix, transport)
 
 
 def _error(end: Ended) -> OSError:

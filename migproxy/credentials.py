@@ -5,7 +5,6 @@ KubeVirt's certificates are Secrets mounted into the pod, replaced in place abou
 
 from __future__ import annotations
 
-import ssl
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from OpenSSL import SSL, crypto
 
 from migproxy.pki import Files
 
@@ -61,7 +61,7 @@ class Loaded:
         validities: Of the certificate and of the bundle.
     """
 
-    context: ssl.SSLContext
+    context: SSL.Context
     authorities: tuple[x509.Certificate, ...]
     validities: tuple[Validity, Validity]
 
@@ -86,7 +86,7 @@ class Credentials:
         CredentialsError: They cannot be loaded.
     """
 
-    def __init__(self, role: str, files: Files, make_context: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(self, role: str, files: Files, make_context: Callable[[], SSL.Context]) -> None:
         self.role = role
         self.problem: str | None = None
         self.reloads = 0
@@ -96,7 +96,6 @@ class Credentials:
         self._lock = threading.Lock()
         self._loaded, self._identity = self._load()
         self._attempted = self._identity
-        self._worn = False
 
     def current(self) -> Loaded:
         """What the files hold now; what they held before while they are unusable."""
@@ -109,31 +108,22 @@ class Credentials:
         """Of what is in use."""
         return self._loaded.validities
 
-    def wear(self) -> None:
-        """Says that a client may have a session in the current context that it could resume: the next needs another.
-
-        Python has no way to switch OpenSSL's session cache off, which lives as long as a context.
-        """
-        self._worn = True
-
     def _refresh(self) -> None:
         try:
             identity = self._files.identity()
-            if identity == self._identity and not self._worn:
+            if identity == self._identity:
                 self._note(None)
                 return
             if identity == self._attempted and self.problem:
                 return
-            self._attempted, before = identity, self._identity
+            self._attempted = identity
             self._loaded, self._identity = self._load()
         except (OSError, CredentialsError) as error:
             self._note(_explain(error))
             return
-        self._worn = False
         self._note(None)
-        if self._identity != before:
-            self.reloads += 1
-            log.info("certificates loaded", role=self.role, file=self._files.cert, ends=self._ends())
+        self.reloads += 1
+        log.info("certificates loaded", role=self.role, file=self._files.cert, ends=self._ends())
 
     def _note(self, problem: str | None) -> None:
         if problem and problem != self.problem:
@@ -155,13 +145,27 @@ class Credentials:
             raise CredentialsError(_explain(error)) from error
         context = self._make_context()
         try:
-            context.load_cert_chain(files.cert, files.key, password=_no_password)
-        except (OSError, ValueError) as error:
+            with open(files.key, "rb") as file:
+                key = load_pem_private_key(file.read(), None)
+            context.use_certificate(leaf[0])
+            for issuer in leaf[1:]:
+                context.add_extra_chain_cert(issuer)
+            context.use_privatekey(key)  # type: ignore[arg-type]
+            context.check_privatekey()
+        except (OSError, ValueError, TypeError, SSL.Error) as error:
+            why = getattr(error, "strerror", None) or (
+                str(error) if not isinstance(error, SSL.Error) else "they differ"
+            )
             raise CredentialsError(
-                f"{files.cert} and {files.key} are no pair: {getattr(error, 'reason', None) or error}; the key must be "
-                "that of the first certificate, in PEM, and not encrypted"
+                f"{files.cert} and {files.key} are no pair: {why}; the key must be that of the first certificate, in "
+                "PEM, and not encrypted"
             ) from error
-        context.load_verify_locations(cadata=b"".join(map(_der, authorities)))
+        store = context.get_cert_store()
+        assert store
+        for authority in authorities:
+            store.add_cert(crypto.X509.from_cryptography(authority))
+        # As for Go, everything in the CA bundle is an anchor of trust.
+        store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
         validities = (_validity(self.role, files.cert, leaf[:1]), _validity("ca", bundle, authorities))
         return Loaded(context, tuple(authorities), validities), identity
 
@@ -173,14 +177,6 @@ def _read(path: str) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(text)
     except ValueError as error:
         raise CredentialsError(f"{path} holds no certificates in PEM, or damaged ones") from error
-
-
-def _der(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(Encoding.DER)
-
-
-def _no_password() -> str:
-    raise ValueError("the key is encrypted")
 
 
 def _validity(role: str, path: str, certificates: Sequence[x509.Certificate]) -> Validity:

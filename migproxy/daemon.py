@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-_LOCAL_PAUSE = 0.1  # seconds; their ends are many events, and nobody waits for the last one but this
 _SETTLE_SECONDS = 5.0  # that the relay may take to have everything
 _BOTH_SECONDS = 2.0  # within which a pod's containers, or systemd's units, are all told to end
 _READY_SECONDS = 5.0  # that the inventory and the migration address may take
@@ -72,7 +71,7 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
         notifier = Notifier.take()
         relay = RelayClient(settings.relay_path, starts=not settings.relay_externally_managed)
         around, node = _make_node(settings, inputs, watcher, measures, relay, namespace)
-        service = Service(notifier, liveness, node.pumps, lambda: node.activity)
+        service = Service(notifier, liveness, lambda: node.activity)
         reloader = Reloader(settings, read_again, node, around, protection)
 
         def report() -> dict[str, Any]:
@@ -108,7 +107,7 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
                 service.stopping()
                 timeout = reloader.settings.drain_timeout
                 if await _may_leave(relay, signals):
-                    await _first(running, _leave(node, relay, timeout), signals.second())
+                    await _first(running, _leave(relay), signals.second())
                 await _drain(node, running, signals, timeout)
             finally:
                 for task in (*beside, running):
@@ -130,16 +129,8 @@ async def _may_leave(relay: RelayClient, signals: _Signals) -> bool:
     return not relay.is_idle
 
 
-async def _leave(node: Node, relay: RelayClient, timeout: float) -> None:
+async def _leave(relay: RelayClient) -> None:
     """Ends this process, and leaves everything to the relay and the next daemon; returns where that cannot be done."""
-    if node.local:
-        log.info(
-            "waiting for connections in user-space TLS, which end with this daemon", open=node.local, timeout=timeout
-        )
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while node.local:
-                    await asyncio.sleep(_LOCAL_PAUSE)
     if relay.problem is None and await relay.settle(_SETTLE_SECONDS):
         log.info("left to the relay", **relay.report())
         os._exit(0)

@@ -1,4 +1,4 @@
-"""TLS in the kernel: what it can do here, which directions of a connection it does, and splicing through it.
+"""Splicing through TLS in the kernel.
 
 Once the keys are with the kernel (Documentation/networking/tls.rst), a TLS socket takes and gives plain bytes, and
 splice(2) works on it. What is no data keeps its record type: the kernel refuses to splice such a record, and it is
@@ -10,39 +10,18 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 from contextlib import suppress
 
 from migproxy.splice import Splice, shutdown
-from migproxy.tlserrors import Reason, TLSError, Truncated
-
-OP_ENABLE_KTLS = 1 << 3
-"""OpenSSL's option; Python names it since 3.12, and passes it on before."""
+from migproxy.tlserrors import Reason, RefusedByPeer, TLSError, Truncated
 
 _SOL_TLS = 282
-_TLS_TX, _TLS_RX = 1, 2
 _TLS_SET_RECORD_TYPE, _TLS_GET_RECORD_TYPE = 1, 2
 _ALERT, _HANDSHAKE = 21, 22
 _FATAL = 2
 _CLOSE_NOTIFY = b"\x01\x00"  # level warning, close_notify (RFC 8446, 6.1)
 _NEW_SESSION_TICKET, _KEY_UPDATE = 4, 24
 _RECORD = 1 << 14
-_CRYPTO_INFO = struct.Struct("HH")  # tls_crypto_info, linux/tls.h
-
-
-def offloaded(tcp: socket.socket) -> tuple[bool, bool]:
-    """Asks the kernel whether it encrypts what that socket sends, and decrypts what it receives."""
-    return _has_keys(tcp, _TLS_TX), _has_keys(tcp, _TLS_RX)
-
-
-def _has_keys(tcp: socket.socket, direction: int) -> bool:
-    try:
-        # The head of the kernel's struct, version and cipher; EBUSY where that direction has no keys, ENOPROTOOPT
-        # where the socket is not TLS's at all.
-        tcp.getsockopt(_SOL_TLS, direction, _CRYPTO_INFO.size)
-    except OSError:
-        return False
-    return True
 
 
 class KernelSend(Splice):
@@ -118,7 +97,7 @@ def check_control(kind: int | None, body: bytes) -> bool:
             return False
         if body[0] != _FATAL:
             return True
-        raise TLSError(Reason.REFUSED_BY_PEER, f"the peer ended the connection with TLS alert {body[1]}")
+        raise RefusedByPeer(body[1])
     if kind == _HANDSHAKE and (messages := _handshake_messages(body)):
         if messages == {_NEW_SESSION_TICKET}:
             return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -88,7 +88,6 @@ class Liveness:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.problems: list[str] = []
-        self._stalls = Stalls()
         self._writes: dict[object, tuple[str, float]] = {}
 
     @contextmanager
@@ -101,25 +100,12 @@ class Liveness:
         finally:
             del self._writes[token]
 
-    def check(self, pumps: Iterable[tuple[str, Pump]]) -> list[str]:
-        """Looks at everything; to be called every few seconds, by the event loop.
-
-        Args:
-            pumps: Those that run, each with its connection's description.
-
-        Returns:
-            The problems.
-        """
+    def check(self) -> list[str]:
+        """Looks at everything, and returns the problems; to be called every few seconds, by the event loop."""
         now = self._clock()
-        about = {pump: description for description, pump in pumps}
-        wedged = self._stalls.note({pump: read(pump) for pump in about}, now)
-        writes = list(self._writes.values())
         self.problems = [
-            *(f"{about[pump]}: a pump moves nothing, although it could" for pump in about if pump in wedged),
-            *(
-                f"the disk hangs: {path} is not written after {DISK_SECONDS:.0f} s"
-                for path, begun in writes
-                if now - begun >= DISK_SECONDS
-            ),
+            f"the disk hangs: {path} is not written after {DISK_SECONDS:.0f} s"
+            for path, begun in list(self._writes.values())
+            if now - begun >= DISK_SECONDS
         ]
         return self.problems

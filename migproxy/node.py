@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -27,7 +27,6 @@ from migproxy.relay.client import Contents
 from migproxy.retention import Ended, Retention
 from migproxy.shared import SharedFolder, mend
 from migproxy.source import SocketFolder, Source
-from migproxy.splice import Pump
 from migproxy.survival import fingerprint
 from migproxy.takeover import AdoptedProxy, take_over
 from migproxy.target import PortRange, Target, left_listening
@@ -145,12 +144,6 @@ class Node:
             contents: What the relay has; owned from now on.
         """
         self._adopted.update(take_over(contents, self._around))
-
-    @property
-    def local(self) -> int:
-        """Connections that this process moves itself, and that would end with it."""
-        traffics = [traffic for proxy in self._proxies() for traffic in proxy.traffic.values()]
-        return sum(one.is_local for traffic in traffics for one in traffic.open)
 
     async def drain(self) -> None:
         """Takes no new migration, closes those that have not begun, and returns when the running ones are over."""
@@ -528,13 +521,6 @@ class Node:
         rate = sum(sum(proxy.rate) for proxy in self._proxies())
         problem = next((f"{what}: {why}" for what, why in self.problems.items()), None)
         return Activity(running, prepared, rate, self.draining, problem)
-
-    def pumps(self) -> Iterator[tuple[str, Pump]]:
-        """Every pump that runs in this process now, with what it belongs to, for people."""
-        for proxy in self._proxies():
-            for channel, traffic in proxy.traffic.items():
-                about = f"migration {proxy.migration}, {proxy.role}, channel {channel.label}"
-                yield from ((about, pump) for one in traffic.open for pump in one.pumps)
 
     def reconfigure(self, ports: PortRange, retention: float) -> None:
         """Changes what can be changed while proxies run; those that run keep their ports.

@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from migproxy import tcpinfo
-from migproxy.connection import Connection, relayed
+from migproxy.connection import Connection, RelayedConnection
 from migproxy.fds import is_connected, reset
 from migproxy.launcher import Launchers
 from migproxy.logs import Limit
@@ -42,7 +42,7 @@ _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _NOT_THIS_TIME = {errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO, errno.EPERM}  # whoever asked has gone, or may not
 
 
-_BROKEN = {errno.ECONNRESET: "reset", errno.ETIMEDOUT: "timeout", errno.EPIPE: "closed"}
+_BROKEN = {errno.ECONNRESET: "reset", errno.ETIMEDOUT: "timeout", errno.EPIPE: "closed", errno.EOWNERDEAD: "lost"}
 _BROKEN_TLS = {Reason.TRUNCATED: "reset", Reason.BAD_RECORD: "other", Reason.KEY_UPDATE: "other"}
 
 
@@ -312,7 +312,6 @@ class Proxy(ABC):
                 # Else it would queue behind others, in this process alone; in the listener's queue it is safe.
                 await self.around.relay.handed_over()
                 lease = self.around.relay.lease(connection_name(self.role, channel, self.migration))
-                keeps = self.around.security.is_relayed
                 fd = accept(listener)
             except OSError as error:
                 if error.errno in _NOT_THIS_TIME:
@@ -325,8 +324,7 @@ class Proxy(ABC):
                 self.log.error("cannot accept connections", channel=channel.label, error=error.strerror, remedy=remedy)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            if keeps:  # at once: a connection that only this process has dies with it
-                lease.keep(fd)
+            lease.keep(fd)  # at once: a connection that only this process has dies with it
             accepted = socket.socket(fileno=fd)
             self.follow(self._connection(accepted, channel, lease), lease, accepted)
 
@@ -372,7 +370,7 @@ class Proxy(ABC):
                             legs.append(await self._reach(channel, lease, self._deadline()))
                     unix = legs[-1]
                 widen_unix(unix)
-                connection = relayed(unix, transport, lease)
+                connection = RelayedConnection(lease, unix, transport)
             except (DialError, ProxyError, OSError) as error:
                 told = self._fail(channel, error, "dial")
                 if self._failed_lines.admits((channel, told.get("reason", ""))):
@@ -388,7 +386,7 @@ class Proxy(ABC):
                 raise
             log = log.bind(security=transport.label)
             log.info("connection opened")
-            self._begin(connection, channel, lease)
+            self._begin(connection, channel)
             await self._relay(connection, lease, channel, log)
 
     @asynccontextmanager
@@ -515,13 +513,10 @@ class Proxy(ABC):
             why = str(last) if last else f"{self.peer(channel)}: no answer"
             raise DialError(f"{why} (tried for {self.around.dial_timeout:g} s)") from last
 
-    def _begin(self, connection: Connection, channel: Channel, lease: Lease) -> None:
+    def _begin(self, connection: Connection, channel: Channel) -> None:
         """Counts a connection from now on, which `_relay` is to relay."""
         self.traffic[channel].begin(connection)
-        if connection.is_local:  # both peers are to notice at once when this process dies
-            self.note(lease, at_once=True)
-        else:
-            self.note()
+        self.note()
         self.progress.opened = self.progress.opened or connection.opened
 
     async def _relay(
@@ -535,7 +530,7 @@ class Proxy(ABC):
             failure = self._fail(channel, error, _BROKEN.get(error.errno or 0, "other"))
         finally:
             traffic.end(connection)
-            self.note(lease, at_once=connection.is_local or not lease.fds)
+            self.note(lease, at_once=not lease.fds)
             seconds = round(time.monotonic() - connection.opened, 3)
             counts = {"sent": connection.sent, "received": connection.received, "seconds": seconds}
             if failure:

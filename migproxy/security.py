@@ -96,11 +96,6 @@ class OptionsSecurity:
         """See Security."""
         return self._current is None or self._current.encrypts
 
-    @property
-    def is_relayed(self) -> bool:
-        """See Security."""
-        return self._current is not None and self._current.is_relayed
-
     async def settled(self) -> None:
         """See Security: it is."""
 

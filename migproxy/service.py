@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import structlog
 
 from migproxy.health import Activity
 from migproxy.liveness import Liveness
 from migproxy.notify import Notifier
-from migproxy.splice import Pump
 from migproxy.status import size
 
 log = structlog.get_logger(__name__)
@@ -45,7 +44,6 @@ class Service:
     Args:
         notifier: To the manager; None where there is none.
         liveness: Decides whether the watchdog is fed.
-        pumps: Every pump that runs, with its connection's description.
         activity: What the node does now.
     """
 
@@ -53,12 +51,10 @@ class Service:
         self,
         notifier: Notifier | None,
         liveness: Liveness,
-        pumps: Callable[[], Iterable[tuple[str, Pump]]],
         activity: Callable[[], Activity],
     ) -> None:
         self._notifier = notifier
         self._liveness = liveness
-        self._pumps = pumps
         self._activity = activity
         self._told = ""
         self._known: set[str] = set()
@@ -92,7 +88,7 @@ class Service:
 
     def look(self) -> None:
         """Looks once, and says what there is to say."""
-        problems = self._liveness.check(self._pumps())
+        problems = self._liveness.check()
         for problem in set(problems) - self._known:
             log.error("this daemon hangs: its watchdog is not fed", problem=problem)
         self._known = set(problems)

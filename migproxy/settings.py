@@ -202,8 +202,9 @@ class Settings(BaseModel):
     )
     tls_ciphers: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (),
-        description="Cipher suites of TLS 1.2, best first, separated by commas, by OpenSSL's names or KubeVirt's "
-        "(tlsConfiguration.ciphers). Default: ECDHE with AES-GCM or ChaCha20.",
+        description="Cipher suites of TLS 1.2 and 1.3, best first, separated by commas, by OpenSSL's names or "
+        "KubeVirt's (tlsConfiguration.ciphers). Default: ECDHE with AES-GCM or ChaCha20; where none of 1.3 is named, "
+        "all of them.",
     )
     handshake_timeout: float = Field(10.0, gt=0, le=600, description="Seconds for a TLS handshake.")
     max_handshakes: int = Field(
@@ -215,8 +216,8 @@ class Settings(BaseModel):
     )
     ktls: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Kernel TLS, which encrypts without a copy: `auto` where OpenSSL and the kernel can, `on` to "
-        "refuse to start where they cannot, `off`.",
+        description="Kernel TLS, which encrypts without a copy: `auto` where the kernel can, `on` to refuse to start "
+        "where it cannot, `off`.",
     )
     tls_expiry_warning: float | None = Field(
         None,

@@ -36,12 +36,7 @@ class _Record(BaseModel):
 
 
 class ChannelState(_Record):
-    """What the connections of a channel that are over have moved, and how they ended.
-
-    Attributes:
-        local, local_sent, local_received: Those that the daemon moved itself, with user-space TLS, and what they had
-            moved when this was written: they end with it.
-    """
+    """What the connections of a channel that are over have moved, and how they ended."""
 
     connections: int = 0
     failures: dict[str, int] = {}
@@ -50,9 +45,6 @@ class ChannelState(_Record):
     spliced: tuple[int, int] = (0, 0)
     modes: dict[str, int] = {}
     retransmits: int = 0
-    local: int = 0
-    local_sent: int = 0
-    local_received: int = 0
 
 
 class ProxyState(_Record):

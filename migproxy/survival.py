@@ -17,7 +17,7 @@ import structlog
 
 from migproxy import state
 from migproxy.fds import close_all, is_connected, quench, reset
-from migproxy.ktls import offloaded
+from migproxy.offload import offloaded
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel
 from migproxy.relay.client import Contents, Lease, Left, RelayClient

@@ -13,13 +13,12 @@ from migproxy.portmap import Channel
 from migproxy.proxy import Proxy, Surroundings
 from migproxy.relay.client import Contents, Lease
 from migproxy.relay.protocol import Way
-from migproxy.state import ChannelState
 from migproxy.survival import Fate, Inheritance, Key, LeftConnection, RelayedLeft, sort
 from migproxy.traffic import Progress, Traffic
+from migproxy.transport import Transport
 
 log = structlog.get_logger(__name__)
 
-LOST = "lost"
 _LABELS = {channel.label: channel for channel in Channel}
 
 
@@ -45,8 +44,6 @@ class AdoptedProxy(Proxy):
         if known:
             traffic = {_LABELS[label]: Traffic.restore(one) for label, one in known.channels.items()}
             self.resume(Progress(began=known.began, traffic=traffic))
-            for label, one in known.channels.items():
-                self._lose(_LABELS[label], one)
         for relayed in inheritance.relayed:
             self._go_on(relayed)
         for connection in inheritance.connections:
@@ -65,7 +62,7 @@ class AdoptedProxy(Proxy):
             self.abandon(left)
         else:
             try:
-                connection = RelayedConnection(left.lease, left.dialled, left.accepted, Way.KTLS)
+                connection = RelayedConnection(left.lease, left.dialled, Transport(left.accepted, way=Way.KTLS))
             except OSError as error:
                 self.log.error("connection cannot be relayed", channel=channel.label, error=error.strerror)
                 left.close()
@@ -80,7 +77,7 @@ class AdoptedProxy(Proxy):
         self._follow(connection, relayed.lease, relayed.name.channel)
 
     def _follow(self, connection: Connection, lease: Lease, channel: Channel) -> None:
-        self._begin(connection, channel, lease)  # now: nobody is to see counters without it
+        self._begin(connection, channel)  # now: nobody is to see counters without it
         self.follow(self._relay_on(connection, lease, channel), lease)
 
     async def _relay_on(self, connection: Connection, lease: Lease, channel: Channel) -> None:
@@ -92,27 +89,6 @@ class AdoptedProxy(Proxy):
             if not slots.locked():  # fewer are allowed now than the earlier daemon had: those go on
                 await slot.enter_async_context(slots)
             await self._relay(connection, lease, channel, logger)
-
-    def _lose(self, channel: Channel, before: ChannelState) -> None:
-        """Counts the connections that ended with the daemon that moved them itself."""
-        if not before.local:
-            return
-        self._open(channel)
-        traffic = self.traffic[channel]
-        traffic.lose(before.local, before.local_sent, before.local_received)
-        traffic.failures[LOST] += before.local
-        self.around.measures.failures.labels(self.role, LOST).inc(before.local)
-        why = "user-space TLS cannot be resumed: its keys died with the process"
-        self.progress.last_error = f"channel {channel.label}: lost with the daemon: {why}"
-        self.log.error(
-            "connections lost",
-            channel=channel.label,
-            connections=before.local,
-            sent=before.local_sent,
-            received=before.local_received,
-            error=why,
-            remedy="the migration has to be started again; with kernel TLS it would have gone on",
-        )
 
     async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:
         raise NotImplementedError("what is only being set up waits for the proxy that has a plan")

@@ -1,7 +1,7 @@
 """What protects the connections between the two nodes: mTLS as KubeVirt's migration proxy speaks it, or nothing.
 
-The handshake is OpenSSL's, in steps that the event loop waits for and threads carry out. After it the connection
-goes to the kernel where kernel TLS can have both directions (`ktls`), else to user space (`userspace`).
+The handshake (`handshake`) is carried out by threads, in steps that the event loop waits for. After it the connection
+goes to the kernel where that takes both directions (`offload`), else to the relay with its keys.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,26 +18,24 @@ from datetime import timedelta
 from typing import Any, Literal, Protocol, TypeVar
 
 import structlog
+from OpenSSL import SSL
 
-from migproxy import credentials, ktls
+from migproxy import credentials, offload
 from migproxy.credentials import Credentials, CredentialsError, Loaded
-from migproxy.fds import reset
-from migproxy.ktls import KernelSend
+from migproxy.handshake import Handshake, Refused, Secured, prepare
 from migproxy.pki import Files
 from migproxy.relay.protocol import Way
+from migproxy.relay.records import pack
 from migproxy.sockets import ready
-from migproxy.splice import Pipe, Pump
-from migproxy.tally import Tally
 from migproxy.tlserrors import Reason, TLSError
-from migproxy.transport import KernelTransport, Transport, UserTransport
-from migproxy.userspace import HANDSHAKE_READ, MemorySession, MemoryTransport, SocketReceive, alert
+from migproxy.transport import Transport
 from migproxy.verify import Peers
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 Version = Literal["1.2", "1.3"]
-_VERSIONS: dict[Version, ssl.TLSVersion] = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+_VERSIONS: dict[Version, int] = {"1.2": SSL.TLS1_2_VERSION, "1.3": SSL.TLS1_3_VERSION}
 
 _SUITES = {
     "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256": "ECDHE-ECDSA-AES128-GCM-SHA256",
@@ -50,16 +47,13 @@ _SUITES = {
 }
 """The cipher suites of TLS 1.2 that are not broken, by IANA's and Go's name, as OpenSSL calls them; fastest first."""
 
-_ALWAYS = {"TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"}
-"""TLS 1.3's, which neither Go nor Python's ssl lets anyone choose from."""
+_SUITES_1_3 = ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
+"""TLS 1.3's; fastest first."""
 
-_OFFLOADS = {(True, True): "both ways", (True, False): "only sending", (False, False): "not at all"}
-_KERNEL_REMEDY = (
-    "load the kernel's module (modprobe tls); OpenSSL 3.0 offloads all of TLS 1.2, receiving TLS 1.3 needs 3.2"
-)
 _OLD = re.compile(r"_CBC_|_RC4_|^TLS_RSA_|3DES|-SHA\d*$|^(AES|RC4|DES)")
 _CHECK_SECONDS = 60.0
 _THREADS = 2  # a step of a handshake takes a millisecond or less
+_MOST_AT_ONCE = 128  # reads of half a record before other handshakes have their turn
 
 
 class SecurityError(Exception):
@@ -73,16 +67,12 @@ class Security(Protocol):
         errors: Connections that were refused, or broke, for a reason of TLS: by reason.
         encrypts: Whether a connection that is not secured yet cannot be gone on with by another process; None while
             that is not known.
-        is_relayed: Whether the relay can move connections (`KernelTransport`), as far as it is known before.
     """
 
     errors: Counter[Reason]
 
     @property
     def encrypts(self) -> bool | None: ...
-
-    @property
-    def is_relayed(self) -> bool: ...
 
     async def settled(self) -> None:
         """Returns once it is known how connections are to be protected, or nobody will tell soon."""
@@ -109,7 +99,6 @@ class Plaintext:
     """No protection: every byte of the guest's memory crosses the migration network readable."""
 
     encrypts = False
-    is_relayed = True
 
     def __init__(self) -> None:
         self.errors: Counter[Reason] = Counter()
@@ -118,7 +107,7 @@ class Plaintext:
         """See Security: it is."""
 
     async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
-        return KernelTransport(tcp)
+        return Transport(tcp)
 
     def report(self) -> dict[str, Any]:
         return {"mode": "plaintext", "errors": {}}
@@ -135,7 +124,7 @@ class TLSOptions:
         server, client: The files of the target's and of the source's role.
         sources, targets: Who is accepted as a client (source), and as a server (target).
         min_version: The oldest version.
-        ciphers: Cipher suites of TLS 1.2, by IANA's or OpenSSL's names, best first; empty for the built-in list.
+        ciphers: Cipher suites of both versions, by IANA's or OpenSSL's names, best first; empty for the built-in lists.
         handshake_timeout: Seconds for a whole handshake.
         ktls: Use kernel TLS where it can be had, always, or never.
         expiry_notice: How long before a certificate's end to warn; None for the last third of its life, two weeks
@@ -153,29 +142,31 @@ class TLSOptions:
     expiry_notice: timedelta | None = None
 
 
-def cipher_string(names: Sequence[str]) -> tuple[str, list[str]]:
+def cipher_strings(names: Sequence[str]) -> tuple[str, str, list[str]]:
     """Translates names of cipher suites for OpenSSL.
 
     Args:
         names: IANA's (Go's, KubeVirt's `tlsConfiguration.ciphers`) or OpenSSL's.
 
     Returns:
-        OpenSSL's list for TLS 1.2, empty where none is left, and the names left out because they are old.
+        OpenSSL's lists for TLS 1.2, empty where none is left, and for TLS 1.3, all where none is named; and the names
+        left out because they are old.
 
     Raises:
         SecurityError: A name is unknown.
     """
-    chosen, old = [], []
+    chosen, newer, old = [], [], []
     for name in names:
         if name in _SUITES or name in _SUITES.values():
             chosen.append(_SUITES.get(name, name))
-        elif name in _ALWAYS:
-            continue
+        elif name in _SUITES_1_3:
+            newer.append(name)
         elif _OLD.search(name):
             old.append(name)
         else:
-            raise SecurityError(f"--tls-ciphers: {name} is not known; known are {', '.join([*_SUITES, *_ALWAYS])}")
-    return ":".join(chosen), old
+            known = ", ".join([*_SUITES, *_SUITES_1_3])
+            raise SecurityError(f"--tls-ciphers: {name} is not known; known are {known}")
+    return ":".join(chosen), ":".join(newer or _SUITES_1_3), old
 
 
 class MutualTLS:
@@ -183,7 +174,6 @@ class MutualTLS:
 
     Attributes:
         errors: See Security.
-        version: The only version that is spoken, where kernel TLS decides; None for any from `min_version`.
         kernel: Whether connections are given to the kernel.
         kernel_problem: Why not, None where they are.
         encrypts: See Security.
@@ -196,29 +186,25 @@ class MutualTLS:
 
     def __init__(self, options: TLSOptions) -> None:
         self.errors: Counter[Reason] = Counter()
-        self.version: Version | None = None
-        self.kernel = False
-        self.kernel_problem: str | None = "off (--ktls off)"
         self._options = options
         self._warned: set[object] = set()
-        self._ciphers, old = cipher_string(options.ciphers or tuple(_SUITES))
+        self._ciphers, self._newer, old = cipher_strings(options.ciphers or tuple(_SUITES))
         if old:
             log.warning("old cipher suites are never used", ciphers=old)
         if not self._ciphers and options.min_version == "1.2":
             raise SecurityError("--tls-ciphers names no usable suite of TLS 1.2: add one, or set --tls-min-version 1.3")
+        self.kernel_problem = "off (--ktls off)" if options.ktls == "off" else offload.problem()
+        self.kernel = self.kernel_problem is None
+        if not self.kernel and options.ktls == "on":
+            raise SecurityError(f"--ktls on: {self.kernel_problem}: {offload.REMEDY}; or use --ktls auto")
+        if not self.kernel and options.ktls == "auto":
+            log.warning("kernel TLS is not used", why=self.kernel_problem, remedy=offload.REMEDY)
         try:
-            if options.ktls != "off":
-                self._choose_kernel()
             self._server = self._credentials(server=True)
             self._client = self._credentials(server=False)
         except CredentialsError as error:
             raise SecurityError(_without_certificates(error)) from error
         self._pool = ThreadPoolExecutor(_THREADS, "handshake")
-
-    @property
-    def is_relayed(self) -> bool:
-        """See Security: only with both directions in the kernel."""
-        return self.kernel and self.kernel_problem is None
 
     async def settled(self) -> None:
         """See Security: it is."""
@@ -227,46 +213,18 @@ class MutualTLS:
         files = self._options.server if server else self._options.client
         return Credentials("server" if server else "client", files, lambda: self._context(server=server))
 
-    def _context(self, *, server: bool) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_REQUIRED
-        # As for Go, everything in the CA bundle is an anchor of trust.
-        context.verify_flags = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
-        context.minimum_version = _VERSIONS[self._options.min_version]
-        if self.version:
-            context.minimum_version = context.maximum_version = _VERSIONS[self.version]
-        context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
-        # Python 3.11.2, Debian 12's, sets it: a stream without a close_notify would pass for a complete one.
-        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    def _context(self, *, server: bool) -> SSL.Context:
+        context = SSL.Context(SSL.TLS_SERVER_METHOD if server else SSL.TLS_CLIENT_METHOD)
+        context.set_min_proto_version(_VERSIONS[self._options.min_version])
+        context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_TICKET)
+        context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         if self._ciphers:
-            context.set_ciphers(self._ciphers)
+            context.set_cipher_list(self._ciphers.encode())
+        context.set_tls13_ciphersuites(self._newer.encode())
         if server:
-            context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
-            context.num_tickets = 0
-        if self.kernel:
-            context.options |= ktls.OP_ENABLE_KTLS
+            context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE)
+        prepare(context)
         return context
-
-    def _choose_kernel(self) -> None:
-        """Tries which version OpenSSL and the kernel can offload, and settles for it."""
-        allowed: list[Version] = ["1.3", "1.2"] if self._options.min_version == "1.2" else ["1.3"]
-        self.kernel = True
-        results: dict[Version, tuple[bool, bool]] = {}
-        for self.version in allowed:
-            contexts = [self._credentials(server=server).current().context for server in (True, False)]
-            results[self.version] = _try_offload(*contexts)
-        best = max(allowed, key=lambda version: sum(results[version]))
-        sends, receives = results[best]
-        self.kernel, self.version = sends, best if sends else None
-        if sends and receives:
-            self.kernel_problem = None
-            return
-        found = ", ".join(f"TLS {version} {_OFFLOADS[ways]}" for version, ways in results.items())
-        self.kernel_problem = f"{ssl.OPENSSL_VERSION} and this kernel offload {found}; {_KERNEL_REMEDY}"
-        if self._options.ktls == "on":
-            raise SecurityError(f"--ktls on: {self.kernel_problem}; or use --ktls auto")
-        log.warning("kernel TLS sends only" if sends else "kernel TLS is not used", why=self.kernel_problem)
 
     async def watch(self) -> None:
         """Looks at the files each minute, so that their state is known and their end announced without connections."""
@@ -295,7 +253,7 @@ class MutualTLS:
         validities = {validity: None for role in roles for validity in role.validities}
         return {
             "mode": "mTLS",
-            "min_version": self.version or self._options.min_version,
+            "min_version": self._options.min_version,
             "ktls": "on" if self.kernel else "off",
             "ktls_problem": self.kernel_problem,
             "errors": dict(self.errors),
@@ -318,78 +276,53 @@ class MutualTLS:
     async def _secure(self, tcp: socket.socket, *, server: bool) -> Transport:
         credentials = self._server if server else self._client
         peers = self._options.sources if server else self._options.targets
-        loaded = await self._step(credentials.current)
 
-        def check(tls: ssl.SSLObject | ssl.SSLSocket) -> str:
-            leaf = tls.getpeercert(binary_form=True)
-            if leaf is None:
-                raise TLSError(Reason.NO_CERTIFICATE, "the peer shows no certificate")
-            if tls.session_reused:  # see Credentials.wear
-                raise TLSError(Reason.HANDSHAKE, "the peer resumes a session, which is not allowed")
-            if server and tls.version() == "TLSv1.2":
-                credentials.wear()
-            return peers.check(leaf, loaded.authorities, client=server)
-
-        if self.kernel:
-            return await self._over_socket(tcp, loaded.context, check, server=server)
-        return await self._over_memory(tcp, loaded.context, check, server=server)
-
-    async def _over_memory(
-        self, tcp: socket.socket, context: ssl.SSLContext, check: Callable[[ssl.SSLObject], str], *, server: bool
-    ) -> Transport:
-        loop = asyncio.get_running_loop()
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = context.wrap_bio(incoming, outgoing, server_side=server)
-        try:
-            while await self._step(lambda: _handshake(tls)) != "done":
-                if outgoing.pending:
-                    await loop.sock_sendall(tcp, outgoing.read())
-                data = await loop.sock_recv(tcp, HANDSHAKE_READ)
-                if data:
-                    incoming.write(data)
-                else:
-                    incoming.write_eof()
-            # Before the last flight is sent: a client of TLS 1.2 that is refused never sees the handshake succeed.
-            who = await self._step(lambda: check(tls))
-            await loop.sock_sendall(tcp, outgoing.read())
-        except OSError as error:
-            with suppress(OSError):
-                if outgoing.pending and not isinstance(error, TLSError):  # OpenSSL's alert
-                    tcp.send(outgoing.read())
-            raise refusal(error, tls) from error
-        label = f"{tls.version()} {_cipher(tls)} with {who}, in user space"
-        return MemoryTransport(tcp, MemorySession(tls, incoming, outgoing), label)
-
-    async def _over_socket(
-        self, tcp: socket.socket, context: ssl.SSLContext, check: Callable[[ssl.SSLSocket], str], *, server: bool
-    ) -> Transport:
-        try:
-            tls = context.wrap_socket(
-                tcp, server_side=server, do_handshake_on_connect=False, suppress_ragged_eofs=False
+        def begin() -> tuple[Handshake, bytes]:
+            loaded = credentials.current()
+            handshake = Handshake(
+                loaded.context,
+                server=server,
+                check=lambda leaf: peers.check(leaf, loaded.authorities, client=server),
+                follows=not self.kernel,  # this relay does not ask the kernel to follow, which Linux 6.14 can
             )
-        except OSError as error:
-            raise refusal(error) from error
-        try:
-            while (state := await self._step(lambda: _handshake(tls))) != "done":
-                await ready(tls.fileno(), writing=state == "write")
-            who = await self._step(lambda: check(tls))
-            return self._offload(tls, who)
-        except OSError as error:
-            refused = refusal(error, tls)
-            reset(tls)
-            raise refused from error
-        except BaseException:
-            reset(tls)
-            raise
+            return handshake, handshake.begin()
 
-    def _offload(self, tls: ssl.SSLSocket, who: str) -> Transport:
-        sends, receives = ktls.offloaded(tls)
-        label = f"{tls.version()} {_cipher(tls)} with {who}"
-        if sends and receives:
-            return KernelTransport(tls, f"{label}, in the kernel", Way.KTLS)
-        if sends and self._options.ktls == "auto":
-            return _SendingKernelTransport(tls, f"{label}, sending in the kernel")
-        raise TLSError(Reason.NOT_OFFLOADED, f"the kernel did not take over {label}: use --ktls off for this peer")
+        try:
+            handshake, said = await self._step(begin)
+            secured = await self._shake_hands(tcp, handshake, said)
+        except Refused as refused:
+            with suppress(OSError):
+                tcp.send(refused.last)
+            raise refused.error from refused
+        except TLSError:
+            raise
+        except OSError as error:
+            why = error.strerror or error
+            raise TLSError(Reason.CLOSED, f"the connection broke during the TLS handshake: {why}") from error
+        return self._transport(tcp, secured, server=server)
+
+    async def _shake_hands(self, tcp: socket.socket, handshake: Handshake, said: bytes) -> Secured:
+        loop = asyncio.get_running_loop()
+        while not (secured := handshake.result):
+            if said:
+                await loop.sock_sendall(tcp, said)
+            await ready(tcp.fileno(), writing=False)
+            said = await self._step(lambda: _answer(tcp, handshake))
+        await loop.sock_sendall(tcp, said)
+        return secured
+
+    def _transport(self, tcp: socket.socket, secured: Secured, *, server: bool) -> Transport:
+        label = f"{secured.version} {secured.suite} with {secured.who}"
+        try:
+            if self.kernel and offload.install(tcp, secured.sealing, secured.opening):
+                return Transport(tcp, f"{label}, in the kernel", Way.KTLS)
+            if self._options.ktls == "on":
+                raise TLSError(Reason.NOT_OFFLOADED, f"the kernel did not take over {label}: use --ktls auto")
+            keys = pack(secured.sealing, secured.opening, is_client=not server, renews=secured.renews)
+            return Transport(tcp, f"{label}, in user space", Way.TLS, keys)
+        finally:
+            secured.sealing.wipe()
+            secured.opening.wipe()
 
     async def _step(self, call: Callable[[], T]) -> T:
         """Runs a call in a thread, to its end even when cancelled: what it uses must not be closed under it."""
@@ -406,16 +339,18 @@ class MutualTLS:
         return running.result()
 
 
-class _SendingKernelTransport(UserTransport):
-    """A connection that the kernel encrypts, and OpenSSL decrypts."""
-
-    def __init__(self, tls: ssl.SSLSocket, label: str) -> None:
-        super().__init__(tls, label)
-        self._tls = tls
-
-    def pumps(self, unix: socket.socket, tallies: tuple[Tally, Tally]) -> tuple[Pump, Pump]:
-        sending, receiving = tallies
-        return KernelSend(unix, self._tls, sending, Pipe()), SocketReceive(self._tls, unix, receiving)
+def _answer(tcp: socket.socket, handshake: Handshake) -> bytes:
+    """Goes on with a handshake as far as what has arrived allows; returns what is to be sent."""
+    said = bytearray()
+    with suppress(BlockingIOError):
+        for _ in range(_MOST_AT_ONCE):
+            data = tcp.recv(handshake.wanted)
+            if not data:
+                raise TLSError(Reason.CLOSED, "the peer closed the connection during the TLS handshake")
+            said += handshake.take(data)
+            if handshake.result:
+                break
+    return bytes(said)
 
 
 class Unfinished:
@@ -464,100 +399,6 @@ class Unfinished:
         oldest = next(expiry for expiry, address in self._waiting.items() if address == most)
         del self._waiting[oldest]
         oldest.reschedule(0)
-
-
-def _handshake(tls: ssl.SSLObject | ssl.SSLSocket) -> Literal["done", "read", "write"]:
-    """Goes on with a handshake as far as it can; says what it waits for."""
-    try:
-        tls.do_handshake()
-    except ssl.SSLWantReadError:
-        return "read"
-    except ssl.SSLWantWriteError:
-        return "write"
-    return "done"
-
-
-def _try_offload(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> tuple[bool, bool]:
-    """Makes a connection to itself; returns whether the kernel took over sending, and receiving."""
-    server_context.verify_mode = client_context.verify_mode = ssl.CERT_NONE
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            client = client_context.wrap_socket(
-                socket.create_connection(listener.getsockname()), do_handshake_on_connect=False
-            )
-            with client:
-                accepted, _ = listener.accept()
-                server = server_context.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
-                with server:
-                    for end in (client, server):
-                        end.setblocking(False)
-                        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # nothing waits for an ACK
-                    while {_handshake(client), _handshake(server)} != {"done"}:
-                        pass
-                    (sends, receives), (also_sends, also_receives) = map(ktls.offloaded, (client, server))
-    except OSError as error:
-        log.debug("kernel TLS cannot be tried", error=str(error))
-        return False, False
-    return sends and also_sends, sends and also_sends and receives and also_receives
-
-
-def refusal(error: OSError, tls: ssl.SSLObject | ssl.SSLSocket | None = None) -> TLSError:
-    """Why a handshake failed, from what OpenSSL or the socket says, and how far the handshake was."""
-    if isinstance(error, TLSError):
-        return error
-    if isinstance(error, ssl.SSLCertVerificationError):
-        reason = _VERIFY_CODES.get(error.verify_code, Reason.BAD_CERTIFICATE)
-        return TLSError(reason, f"the peer's certificate is refused: {error.verify_message}")
-    if not isinstance(error, ssl.SSLError):
-        return TLSError(Reason.CLOSED, f"the connection broke during the TLS handshake: {error.strerror or error}")
-    why = error.reason or str(error)
-    if isinstance(error, ssl.SSLEOFError) or "UNEXPECTED_EOF" in why:
-        return TLSError(Reason.CLOSED, "the peer closed the connection during the TLS handshake")
-    if "_ALERT_" in why:
-        return TLSError(Reason.REFUSED_BY_PEER, f"the peer refuses us with a TLS alert: {alert(why)}")
-    reason = _REASONS.get(why, Reason.HANDSHAKE)
-    if why == "RECORD_LAYER_FAILURE" and tls and not tls.cipher():  # OpenSSL 3.2 and newer, of each record that is none
-        reason = Reason.NOT_TLS  # with a cipher, it may be an encrypted one that was damaged
-    return TLSError(reason, f"the TLS handshake failed: {_SAYS.get(reason) or why.lower().replace('_', ' ')}")
-
-
-_VERIFY_CODES = {  # openssl/x509_vfy.h
-    2: Reason.WRONG_CA,
-    7: Reason.WRONG_CA,
-    9: Reason.NOT_YET_VALID,
-    10: Reason.EXPIRED,
-    18: Reason.SELF_SIGNED,
-    19: Reason.WRONG_CA,
-    20: Reason.WRONG_CA,
-    21: Reason.WRONG_CA,
-    24: Reason.WRONG_CA,
-    26: Reason.WRONG_USAGE,
-    79: Reason.WRONG_CA,
-}
-_REASONS = {
-    "HTTP_REQUEST": Reason.NOT_TLS,
-    "HTTPS_PROXY_REQUEST": Reason.NOT_TLS,
-    "WRONG_VERSION_NUMBER": Reason.NOT_TLS,
-    "PACKET_LENGTH_TOO_LONG": Reason.NOT_TLS,
-    "RECORD_TOO_SMALL": Reason.NOT_TLS,
-    "UNEXPECTED_MESSAGE": Reason.NOT_TLS,
-    "UNSUPPORTED_PROTOCOL": Reason.VERSION,
-    "VERSION_TOO_LOW": Reason.VERSION,
-    "VERSION_TOO_HIGH": Reason.VERSION,
-    "NO_SHARED_CIPHER": Reason.CIPHER,
-    "PEER_DID_NOT_RETURN_A_CERTIFICATE": Reason.NO_CERTIFICATE,
-}
-_SAYS = {
-    Reason.NOT_TLS: "the peer does not speak TLS",
-    Reason.VERSION: "the peer offers no version of TLS that is allowed here (--tls-min-version)",
-    Reason.CIPHER: "the peer offers no cipher suite that is allowed here (--tls-ciphers)",
-    Reason.NO_CERTIFICATE: "the peer shows no certificate",
-}
-
-
-def _cipher(tls: ssl.SSLObject | ssl.SSLSocket) -> str:
-    cipher = tls.cipher()
-    return cipher[0] if cipher else "(no cipher)"
 
 
 def _without_certificates(error: CredentialsError) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 
 class Reason(StrEnum):
@@ -33,6 +33,32 @@ class Reason(StrEnum):
     KEY_UPDATE = "key_update"
 
 
+class Alert(IntEnum):
+    """What one end tells the other of its end (RFC 8446, 6)."""
+
+    CLOSE_NOTIFY = 0
+    UNEXPECTED_MESSAGE = 10
+    BAD_RECORD_MAC = 20
+    RECORD_OVERFLOW = 22
+    HANDSHAKE_FAILURE = 40
+    BAD_CERTIFICATE = 42
+    UNSUPPORTED_CERTIFICATE = 43
+    CERTIFICATE_REVOKED = 44
+    CERTIFICATE_EXPIRED = 45
+    CERTIFICATE_UNKNOWN = 46
+    ILLEGAL_PARAMETER = 47
+    UNKNOWN_CA = 48
+    ACCESS_DENIED = 49
+    DECODE_ERROR = 50
+    DECRYPT_ERROR = 51
+    PROTOCOL_VERSION = 70
+    INSUFFICIENT_SECURITY = 71
+    INTERNAL_ERROR = 80
+    USER_CANCELED = 90
+    NO_RENEGOTIATION = 100
+    CERTIFICATE_REQUIRED = 116
+
+
 class TLSError(OSError):
     """A connection that was refused, or that broke, for a reason of TLS.
 
@@ -50,3 +76,15 @@ class Truncated(TLSError):
 
     def __init__(self) -> None:
         super().__init__(Reason.TRUNCATED, "the peer ended the stream without a close_notify: it may be truncated")
+
+
+class RefusedByPeer(TLSError):
+    """The peer has ended the connection with an alert.
+
+    Args:
+        alert: Its number.
+    """
+
+    def __init__(self, alert: int) -> None:
+        name = f" ({Alert(alert).name.lower()})" if alert in set(Alert) else ""
+        super().__init__(Reason.REFUSED_BY_PEER, f"the peer ended the connection with TLS alert {alert}{name}")

@@ -81,8 +81,7 @@ class Traffic:
         )
 
     def state(self) -> ChannelState:
-        """What is to be restored: all but what the relay moves now, which has its own tallies."""
-        local = [connection for connection in self.open if connection.is_local]
+        """What is to be restored: all but what is open, which has its own tallies."""
         return ChannelState(
             connections=self.connections - len(self.open),
             failures=dict(self.failures),
@@ -91,16 +90,7 @@ class Traffic:
             spliced=self._spliced,
             modes=dict(self._modes),
             retransmits=self._retransmits,
-            local=len(local),
-            local_sent=sum(connection.sent for connection in local),
-            local_received=sum(connection.received for connection in local),
         )
-
-    def lose(self, connections: int, sent: int, received: int) -> None:
-        """Counts connections that an earlier daemon moved itself, and that ended with it."""
-        self.connections += connections
-        self._sent += sent
-        self._received += received
 
     def begin(self, connection: Connection) -> None:
         """Counts a connection as open."""

@@ -6,8 +6,8 @@ host names, so that a peer is known by its issuer, its extended key usage and it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -29,7 +29,8 @@ class Peers:
     names: tuple[str, ...]
     externally_managed: bool = False
 
-    def check(self, leaf: bytes, authorities: Sequence[x509.Certificate], *, client: bool) -> str:
+    @lru_cache(maxsize=256)  # noqa: B019 - there are as few of these as configurations
+    def check(self, leaf: bytes, authorities: tuple[x509.Certificate, ...], *, client: bool) -> str:
         """Checks a peer's certificate, whose chain and dates have been verified.
 
         A certificate without the extended key usage extension is good for every use, as for Go's x509 package.

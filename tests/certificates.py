@@ -112,6 +112,15 @@ def client_context(ca: Path, pair: Path | None) -> ssl.SSLContext:
     return context
 
 
+def server_context(ca: Path, pair: Path) -> ssl.SSLContext:
+    """A server of the standard library that asks its clients for certificates of that CA."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(ca))
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.load_cert_chain(pair / "tls.crt", pair / "tls.key")
+    return context
+
+
 @dataclass
 class Cluster:
     """The certificates of a cluster, in files as the daemon reads them."""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from migproxy.connection import relayed
+from migproxy.connection import RelayedConnection
 from migproxy.relay.client import RelayClient
 from migproxy.relay.process import Relay
 from migproxy.transport import Transport
@@ -34,4 +34,4 @@ async def relaying() -> AsyncIterator[RelayClient]:
 async def carry(unix: socket.socket, transport: Transport) -> None:
     """Moves one connection to its end, as a daemon does."""
     async with relaying() as relay:
-        await relayed(unix, transport, relay.lease("one")).run()
+        await RelayedConnection(relay.lease("one"), unix, transport).run()

@@ -20,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
+from migproxy import offload
 from migproxy.doctor.finding import Finding, Level
 from migproxy.lifeline import is_locked
 from migproxy.netif import AddressWatcher, MigrationAddress
@@ -74,17 +75,12 @@ def check_pipe_size(wanted: int = PIPE_SIZES[0]) -> Finding:
     )
 
 
-def check_ktls(proc: Path = Path("/proc")) -> Finding:
-    """Whether the kernel can encrypt: the tls module registers itself as an upper-layer protocol of TCP."""
-    with suppress(OSError):
-        if "tls" in (proc / "sys/net/ipv4/tcp_available_ulp").read_text().split():
-            return Finding("kernel TLS", Level.OK, "the kernel can encrypt and decrypt (tls module)")
-    return Finding(
-        "kernel TLS",
-        Level.WARN,
-        "the kernel has no tls module loaded: encryption costs about four times the CPU in user space",
-        "modprobe tls, and add tls to /etc/modules-load.d (a kernel with CONFIG_TLS)",
-    )
+def check_ktls() -> Finding:
+    """Whether the kernel can encrypt; where this process may, the kernel loads its module for it."""
+    if why := offload.problem():
+        found = f"{why}: encryption is in user space, at several times the CPU"
+        return Finding("kernel TLS", Level.WARN, found, offload.REMEDY)
+    return Finding("kernel TLS", Level.OK, "the kernel can encrypt and decrypt")
 
 
 def check_congestion_control(wanted: str, proc: Path = Path("/proc")) -> Finding:

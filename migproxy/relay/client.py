@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import subprocess
 import sys
@@ -44,6 +45,7 @@ from migproxy.relay.protocol import (
     encode,
     for_daemon,
 )
+from migproxy.relay.records import wipe
 
 log = structlog.get_logger(__name__)
 
@@ -96,6 +98,7 @@ class Lease:
         fds: What is under it; empty where nothing is.
         way: How it is moved, None where it is only kept.
         ended: Set to how it ended, of one that is moved.
+        keys: Of user-space TLS, until they are handed over; then nobody here has them.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Lease:
     fds: tuple[int, ...] = ()
     way: Way | None = None
     ended: asyncio.Future[Ended] | None = None
+    keys: bytearray = field(default_factory=bytearray, repr=False)
     _keep: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -204,8 +208,24 @@ class RelayClient:
     def hand_over(self, lease: Lease) -> None:
         """See `Lease.keep` and `Lease.move`."""
         self._leases[lease.name] = lease
-        if self._is_ready:
+        if self._is_ready and lease.keys:
+            self._hand_over_keys(lease)
+        elif self._is_ready:
             self._send(lease.packet, lease.fds)
+
+    def _hand_over_keys(self, lease: Lease) -> None:
+        """Hands a connection over with its keys in a pipe: the relay has the reader, and reads nothing of it."""
+        try:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            self._lose(f"keys cannot be handed over: {error.strerror}: raise the limit of open files")
+            return
+        try:
+            os.write(writer, lease.keys)
+            self._send(lease.packet, (*lease.fds, reader))
+        finally:
+            close_all((reader, writer))
+            wipe(lease.keys)
 
     def drop(self, *leases: Lease) -> None:
         """See `Lease.drop`."""
@@ -557,7 +577,11 @@ class RelayClient:
         self._write_notes()
         for lease in [*self._leases.values()]:
             known = told.kept.get(lease.name)
-            if lease.fds and not (known and known.way) and not (lease.ended and lease.ended.done()):
+            if not lease.fds or (known and known.way) or (lease.ended and lease.ended.done()):
+                continue
+            if lease.way is Way.TLS and not lease.keys:
+                self._note_end(Ended(lease.name, errno.EOWNERDEAD, "the relay that had its keys has died"))
+            else:
                 self.hand_over(lease)
 
     async def _beat(self) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from migproxy import __version__
-from migproxy.fds import close_all, raise_file_limit, reset_on_close
+from migproxy.fds import break_off, close_all, raise_file_limit, reset_on_close
 from migproxy.ktls import KernelReceive, KernelSend
 from migproxy.liveness import Stalls, read
 from migproxy.notify import Notifier
@@ -56,6 +56,7 @@ from migproxy.relay.protocol import (
     encode,
     for_relay,
 )
+from migproxy.relay.workers import Workers
 from migproxy.splice import Pipe, Splice, has_hung_up
 from migproxy.tally import Tallies
 from migproxy.tlserrors import TLSError
@@ -86,13 +87,15 @@ class _Entry:
     Attributes:
         fds: In the order in which they came; of a connection that has ended, the memory alone.
         way: How it is moved, None where it is only kept.
-        carrier: Moves it.
+        carrier: Moves it in this process.
+        is_away: A worker moves it.
         end: How it ended.
     """
 
     fds: list[int]
     way: Way | None = None
     carrier: Carrier | None = None
+    is_away: bool = False
     end: Ended | None = None
 
 
@@ -145,6 +148,7 @@ class Relay:
         self._wakes, self._wake = socket.socketpair()
         for sock in (self._wakes, self._wake):
             sock.setblocking(False)
+        self._workers = Workers(self._selector, self._note_worker_end)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wakes, selectors.EVENT_READ)
 
@@ -199,6 +203,7 @@ class Relay:
         with suppress(FileNotFoundError):
             os.unlink(self._path)
         self._drop([*self._entries])
+        self._workers.close()
         self._selector.close()
         for sock in (self._listener, self._wakes, self._wake):
             sock.close()
@@ -211,7 +216,7 @@ class Relay:
 
     @property
     def _moving(self) -> int:
-        return sum(entry.carrier is not None for entry in self._entries.values())
+        return sum(entry.carrier is not None or entry.is_away for entry in self._entries.values())
 
     def _is_over(self) -> bool:
         if self._is_told_to_quit:
@@ -230,7 +235,7 @@ class Relay:
             with suppress(BlockingIOError):
                 while self._wakes.recv(4096):
                     pass
-        else:
+        elif not self._workers.hear(fileobj):
             for client in [one for one in (self._daemon, *self._strangers) if one and one.socket is fileobj]:
                 for _ in range(_MOST_AT_ONCE):
                     if not self._hear(client):
@@ -377,19 +382,46 @@ class Relay:
         return False
 
     def _move(self, move: Move, fds: list[int]) -> None:
-        if not self._takes(move.name, fds, _MOVED_FDS):
+        count = len(fds) - 1 if move.way is Way.TLS else _MOVED_FDS
+        if not self._takes(move.name, fds, count):
             return
         try:
-            entry = self._carry(move, fds)
+            entry = self._give(move, fds) if move.way is Way.TLS else self._carry(move, fds)
         except (OSError, ValueError) as error:
             close_all(fds)
             self._tell(Refused(f"it cannot be moved: {error}", move.name))
             return
         self._entries[move.name] = entry
-        self._count += _MOVED_FDS
+        self._count += count
         self._running += 1
-        assert entry.carrier
-        entry.carrier.start()
+        if entry.carrier:
+            entry.carrier.start()
+
+    def _give(self, move: Move, fds: list[int]) -> _Entry:
+        for sock in connection(fds[:2]):
+            reset_on_close(sock, yes=sock.family != socket.AF_UNIX)
+            sock.detach()
+        self._workers.move(move, fds)
+        os.close(fds.pop())  # the keys are the worker's alone
+        return _Entry(fds, move.way, is_away=True)
+
+    def _note_worker_end(self, ended: Ended) -> None:
+        self._running -= 1
+        self._alone_since = time.monotonic()
+        entry = self._entries.get(ended.name)
+        if entry is None or not entry.is_away:  # dropped meanwhile
+            return
+        entry.is_away = False
+        if ended.number:  # also where the worker has died
+            unix, tcp = connection(entry.fds[:2])
+            break_off(tcp, unix)
+            unix.detach()
+            tcp.detach()
+        close_all(entry.fds[:-1])
+        self._count -= len(entry.fds) - 1
+        entry.fds = entry.fds[-1:]
+        entry.end = ended
+        self._tell(ended)
 
     def _carry(self, move: Move, fds: list[int]) -> _Entry:
         unix, tcp = connection(fds)
@@ -442,6 +474,8 @@ class Relay:
             if entry.carrier:
                 entry.carrier.stop()  # `_note_ends` closes everything
             else:
+                if entry.is_away:
+                    self._workers.drop(name)
                 self._count -= len(entry.fds)
                 close_all(entry.fds)
 
@@ -483,7 +517,9 @@ class Relay:
     # Whether it gets on
 
     def _look(self) -> None:
-        """Ends this process where a pump hangs: the next relay goes on with everything."""
+        """Ends a worker that hangs, and this process where a pump does: the next relay goes on with that."""
+        for why in self._workers.look():
+            _log("critical", "a worker is ended", error=why)
         running = {
             pump: name
             for name, entry in self._entries.items()
@@ -498,12 +534,12 @@ class Relay:
 
 
 def connection(fds: Sequence[int]) -> tuple[socket.socket, socket.socket]:
-    """Makes the two sockets of what Move comes with, the launcher's first, and checks the rest of it.
+    """Makes the two sockets of what Move comes with, the launcher's first, and checks the ends of pipes, if any.
 
     Raises:
         ValueError: A descriptor is of another kind; all of them stay the caller's.
     """
-    for fd, way in zip(fds[2:6], (os.O_RDONLY, os.O_WRONLY) * 2, strict=True):
+    for fd, way in zip(fds[2:6], (os.O_RDONLY, os.O_WRONLY) * 2, strict=False):
         is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
         if not is_pipe or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != way:
             raise ValueError("a pipe's end is of another kind")

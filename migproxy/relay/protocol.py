@@ -10,7 +10,7 @@ another Keep or Move replaces; a connection that it moves it keeps until the dae
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Final, TypeVar
@@ -40,10 +40,11 @@ class ProtocolError(Exception):
 
 
 class Way(StrEnum):
-    """How the relay moves a connection: spliced as it is, or spliced through kernel TLS."""
+    """How the relay moves a connection: spliced as it is, spliced through kernel TLS, or in user-space TLS."""
 
     SPLICED = "spliced"
     KTLS = "ktls"
+    TLS = "user-space"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class Move:
     """Moves a connection from now on.
 
     With it come the launcher's socket, the other node's, the reader and the writer of the pipe to the network, those of
-    the pipe to the launcher, and the memory in which the relay counts.
+    the pipe to the launcher, and the memory in which the relay counts. In user-space TLS there are no pipes, and last
+    comes the reader of one that holds the keys (`records.pack`), which a worker alone reads.
     """
 
     name: str
@@ -198,8 +200,9 @@ _TO_RELAY: dict[str, type[FromDaemon]] = {
 _TO_DAEMON: dict[str, type[FromRelay]] = {
     kind.__name__.lower(): kind for kind in (Welcome, Refused, Kept, Noted, Synced, Ended, Ending)
 }
-_FDS = {Keep: range(1, 3), Move: range(7, 8), Kept: range(1, 8)}
-_NONE = range(1)
+_FDS: dict[type, Sequence[int]] = {Keep: range(1, 3), Kept: range(1, 8)}
+_NONE = (0,)
+_MOVED = {Way.SPLICED: (7,), Way.KTLS: (7,), Way.TLS: (4,)}
 
 
 def encode(message: FromDaemon | FromRelay) -> bytes:
@@ -244,14 +247,15 @@ def _decode(kinds: Mapping[str, type[T]], packet: bytes, fds: int) -> T:
     kind = kinds.get(label)
     if kind is None:
         raise ProtocolError("a message that nobody here knows")
-    if fds not in _FDS.get(kind, _NONE):
-        raise ProtocolError(f"{label} came with {fds} descriptors")
     # A field that is unknown belongs to a later version, which may add some.
     given = {name: check(name, values[name]) for name, check in _FIELDS[kind].items() if name in values}
     try:
-        return kind(**given)
+        message = kind(**given)
     except TypeError as error:
         raise ProtocolError(f"{label} lacks a field") from error
+    if fds not in (_MOVED[message.way] if isinstance(message, Move) else _FDS.get(kind, _NONE)):
+        raise ProtocolError(f"{label} came with {fds} descriptors")
+    return message
 
 
 def _check_length(packet: bytes) -> None:
@@ -302,6 +306,6 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
 }
 
 _FIELDS: dict[type, dict[str, Callable[[str, object], object]]] = {
-    kind: {field.name: _CHECKS[str(field.type)] for field in fields(kind)}
+    kind: {one.name: _CHECKS[str(one.type)] for one in fields(kind)}
     for kind in (*_TO_RELAY.values(), *_TO_DAEMON.values())
 }

@@ -7,7 +7,9 @@ an object of its own; the two meet where a peer asks for new keys (`Opener.is_as
 from __future__ import annotations
 
 import hmac
+import math
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Final
@@ -15,7 +17,7 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
-from migproxy.tlserrors import Reason, TLSError, Truncated
+from migproxy.tlserrors import Alert, Reason, RefusedByPeer, TLSError, Truncated
 
 RECORD: Final = 1 << 14
 """Bytes of data that a record holds at most (RFC 8446, 5.1)."""
@@ -32,6 +34,9 @@ MOST_SEALED: Final = SLOT + MOST_ADDED
 RENEWED: Final = 1 << 24
 """Records after which AES-GCM takes other keys; about as many are safe (RFC 8446, 5.5)."""
 
+HEADER: Final = 5
+"""Bytes of a record before what it holds: type, version, length."""
+
 _HEADER = struct.Struct("!BHH")
 _LEGACY = 0x0303
 _TAG = 16
@@ -39,6 +44,8 @@ _EXPLICIT = 8  # bytes of AES-GCM's nonce in a record of TLS 1.2 (RFC 5288, 3)
 _CHANGE, _ALERT, _HANDSHAKE, _DATA = 20, 21, 22, 23
 _HELLO_REQUEST, _CLIENT_HELLO, _TICKET, _KEY_UPDATE = 0, 1, 4, 24
 _WARNING, _FATAL = 1, 2
+_FULL = _HEADER.pack(_DATA, _LEGACY, SLOT + _TAG)  # the header of TLS 1.3's record of as much data as there can be
+_FULL_SIZE: Final = HEADER + SLOT + _TAG
 _MOST_USELESS = 32  # records without data, one after the other: as many as OpenSSL takes
 _MOST_MESSAGE = 1 << 17  # bytes of a handshake message: a ticket's most
 
@@ -68,18 +75,10 @@ class Cipher(StrEnum):
         return "sha384" if self is Cipher.AES_256_GCM else "sha256"
 
 
-class Alert(IntEnum):
-    """What one end tells the other of its end (RFC 8446, 6)."""
-
-    CLOSE_NOTIFY = 0
-    UNEXPECTED_MESSAGE = 10
-    BAD_RECORD_MAC = 20
-    RECORD_OVERFLOW = 22
-    ILLEGAL_PARAMETER = 47
-    DECODE_ERROR = 50
-    PROTOCOL_VERSION = 70
-    USER_CANCELED = 90
-    NO_RENEGOTIATION = 100
+_CIPHERS = tuple(Cipher)
+_PACKED = struct.Struct("!HBQ")  # version, cipher, number of the next record
+MOST_KEYS: Final = 512
+"""Bytes of what `pack` writes: two cipher suites' keys of any kind have room there."""
 
 
 class RecordError(TLSError):
@@ -122,25 +121,27 @@ class Keys:
         """Makes those that come after these (RFC 8446, 7.2), which are wiped."""
         secret = _expand(self.cipher, self.secret, b"traffic upd", len(self.secret))
         made = Keys.of_secret(self.cipher, secret)
-        _wipe(secret)
+        wipe(secret)
         self.wipe()
         return made
 
     def wipe(self) -> None:
         """Overwrites them."""
         for part in (self.key, self.iv, self.secret):
-            _wipe(part)
+            wipe(part)
 
 
-def _wipe(part: bytearray) -> None:
+def wipe(part: bytearray) -> None:
+    """Overwrites what nobody is to find there any more, and empties it."""
     part[:] = bytes(len(part))
+    part.clear()
 
 
 def _expand(cipher: Cipher, secret: bytes | bytearray, label: bytes, length: int) -> bytearray:
     """HKDF-Expand-Label (RFC 8446, 7.1) with no context; never longer than one block of the hash."""
     label = b"tls13 " + label
     info = struct.pack("!HB", length, len(label)) + label + b"\0\1"
-    return bytearray(hmac.digest(bytes(secret), info, cipher.hash)[:length])
+    return bytearray(hmac.digest(secret, info, cipher.hash)[:length])
 
 
 class _Direction:
@@ -148,9 +149,11 @@ class _Direction:
 
     Args:
         keys: Owned from now on.
+        renews: The peer can follow when keys change. Kernel TLS cannot before Linux 6.14.
     """
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, *, renews: bool = True) -> None:
+        self._renews = renews
         self._use(keys)
 
     def _use(self, keys: Keys) -> None:
@@ -159,14 +162,15 @@ class _Direction:
         self._is_1_3 = keys.version is Version.TLS_1_3
         self._explicit = 0 if self._is_1_3 or keys.cipher is Cipher.CHACHA20 else _EXPLICIT
         self._iv = int.from_bytes(keys.iv.ljust(12, b"\0"), "big")
-        self._sequence = self._first = keys.sequence
-        _wipe(keys.key)
+        self._sequence = keys.sequence
+        wears = self._renews and self._is_1_3 and keys.cipher is not Cipher.CHACHA20
+        self._worn_at = keys.sequence + RENEWED if wears else math.inf
+        wipe(keys.key)
 
     @property
     def is_worn(self) -> bool:
         """Whether it is time for other keys."""
-        used = self._sequence - self._first
-        return self._is_1_3 and self._keys.cipher is not Cipher.CHACHA20 and used >= RENEWED
+        return self._sequence >= self._worn_at
 
     def _renew(self) -> None:
         self._use(self._keys.next())
@@ -195,12 +199,30 @@ class Sealer(_Direction):
         if self.is_worn:
             done = self._seal(_HANDSHAKE, _update(asks=False), wire, 0)
             self._renew()
+        if self._is_1_3 and count >= RECORD:
+            full = count // RECORD
+            self._seal_full(plain, full, wire, done)
+            done += full * _FULL_SIZE
+            slot += full * SLOT
+            count -= full * RECORD
         while count:
             size = min(count, RECORD)
             done += self._seal(_DATA, plain[slot : slot + size + 1], wire, done)
             slot += SLOT
             count -= size
         return done
+
+    def _seal_full(self, plain: memoryview, records: int, wire: memoryview, at: int) -> None:
+        """Does what `_seal` does, where nearly all bytes are: with full records of data, in TLS 1.3."""
+        encrypt, iv, sequence = self._aead.encrypt_into, self._iv, self._sequence
+        for slot in range(0, records * SLOT, SLOT):
+            plain[slot + RECORD] = _DATA
+            wire[at : at + HEADER] = _FULL
+            nonce = (iv ^ sequence).to_bytes(12, "big")
+            encrypt(nonce, plain[slot : slot + SLOT], _FULL, wire[at + HEADER : at + _FULL_SIZE])
+            at += _FULL_SIZE
+            sequence += 1
+        self._sequence = sequence
 
     def _seal(self, kind: int, body: memoryview, wire: memoryview, at: int) -> int:
         """Seals one record, whose body has a byte to spare at its end; returns its length."""
@@ -251,14 +273,15 @@ class Opener(_Direction):
     Args:
         keys: Owned from now on.
         is_client: This end is TLS's client, which a server may send tickets.
+        renews: See `Sealer`.
 
     Attributes:
         ended: The peer has said that nothing follows.
         is_asked: The peer has asked for other keys (`Sealer.update`); the owner takes it back.
     """
 
-    def __init__(self, keys: Keys, *, is_client: bool) -> None:
-        super().__init__(keys)
+    def __init__(self, keys: Keys, *, is_client: bool, renews: bool = True) -> None:
+        super().__init__(keys, renews=renews)
         self.ended = self.is_asked = False
         self._is_client = is_client
         self._useless = 0
@@ -281,6 +304,10 @@ class Opener(_Direction):
         """
         taken = filled = 0
         while not (self.ended or self._failure) and len(plain) - filled >= SLOT:
+            if self._is_1_3 and (full := self._open_full(wire[taken:], plain[filled:])):
+                taken += full * _FULL_SIZE
+                filled += full * RECORD
+                continue
             try:
                 arrived = len(wire) - taken
                 if arrived < _HEADER.size or arrived < (length := self._length(wire, taken)):
@@ -297,6 +324,30 @@ class Opener(_Direction):
         if self._failure and not filled:
             raise self._failure
         return taken, filled
+
+    def _open_full(self, wire: memoryview, plain: memoryview) -> int:
+        """Opens full records of data in TLS 1.3, where nearly all bytes are, and returns how many it has opened.
+
+        Whatever else comes, it leaves as it is.
+        """
+        if self._message:
+            return 0
+        decrypt, iv, first = self._aead.decrypt_into, self._iv, self._sequence
+        sequence, at, filled = first, 0, 0
+        end, room = len(wire) - _FULL_SIZE, len(plain) - SLOT
+        with suppress(InvalidTag):
+            while at <= end and filled <= room and wire[at : at + HEADER] == _FULL:
+                nonce = (iv ^ sequence).to_bytes(12, "big")
+                decrypt(nonce, wire[at + HEADER : at + _FULL_SIZE], _FULL, plain[filled : filled + SLOT])
+                if plain[filled + RECORD] != _DATA:
+                    break
+                at += _FULL_SIZE
+                filled += RECORD
+                sequence += 1
+        self._sequence = sequence
+        if sequence > first:
+            self._useless = 0
+        return sequence - first
 
     def end_of_stream(self) -> None:
         """To be called when nothing follows in the stream below.
@@ -374,7 +425,7 @@ class Opener(_Direction):
         if number == Alert.CLOSE_NOTIFY:
             self.ended = True
         elif number != Alert.USER_CANCELED and (self._is_1_3 or level != _WARNING):
-            raise TLSError(Reason.REFUSED_BY_PEER, f"the peer ended the connection with TLS alert {number}")
+            raise RefusedByPeer(number)
 
     def _next_message(self) -> tuple[int, bytes] | None:
         """Takes the next handshake message, if it is whole (RFC 8446, 4)."""
@@ -404,3 +455,41 @@ class Opener(_Direction):
             raise RecordError(Alert.UNEXPECTED_MESSAGE, "a KeyUpdate that is not the last in its record")
         self.is_asked = self.is_asked or bool(body[0])
         self._renew()
+
+
+def pack(sealing: Keys, opening: Keys, *, is_client: bool, renews: bool) -> bytearray:
+    """Writes down what `Sealer` and `Opener` of a connection take, for the process that is to move it."""
+    packed = bytearray(MOST_KEYS)  # at once: what grows leaves copies behind
+    packed[:2], at = bytes((is_client, renews)), 2
+    for keys in (sealing, opening):
+        _PACKED.pack_into(packed, at, keys.version, _CIPHERS.index(keys.cipher), keys.sequence)
+        at += _PACKED.size
+        for part in (keys.key, keys.iv, keys.secret):
+            packed[at] = len(part)
+            packed[at + 1 : at + 1 + len(part)] = part
+            at += 1 + len(part)
+    return packed
+
+
+def unpack(packed: memoryview) -> tuple[Sealer, Opener]:
+    """Reads what `pack` wrote.
+
+    Raises:
+        ValueError: It is something else; says not what.
+    """
+    try:
+        is_client, renews, at = packed[0], packed[1], 2
+        both = []
+        for _ in range(2):
+            version, cipher, sequence = _PACKED.unpack_from(packed, at)
+            at += _PACKED.size
+            parts = []
+            for _ in range(3):
+                end = at + 1 + packed[at]
+                parts.append(bytearray(packed[at + 1 : end]))
+                at = end
+            both.append(Keys(Version(version), _CIPHERS[cipher], parts[0], parts[1], sequence, parts[2]))
+        sealing, opening = both
+        return Sealer(sealing, renews=bool(renews)), Opener(opening, is_client=bool(is_client), renews=bool(renews))
+    except (ValueError, IndexError, struct.error):
+        raise ValueError("no keys of a connection") from None

@@ -12,43 +12,86 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import uvloop
+from OpenSSL import SSL
 
 from demo.lab import LabError, Node, VMIFile, until
 from demo.stream import CONNECTIONS, Streams
 from migproxy import control, daemon, devcerts, logs
+from migproxy.bench.meter import usage
 from migproxy.relay.process import Relay
 from migproxy.settings import Settings
+from migproxy.tls import MutualTLS
 
 SMALL, LARGE = 1 << 20, 64 << 20  # bytes, of all streams together
 DEADLINE = 300.0
 ADDRESSES = {"node01": "127.0.0.1", "node02": "127.0.0.2"}
-MODES: tuple[tuple[dict[str, str], int], ...] = (
-    ({"ktls": "on"}, LARGE),
-    ({"ktls": "off"}, LARGE),
-    ({"ktls": "auto", "tls_min_version": "1.3"}, SMALL),  # of which OpenSSL 3.0 offloads one direction
+CHACHA20 = "TLS_CHACHA20_POLY1305_SHA256,TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How two daemons protect their connections.
+
+    Attributes:
+        source, target: Where each of them encrypts (--ktls).
+        version: TLS's.
+        size: Bytes to move.
+        ciphers: See --tls-ciphers; empty for its default.
+    """
+
+    name: str
+    source: str
+    target: str
+    version: str = "1.3"
+    size: int = SMALL
+    ciphers: str = ""
+
+
+MODES = (
+    Mode("kernel", "on", "on", size=LARGE),
+    Mode("user space", "off", "off", size=LARGE),
+    Mode("the source's kernel", "on", "off"),
+    Mode("the target's kernel", "off", "on"),
+    Mode("kernel, 1.2", "on", "on", "1.2"),
+    Mode("the source's kernel, 1.2", "on", "off", "1.2"),
+    Mode("kernel, ChaCha20", "on", "on", ciphers=CHACHA20),
+    Mode("kernel, ChaCha20, 1.2", "on", "on", "1.2", ciphers=CHACHA20),
 )
 
 
-def kernel_counters() -> dict[str, int]:
+def kernel_counters() -> Counter[str]:
     """The kernel's own account of its TLS sockets (Documentation/networking/tls.rst, Statistics)."""
-    lines = Path("/proc/net/tls_stat").read_text().splitlines()
-    return {name: int(value) for name, value in map(str.split, lines)}
+    path = Path("/proc/net/tls_stat")
+    lines = path.read_text().splitlines() if path.exists() else []  # the first daemon has the module loaded
+    return Counter({name: int(value) for name, value in map(str.split, lines)})
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time of a process with all its threads: where the virtual machine counts instructions, their number."""
-    return time.clock_gettime(~pid << 3 | 2)  # CPUCLOCK_SCHED of another process, linux/posix-timers.h
+def securities(node: Node) -> list[str]:
+    """What protected a daemon's connections, as its log says."""
+    lines = [json.loads(line) for line in node.proxy.log.read_text().splitlines() if line.startswith("{")]
+    return sorted({line["security"] for line in lines if line.get("event") == "connection opened"})
 
 
-def serve(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> NoReturn:
+def serve(node: Node, vmis: Path, certificates: str, mode: Mode, ktls: str) -> NoReturn:
     """Is a node's daemon, until it ends."""
+    if mode.version == "1.2":
+        make = MutualTLS._context
+
+        def limited(self: MutualTLS, *, server: bool) -> SSL.Context:
+            context = make(self, server=server)
+            context.set_max_proto_version(SSL.TLS1_2_VERSION)
+            return context
+
+        MutualTLS._context = limited  # type: ignore[method-assign]
     settings = Settings.model_validate(
         {
             "node_name": node.name,
@@ -61,13 +104,16 @@ def serve(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> No
             "relay_externally_managed": True,
             "http_listen": "off",
             "tls_dir": certificates,
-            **mode,
+            "ktls": ktls,
+            **({"tls_ciphers": mode.ciphers} if mode.ciphers else {}),
         }
     )
     try:
         os.dup2(os.open(node.proxy.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
         logs.configure("json", "info")
         uvloop.run(daemon.serve(settings, lambda: settings))
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(0)
 
@@ -85,9 +131,9 @@ def start_relay(node: Node) -> int:
         os._exit(0)
 
 
-def start(node: Node, vmis: Path, certificates: str, mode: dict[str, str]) -> int:
+def start(node: Node, vmis: Path, certificates: str, mode: Mode, ktls: str) -> int:
     """Starts a node's daemon, and returns its process ID."""
-    return os.fork() or serve(node, vmis, certificates, mode)
+    return os.fork() or serve(node, vmis, certificates, mode, ktls)
 
 
 def ended(pids: list[int]) -> bool:
@@ -95,7 +141,7 @@ def ended(pids: list[int]) -> bool:
     return any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids)
 
 
-def measure(certificates: str, mode: dict[str, str], size: int) -> dict[str, Any]:
+def measure(certificates: str, mode: Mode) -> dict[str, Any]:
     """Moves streams both ways through a pair of daemons."""
     with tempfile.TemporaryDirectory(prefix="lab-") as folder:
         vmis = Path(folder) / "vmis"
@@ -103,9 +149,12 @@ def measure(certificates: str, mode: dict[str, str], size: int) -> dict[str, Any
         vmi = VMIFile(vmis / "vmi.yaml")
         nodes = [Node(name, address, Path(folder) / name) for name, address in ADDRESSES.items()]
         pids = [start_relay(node) for node in nodes]
-        pids += [start(node, vmis, certificates, mode) for node in nodes]
+        pids += [
+            start(node, vmis, certificates, mode, ktls)
+            for node, ktls in zip(nodes, (mode.source, mode.target), strict=True)
+        ]
         try:
-            return {"mode": mode} | asyncio.run(exchange(vmi, nodes, pids, size))
+            return {"mode": mode.name} | asyncio.run(exchange(vmi, nodes, pids, mode.size))
         except Exception:
             for node in nodes:
                 print(node.proxy.log.read_text(), file=sys.stderr)
@@ -125,25 +174,26 @@ async def exchange(vmi: VMIFile, nodes: list[Node], pids: list[int], size: int) 
     if ended(pids):
         raise LabError("a daemon did not start")
     vmi.start()
-    most = dict(before)
+    most = before.copy()
     moved, spent = [], []
-    for step in (SMALL, size):
+    for step in (SMALL, SMALL, size):  # the first has the workers started
         streams = Streams(source, target, vmi.read()["metadata"]["uid"], step)
-        used = sum(map(cpu_seconds, pids))
+        used = usage(pids).cpu
         running = asyncio.create_task(streams.exchange())
         while not running.done():
-            most = {name: max(value, most[name]) for name, value in kernel_counters().items()}
+            most |= kernel_counters()
             await asyncio.wait([running], timeout=0.05)
         await running
-        spent.append(sum(map(cpu_seconds, pids)) - used)
+        spent.append(usage(pids).cpu - used)
         moved.append(sum(streams.moved(channel) for channel in CONNECTIONS))
     status = [control.ask(str(node.proxy.control)) for node in nodes]
     return {
-        "bytes": moved,
-        "cpu_seconds": spent,
+        "bytes": moved[1:],
+        "cpu_seconds": spent[1:],
         "open": {name: most[name] - before[name] for name in ("TlsCurrTxSw", "TlsCurrRxSw")},
         "total": {name: value - before[name] for name, value in kernel_counters().items()},
         "tls": [report["tls"] for report in status],
+        "security": [securities(node) for node in nodes],
         "channels": [report["migrations"][0]["channels"] for report in status],
     }
 
@@ -151,7 +201,6 @@ async def exchange(vmi: VMIFile, nodes: list[Node], pids: list[int], size: int) 
 @contextmanager
 def prepared() -> Iterator[str]:
     """Makes the virtual machine fit for daemons; yields the folder of their certificates."""
-    subprocess.run(["modprobe", "tls"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     with tempfile.TemporaryDirectory() as certificates:
         devcerts.make(certificates, days=2)
@@ -161,8 +210,8 @@ def prepared() -> Iterator[str]:
 def main() -> None:
     """Measures each mode."""
     with prepared() as certificates:
-        for mode, size in MODES:
-            print("RESULT", json.dumps(measure(certificates, mode, size)), flush=True)
+        for mode in MODES:
+            print("RESULT", json.dumps(measure(certificates, mode)), flush=True)
 
 
 if __name__ == "__main__":

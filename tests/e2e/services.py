@@ -95,16 +95,17 @@ class Service(Proxy):
 
 
 @asynccontextmanager
-async def laboratory(**options: str | float | bool) -> AsyncIterator[tuple[Lab, list[Service]]]:
+async def laboratory(*, tls: bool = False, **options: str | float | bool) -> AsyncIterator[tuple[Lab, list[Service]]]:
     """Two nodes on loopback addresses with a machine each, and their daemons, ready."""
     async with AsyncExitStack() as stack:
         # Nodes' folders are in /run: the unit hides /tmp from the daemon.
         stack.enter_context(pytest.MonkeyPatch.context()).setattr(tempfile, "tempdir", "/run")
-        lab = await stack.enter_async_context(Lab(libvirt=False, loopback=True, tls=False))
+        lab = await stack.enter_async_context(Lab(libvirt=False, loopback=True, tls=tls))
         services = []
         for node in lab.nodes:
             machine = stack.enter_context(boot(lab.directory))
-            service = Service(node, machine, vmi_dir=str(lab.vmi_dir), **options)
+            security = {"tls_dir": str(lab.directory / "tls")} if tls else {"disable_tls": True}
+            service = Service(node, machine, vmi_dir=str(lab.vmi_dir), **security, **options)
             node.proxy = service
             services.append(service)
         await asyncio.gather(*(service.start() for service in services))

@@ -144,8 +144,10 @@ def test_reload(machine: Booted) -> None:
     assert machine.show("MainPID") == pid
 
 
-async def test_the_journal_finds_a_migration() -> None:
-    async with laboratory(disable_tls=True) as (lab, services):
+@pytest.mark.parametrize("tls", [False, True])
+async def test_the_journal_finds_a_migration(tls: bool) -> None:
+    """And with mTLS, too, daemon and relay do with what the units allow them."""
+    async with laboratory(tls=tls, ktls="off") as (lab, services):
         async with connected(lab):
             uid = lab.vmi.read()["status"]["migrationState"]["migrationUid"]
         for service, role in zip(services, ("source", "target"), strict=True):

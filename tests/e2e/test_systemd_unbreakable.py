@@ -38,7 +38,7 @@ async def settled(streams: Streams) -> None:
 
 
 async def test_streams_come_through_a_storm() -> None:
-    async with laboratory(disable_tls=True) as (lab, services):
+    async with laboratory() as (lab, services):
         before = [service.descriptors() for service in services]
         relays = [service.relay for service in services]
         storm = Storm(services, seed(), 1.0)
@@ -65,7 +65,7 @@ def no_more(service: Service, than: int) -> Callable[[], bool]:
 
 
 async def test_the_relays_are_killed_and_the_next_ones_go_on() -> None:
-    async with laboratory(disable_tls=True) as (lab, services):
+    async with laboratory() as (lab, services):
 
         async def kill(streams: Streams, tide: Tide) -> None:
             for number in range(1, RELAY_KILLS + 1):
@@ -81,7 +81,7 @@ async def test_the_relays_are_killed_and_the_next_ones_go_on() -> None:
 
 
 async def test_a_restart_leaves_everything_to_the_relay() -> None:
-    async with laboratory(disable_tls=True) as (lab, services):
+    async with laboratory() as (lab, services):
         relays = [service.relay for service in services]
 
         async def restart(streams: Streams, tide: Tide) -> None:
@@ -100,7 +100,7 @@ async def test_a_restart_leaves_everything_to_the_relay() -> None:
 
 
 async def test_a_stop_drains() -> None:
-    async with laboratory(disable_tls=True) as (lab, services), connected(lab) as ends:
+    async with laboratory() as (lab, services), connected(lab) as ends:
         for service in services:
             await service.stop_in_order()
             await service.shows("StatusText", "1 migration running, 0 B/s, draining: no new one is taken")
@@ -117,7 +117,7 @@ async def test_a_stop_drains() -> None:
 
 
 async def test_a_hanging_daemon_is_replaced_and_its_connections_go_on() -> None:
-    async with laboratory(disable_tls=True) as (lab, services), connected(lab) as ends:
+    async with laboratory() as (lab, services), connected(lab) as ends:
         for service in services:
             await service.systemctl("kill", "--signal", "STOP")
         await carries(ends)

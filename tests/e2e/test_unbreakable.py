@@ -49,9 +49,17 @@ SLOW = ("--bandwidth", "40", "--postcopy-bandwidth", "10")  # MiB/s, or it would
         pytest.param(300, 4096, 15, id="long"),
     ],
 )
-@pytest.mark.parametrize("killed", ["daemons", "relays", "by turns"])
-async def test_streams_come_through_a_storm(killed: str, kills: int, mib: int, rounds: int) -> None:
-    async with Lab(libvirt=False, tls=False) as lab:
+@pytest.mark.parametrize(
+    ("killed", "tls"),
+    [
+        pytest.param("daemons", False, id="daemons"),
+        pytest.param("relays", False, id="relays"),
+        pytest.param("by turns", False, id="by turns"),
+        pytest.param("daemons", True, id="daemons, with TLS in user space where the kernel has none"),
+    ],
+)
+async def test_streams_come_through_a_storm(killed: str, tls: bool, kills: int, mib: int, rounds: int) -> None:
+    async with Lab(libvirt=False, tls=tls) as lab:
         source, target = lab.nodes
         proxies = [node.proxy for node in lab.nodes]
         seconds = max([await startup(proxy) for proxy in proxies])

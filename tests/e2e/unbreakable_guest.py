@@ -18,7 +18,7 @@ import aiohttp.web  # noqa: F401 - here once, and not in each daemon that is for
 
 from demo.lab import Node, VMIFile, until
 from migproxy import control, logs
-from tests.e2e.ktls_guest import ADDRESSES, DEADLINE, kernel_counters, prepared, serve, start_relay
+from tests.e2e.ktls_guest import ADDRESSES, DEADLINE, MODES, kernel_counters, prepared, serve, start_relay
 from tests.e2e.unbreakable import MIB, ByTurns, Storm, Streams, Tide, carried, is_whole, seed
 
 KILLS = 20
@@ -42,7 +42,7 @@ class ForkedDaemon:
         self._keeper = os.fork()
         if self._keeper == 0:
             while os.read(self._go, 1):
-                pid = os.fork() or serve(node, vmis, certificates, {"ktls": "on"})
+                pid = os.fork() or serve(node, vmis, certificates, MODES[0], "on")
                 os.write(told, pid.to_bytes(4, "little"))
                 os.waitpid(pid, 0)
 

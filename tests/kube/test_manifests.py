@@ -93,6 +93,18 @@ def test_the_relay_may_do_nothing_but_move_what_it_is_given() -> None:
     assert "cpu" not in RELAY["resources"]["limits"], "which would throttle the migrations"
 
 
+def test_one_container_has_the_kernel_load_its_tls_and_may_do_nothing_else() -> None:
+    (container,) = POD["initContainers"]
+    assert container["command"][1:] == ["-m", "migproxy.offload"]
+    assert (container["image"], container["command"][0]) == (RELAY["image"], RELAY["command"][0])
+    context = container["securityContext"]
+    assert context["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+    assert context["privileged"] is False
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["readOnlyRootFilesystem"] is True
+    assert not container.keys() & {"env", "volumeMounts"}
+
+
 def test_the_token_is_only_where_the_api_is_asked() -> None:
     assert POD["automountServiceAccountToken"] is False
     (token,) = [one for one in POD["volumes"] if "projected" in one]

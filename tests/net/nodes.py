@@ -69,7 +69,12 @@ class Daemon:
         await self.spawn(*options, prefix=prefix, env=env)
         process = self._process
         assert process
-        await until(lambda: process.returncode is not None or self._has_read(), f"{self.name} to start")
+        try:
+            await until(lambda: process.returncode is not None or self._has_read(), f"{self.name} to start")
+        except LabError:
+            for log in (self.log, self.relay.log):
+                print(log, log.read_text() if log.exists() else "is not there")
+            raise
         if process.returncode is not None:
             raise LabError(f"{self.name}: exit status {process.returncode}: {self.log.read_text()}")
 

@@ -298,21 +298,45 @@ def has_read(node: Daemon) -> bool:
     return False
 
 
-async def test_user_space_tls_ends_with_its_daemon_and_the_next_one_says_so(nodes: Nodes, tmp_path: Path) -> None:
+async def encrypted(nodes: Nodes, tmp_path: Path) -> Migration:
+    """Starts everything with user-space TLS, and a migration that is served."""
     cluster = Cluster.make(tmp_path / "pki")
     for node in nodes.both:
         node.protect("--tls-dir", str(cluster.folder), "--ktls", "off")
-    vm = await served(nodes)
+    return await served(nodes)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+async def test_user_space_tls_does_not_notice_its_daemons_end(
+    nodes: Nodes, tmp_path: Path, signum: signal.Signals
+) -> None:
+    vm = await encrypted(nodes, tmp_path)
     async with vm.connection() as (near, far):
         await assert_carries(near, far)
-        await nodes.source.stop(signal.SIGKILL)
-        await assert_ends(near)  # at once: nobody has started the next daemon
-        await assert_ends(far)
-        await nodes.source.start()
-        told = await assert_logged(nodes.source, "connections lost", "cannot be resumed", channel="direct")
-        assert told["migration_uid"] == vm.migration_uid
+        for node in nodes.both:
+            await node.stop(signum)
+            await assert_carries(near, far)  # nobody has started the next daemon
+            await node.start()
+            await assert_carries(near, far)
+        carried = direct(vm, nodes.source)
+        assert (carried["failures"], carried["bytes_spliced_sent"]) == ({}, 0)
+    for node in nodes.both:
+        closed = await until_closed(vm, node)
+        assert closed["bytes_sent"] == closed["bytes_received"] > 0
+
+
+async def test_user_space_tls_ends_with_its_relay_and_the_daemon_says_so(nodes: Nodes, tmp_path: Path) -> None:
+    vm = await encrypted(nodes, tmp_path)
+    async with vm.connection() as (near, far):
+        await assert_carries(near, far)
+        await kill_relays(nodes.source)
+        for end in (near, far):
+            await assert_ends(end)
+        told = await assert_logged(nodes.source, "connection broken", channel="direct")
+        assert "the relay that had its keys has died" in told["error"]
         assert direct(vm, nodes.source)["failures"] == {"lost": 1}
-    await vm.served()  # new ones are made
+    async with vm.connection() as (near, far):  # new ones are made
+        await assert_carries(near, far)
 
 
 # A daemon that is told to end
@@ -359,20 +383,6 @@ async def test_a_relay_that_alone_is_told_to_end_waits_for_what_it_moves_and_is_
     assert await relay.ended() == 0
     await relay.start()
     await until(lambda: has_all(nodes.source), "the daemon to go on with another relay")
-    await vm.served()
-
-
-async def test_user_space_tls_is_waited_for_when_the_rest_is_left_to_the_relay(nodes: Nodes, tmp_path: Path) -> None:
-    cluster = Cluster.make(tmp_path / "pki")
-    for node in nodes.both:
-        node.protect("--tls-dir", str(cluster.folder), "--ktls", "off")
-    vm = await served(nodes, "--drain-timeout", "600")
-    async with vm.connection() as (near, far):
-        nodes.source.signal(signal.SIGTERM)
-        await assert_logged(nodes.source, "waiting for connections in user-space TLS, which end with this daemon")
-        await assert_carries(near, far)
-    assert await nodes.source.ended(20) == 0
-    await nodes.source.start()
     await vm.served()
 
 

@@ -1,11 +1,11 @@
-"""mTLS with peers of another make, in both roles: OpenSSL's tools, and Go's crypto/tls, which KubeVirt uses."""
+"""mTLS with peers of another make, in both roles: OpenSSL's and GnuTLS' tools, and Go's crypto/tls, KubeVirt's."""
 
 import asyncio
 import os
 import shutil
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -166,6 +166,89 @@ async def test_openssl_as_the_source(cluster: Cluster, version: str) -> None:
             ours = await accept(cluster, listener)
             await converse(ours, peer)
             await ours.close()
+
+
+@pytest.mark.parametrize("command", ["K", "k"])
+@pytest.mark.parametrize("role", ["target", "source"])
+async def test_openssl_changes_its_keys(cluster: Cluster, role: str, command: str) -> None:
+    """In the middle of the stream, and asks us to do so, too (K). Its tools take such commands from their input."""
+    options = ["-tls1_3", "-verify_return_error"]
+    async with AsyncExitStack() as stack:
+        if role == "target":
+            port = free_port()
+            options += ["-accept", f"127.0.0.1:{port}", "-naccept", "1", "-Verify", "2"]
+            peer = await stack.enter_async_context(started("openssl", "s_server", *options, *pair(cluster, "server")))
+            ours = await dial(cluster, port)
+        else:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            options += ["-connect", f"127.0.0.1:{listener.getsockname()[1]}"]
+            peer = await stack.enter_async_context(started("openssl", "s_client", *options, *pair(cluster, "client")))
+            ours = await accept(cluster, listener)
+        assert peer.stdin
+        assert peer.stdout
+        for number in range(3):
+            word = b"word %d\n" % number
+            peer.stdin.write(command.encode() + b"\n")
+            await ours.send(word)
+            while not (line := await peer.stdout.readline()).endswith(word):
+                assert line, "it has ended"  # before it says a few things of the handshake
+            peer.stdin.write(word)  # not with the command: it would be taken for a part of that
+            assert await ours.receive(len(word)) == word
+        ours.launcher.close()
+        peer.kill()
+        with suppress(OSError):
+            await ours.run
+
+
+GNUTLS = {
+    "1.2": "NORMAL:-VERS-ALL:+VERS-TLS1.2",
+    "1.3": "NORMAL:-VERS-ALL:+VERS-TLS1.3",
+    "1.3 with ChaCha20": "NORMAL:-VERS-ALL:+VERS-TLS1.3:-CIPHER-ALL:+CHACHA20-POLY1305",
+}
+
+
+@pytest.mark.parametrize("priority", GNUTLS)
+@pytest.mark.parametrize("role", ["target", "source"])
+async def test_gnutls(cluster: Cluster, role: str, priority: str) -> None:
+    if not shutil.which("gnutls-cli"):
+        missing("no GnuTLS tools (gnutls-bin)", "lab")
+    files = cluster.files("server" if role == "target" else "client")
+    options = ["--priority", GNUTLS[priority], "--x509certfile", files.cert, "--x509keyfile", files.key]
+    options += ["--x509cafile", files.ca]
+    async with AsyncExitStack() as stack:
+        if role == "target":
+            port = free_port()
+            options += ["--http", "--require-client-cert", "--verify-client-cert", "--port", str(port)]
+            await stack.enter_async_context(started("gnutls-serv", *options))
+            ours = await dial(cluster, port)
+            await ours.send(b"GET / HTTP/1.0\r\n\r\n")
+            answer = await ours.receive()  # to its close_notify
+            assert answer.startswith(b"HTTP/1.0 200 OK")
+            assert answer.rstrip().endswith(b"</HTML>")
+        else:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            port = listener.getsockname()[1]
+            options += ["--no-ca-verification", "--logfile", "/dev/null", "127.0.0.1", "--port", str(port)]
+            peer = await stack.enter_async_context(started("gnutls-cli", *options))
+            ours = await accept(cluster, listener)
+            await converse(ours, peer)
+        ours.launcher.close()
+        with suppress(OSError):
+            await ours.run
+
+
+@asynccontextmanager
+async def started(*command: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A peer that ends with the context, whatever it does."""
+    peer = await start(*command)
+    try:
+        async with asyncio.timeout(DEADLINE):
+            yield peer
+    finally:
+        with suppress(ProcessLookupError):
+            peer.kill()
+        await peer.wait()
+        peer._transport.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("version", ["1.2", "1.3"])

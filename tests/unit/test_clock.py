@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 REAL = ("monotonic", "monotonic_ns", "perf_counter", "sleep", "time")
 TOOLS = ("bench", "doctor", "top")
-RELAY = ("relay.carrier", "relay.process")
-"""A process without an event loop, and threads."""
+RELAY = ("relay.carrier", "relay.process", "relay.worker", "relay.workers")
+"""Processes without asyncio's loop, and threads."""
 
 REASONS = {
     "connection.Connection.__init__": "a duration that is measured",

@@ -12,9 +12,9 @@ import pytest
 
 from migproxy.connection import RelayedConnection
 from migproxy.relay.client import RelayClient
-from migproxy.relay.protocol import Way
 from migproxy.splice import Splice
 from migproxy.traffic import Traffic
+from migproxy.transport import Transport
 from tests.relaying import relaying
 
 pytestmark = pytest.mark.tier("gate")
@@ -33,7 +33,7 @@ class Legs:
             tcp, _ = listener.accept()
         for end in (self.launcher, self.far):
             end.setblocking(False)
-        self.connection = RelayedConnection(relay.lease(name), unix, tcp, Way.SPLICED)
+        self.connection = RelayedConnection(relay.lease(name), unix, Transport(tcp))
         self.run = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -199,5 +199,5 @@ async def test_without_descriptors_the_sockets_stay_the_callers(monkeypatch: pyt
         unix, other = socket.socketpair()
         with unix, other:
             with pytest.raises(OSError, match="Too many open files"):
-                RelayedConnection(relay.lease("one"), unix, other, Way.SPLICED)
+                RelayedConnection(relay.lease("one"), unix, Transport(other))
             assert len(os.listdir("/proc/self/fd")) == before + 2

@@ -24,7 +24,7 @@ from migproxy.sockets import TCPOptions
 from migproxy.target import PortRange
 from migproxy.tls import Plaintext, Security
 from migproxy.tlserrors import Reason
-from migproxy.transport import KernelTransport, Transport
+from migproxy.transport import Transport
 from migproxy.watch import Watcher
 
 pytestmark = pytest.mark.tier("gate")
@@ -50,7 +50,6 @@ class Protected:
     """A security with a certificate."""
 
     encrypts = True
-    is_relayed = True
 
     def __init__(self, ends: str) -> None:
         self.errors: Counter[Reason] = Counter({Reason.WRONG_CA: 3})
@@ -59,7 +58,7 @@ class Protected:
     async def settled(self) -> None: ...
 
     async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
-        return KernelTransport(tcp)
+        return Transport(tcp)
 
     def report(self) -> dict[str, Any]:
         certificates = [{"role": "server", "file": "/tls.crt", "not_after": self._ends}]

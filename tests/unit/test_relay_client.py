@@ -31,6 +31,7 @@ from migproxy.relay.protocol import (
     encode,
     for_relay,
 )
+from migproxy.transport import Transport
 from tests.relays import DEADLINE, RelayProcess, Wire, read, relay_process
 
 pytestmark = pytest.mark.tier("gate")
@@ -64,7 +65,7 @@ async def comes(condition: Callable[[], object], what: str) -> None:
 
 def connection(client: RelayClient, wire: Wire, name: str = "one") -> tuple[RelayedConnection, asyncio.Task[None]]:
     """A connection over copies of a wire's sockets."""
-    made = RelayedConnection(client.lease(name), wire.unix.dup(), wire.tcp.dup(), Way.SPLICED)
+    made = RelayedConnection(client.lease(name), wire.unix.dup(), Transport(wire.tcp.dup()))
     wire.unix.close()
     wire.tcp.close()
     return made, asyncio.create_task(made.run())

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
-from migproxy import devcerts
+from migproxy import devcerts, offload
 from migproxy.credentials import Validity
 from migproxy.ktls import check_control
 from migproxy.pki import CLIENT_NAMES, SERVER_NAMES, locate
-from migproxy.tls import MutualTLS, SecurityError, TLSOptions, Unfinished, cipher_string
+from migproxy.tls import MutualTLS, SecurityError, TLSOptions, Unfinished, cipher_strings
 from migproxy.tlserrors import Reason, TLSError
-from migproxy.transport import KernelTransport, Transport, UserTransport
+from migproxy.transport import Transport
 from migproxy.verify import Peers
 from tests.certificates import (
     CLIENT,
@@ -35,6 +35,7 @@ from tests.certificates import (
     authority,
     client_context,
     self_signed,
+    server_context,
 )
 from tests.clock import Clock
 
@@ -146,6 +147,55 @@ async def test_a_source_refuses_a_target_with(cluster: Cluster, tmp_path: Path, 
     assert refused.reason == reason
 
 
+ALERTS = {
+    Reason.SELF_SIGNED: "UNKNOWN_CA",
+    Reason.WRONG_CA: "UNKNOWN_CA",
+    Reason.INTERMEDIATE: "UNKNOWN_CA",
+    Reason.EXPIRED: "CERTIFICATE_EXPIRED",
+    Reason.NOT_YET_VALID: "BAD_CERTIFICATE",
+    Reason.CA_AS_LEAF: "BAD_CERTIFICATE",
+    Reason.WRONG_USAGE: "UNSUPPORTED_CERTIFICATE",
+    Reason.WRONG_NAME: "ACCESS_DENIED",
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "role", "version"),
+    [
+        pytest.param(case, role, version, id=f"{case}-{role}-{version.name}")
+        for case in BAD
+        for role in ("source", "target")
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
+        # Of a certificate that may sign nothing but certificates, OpenSSL's server of TLS 1.2 makes no use.
+        if (case, role, version) != ("an-intermediate-as-leaf", "target", ssl.TLSVersion.TLSv1_2)
+    ],
+)
+async def test_whoever_is_refused_is_told_why(
+    cluster: Cluster, tmp_path: Path, case: str, role: str, version: ssl.TLSVersion
+) -> None:
+    """By the alert that the peer's own log shows; the peer is the standard library."""
+    make, reason = BAD[case]
+    is_client = role == "source"
+    shown = make(cluster.ca, SOURCE if is_client else TARGET).write(tmp_path / "bad")
+    ca = cluster.folder / "ca.crt"
+    peer = client_context(ca, shown) if is_client else server_context(ca, shown)
+    peer.minimum_version = peer.maximum_version = version
+    told: list[ssl.SSLError] = []
+
+    def talk(near: socket.socket) -> None:
+        with contextlib.suppress(ssl.SSLEOFError, ConnectionError):
+            try:
+                with peer.wrap_socket(near, server_side=not is_client) as tls:
+                    tls.recv(1)
+            except ssl.SSLError as error:
+                told.append(error)
+                raise
+
+    refused = await shake_with(talk, cluster.security(), peer_is_client=is_client)
+    assert refused.reason == reason
+    assert [str(error.reason).partition("ALERT_")[2] for error in told] == [ALERTS[reason]]
+
+
 GOOD: dict[str, tuple[Callable[[Issued], Issued], dict[str, object]]] = {
     "today's": (lambda ca: ca.issue(SOURCE), {}),
     "the former": (lambda ca: ca.issue(replace(SOURCE, names=CLIENT_NAMES[1:])), {}),
@@ -232,15 +282,21 @@ async def test_a_peer_that_leaves_during_the_handshake_is_said_to_have_left(clus
     assert refused.reason == Reason.CLOSED
 
 
-async def shake_with(peer: ssl.SSLContext, security: MutualTLS, *, peer_is_client: bool) -> TLSError:
+async def shake_with(
+    peer: ssl.SSLContext | Callable[[socket.socket], None], security: MutualTLS, *, peer_is_client: bool
+) -> TLSError:
     """Lets a peer that is not ours shake hands with a node that is to refuse it; returns why it did."""
     with connection() as (near, far):
         near.setblocking(True)
         near.settimeout(DEADLINE)
 
         def theirs() -> None:
-            with contextlib.suppress(OSError), peer.wrap_socket(near, server_side=not peer_is_client) as tls:
-                tls.recv(1)
+            with contextlib.suppress(OSError):
+                if not isinstance(peer, ssl.SSLContext):
+                    peer(near)
+                    return
+                with peer.wrap_socket(near, server_side=not peer_is_client) as tls:
+                    tls.recv(1)
 
         running = asyncio.create_task(asyncio.to_thread(theirs))
         refused = await outcome(security.secure(far, server=peer_is_client))
@@ -299,7 +355,7 @@ async def test_sessions_are_not_resumed(cluster: Cluster) -> None:
                     return tls.session
 
             running = asyncio.create_task(asyncio.to_thread(theirs))
-            assert isinstance(await outcome(target.secure(far, server=True)), KernelTransport | UserTransport)
+            assert isinstance(await outcome(target.secure(far, server=True)), Transport)
             session = await running
     assert reused == [False] * 3
 
@@ -341,12 +397,12 @@ async def test_new_connections_use_new_certificates_at_once(cluster: Cluster, tm
     server, _ = locate(server=None, client=None, pair=None, folder=str(mount.folder), ca=None)
     target = cluster.security(server=server)
     old = cluster.security()
-    assert all(isinstance(end, KernelTransport | UserTransport) for end in await shake(old, target))
+    assert all(isinstance(end, Transport) for end in await shake(old, target))
 
     renewed = authority()
     put(renewed)
     new = other(cluster, tmp_path / "new", ca=renewed, source=renewed.issue(SOURCE)).security()
-    assert all(isinstance(end, KernelTransport | UserTransport) for end in await shake(new, target))
+    assert all(isinstance(end, Transport) for end in await shake(new, target))
     refusals = await shake(old, target)
     assert all(isinstance(end, TLSError) for end in refusals)
     assert target.report()["reloads"] == 1
@@ -365,13 +421,13 @@ async def test_files_that_cannot_be_used_leave_the_last_good_ones_in_force(clust
     else:
         (cluster.folder / "server/tls.key").unlink()
     for _ in range(2):
-        assert all(isinstance(end, KernelTransport | UserTransport) for end in await shake(source, target))
+        assert all(isinstance(end, Transport) for end in await shake(source, target))
     report = target.report()
     assert report["reload_failures"] == 1
     assert str(cluster.folder) in report["problems"]["server"]
 
     cluster.write()
-    assert all(isinstance(end, KernelTransport | UserTransport) for end in await shake(source, target))
+    assert all(isinstance(end, Transport) for end in await shake(source, target))
     assert not target.report()["problems"]
 
 
@@ -422,15 +478,16 @@ def test_how_long_before_its_end_a_certificate_is_announced(
 
 def test_kubevirts_cipher_names_and_openssls_mean_the_same() -> None:
     kubevirt = ["TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384", "TLS_AES_128_GCM_SHA256"]
-    assert cipher_string(kubevirt) == ("ECDHE-RSA-AES256-GCM-SHA384", [])
-    assert cipher_string(["ECDHE-RSA-AES256-GCM-SHA384"]) == cipher_string(kubevirt)
+    assert cipher_strings(kubevirt) == ("ECDHE-RSA-AES256-GCM-SHA384", "TLS_AES_128_GCM_SHA256", [])
+    assert cipher_strings(["ECDHE-RSA-AES256-GCM-SHA384", "TLS_AES_128_GCM_SHA256"]) == cipher_strings(kubevirt)
 
 
 def test_old_ciphers_are_left_out_and_unknown_ones_are_an_error() -> None:
     old = ["TLS_RSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA", "ECDHE-RSA-AES128-SHA"]
-    assert cipher_string(old) == ("", old)
+    chosen, _, left_out = cipher_strings(old)
+    assert (chosen, left_out) == ("", old)
     with pytest.raises(SecurityError, match="--tls-ciphers: NONSENSE is not known"):
-        cipher_string(["NONSENSE"])
+        cipher_strings(["NONSENSE"])
 
 
 def test_ciphers_that_leave_nothing_of_tls_1_2_are_an_error_where_1_2_is_allowed(cluster: Cluster) -> None:
@@ -448,8 +505,38 @@ async def test_the_configured_cipher_is_the_one_spoken(cluster: Cluster) -> None
         handshake = asyncio.create_task(asyncio.to_thread(context.wrap_socket, near))
         transport = await outcome(target.secure(far, server=True))
         (await handshake).close()
-    assert isinstance(transport, KernelTransport | UserTransport)
+    assert isinstance(transport, Transport)
     assert "TLSv1.2 ECDHE-ECDSA-CHACHA20-POLY1305" in transport.label
+
+
+@pytest.mark.parametrize("source_follows", [True, False])
+@pytest.mark.parametrize("target_follows", [True, False])
+async def test_either_end_knows_whether_the_other_can_follow_new_keys(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, source_follows: bool, target_follows: bool
+) -> None:
+    """Kernel TLS cannot; a kernel that then does not take the keys of a connection changes nothing."""
+
+    def node(follows: bool) -> MutualTLS:
+        monkeypatch.setattr(offload, "problem", lambda: "no kernel TLS" if follows else None)
+        return cluster.security(ktls="auto")
+
+    monkeypatch.setattr(offload, "install", lambda *_: False)
+    ends = await shake(node(source_follows), node(target_follows))
+    renews = [end.keys[1] == 1 for end in ends if isinstance(end, Transport)]
+    assert renews == [target_follows, source_follows]
+
+
+async def test_a_peer_with_other_protocols_of_its_own_gets_none_of_ours(cluster: Cluster) -> None:
+    context = context_of(cluster)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with connection() as (near, far):
+        near.settimeout(DEADLINE)
+        handshake = asyncio.create_task(asyncio.to_thread(context.wrap_socket, near))
+        transport = await outcome(cluster.security().secure(far, server=True))
+        with await handshake as tls:
+            assert tls.selected_alpn_protocol() is None
+    assert isinstance(transport, Transport)
+    assert transport.keys[1] == 1
 
 
 def test_kernel_tls_that_was_demanded_and_cannot_be_had_is_refused_with_its_reason(cluster: Cluster) -> None:
@@ -508,9 +595,7 @@ async def test_development_certificates_are_what_two_nodes_need(tmp_path: Path) 
     devcerts.make(folder, days=2)
     server, client = locate(server=None, client=None, pair=None, folder=folder, ca=None)
     options = TLSOptions(server, client, Peers(CLIENT_NAMES), Peers(SERVER_NAMES), ktls="off")
-    assert all(
-        isinstance(end, KernelTransport | UserTransport) for end in await shake(MutualTLS(options), MutualTLS(options))
-    )
+    assert all(isinstance(end, Transport) for end in await shake(MutualTLS(options), MutualTLS(options)))
     strict = ssl.create_default_context(cafile=f"{folder}/ca.crt")
     strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python's clients from 3.13 on
     strict.check_hostname = False
@@ -518,7 +603,7 @@ async def test_development_certificates_are_what_two_nodes_need(tmp_path: Path) 
     with connection() as (near, far):
         near.settimeout(DEADLINE)
         handshake = asyncio.create_task(asyncio.to_thread(strict.wrap_socket, near))
-        assert isinstance(await outcome(MutualTLS(options).secure(far, server=True)), KernelTransport | UserTransport)
+        assert isinstance(await outcome(MutualTLS(options).secure(far, server=True)), Transport)
         (await handshake).close()
     assert (tmp_path / "made/server/tls.key").stat().st_mode & 0o077 == 0
     with pytest.raises(FileExistsError):

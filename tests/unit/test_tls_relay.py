@@ -1,12 +1,14 @@
-"""Relays with mTLS between them: what test_relay.py says of plaintext holds here too, and truncation is noticed."""
+"""User-space TLS: what test_connection.py says of plaintext holds here too, and truncation is noticed."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import os
 import random
+import signal
 import socket
 import ssl
 import threading
@@ -16,11 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from migproxy.connection import LocalConnection
+from migproxy.connection import RelayedConnection
+from migproxy.relay import process, workers
+from migproxy.relay.client import RelayClient
+from migproxy.relay.protocol import Way
 from migproxy.tls import MutualTLS
 from migproxy.tlserrors import Reason, TLSError
-from migproxy.transport import UserTransport
 from tests.certificates import DAY, SOURCE, Cluster, client_context
+from tests.relaying import relaying
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -38,15 +43,16 @@ def version(request: pytest.FixtureRequest) -> ssl.TLSVersion:
 
 
 class Legs:
-    """A relay of a target under test, with the launcher's end, and a source of the standard library at the other.
+    """A target's connection under test, with the launcher's end, and a source of the standard library at the other.
 
     Attributes:
         launcher: The launcher's end.
         far: The source's TLS connection, blocking.
-        relay: What is between them.
+        connection: What is between them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, relay: RelayClient, name: str) -> None:
+        self._lease = relay.lease(name)
         self.launcher, self._unix = socket.socketpair(socket.AF_UNIX)
         self.launcher.settimeout(DEADLINE)
 
@@ -63,9 +69,15 @@ class Legs:
         transport = await security.secure(tcp, server=True)
         self.far = await handshake
         assert str(self.far.version()) in transport.label
-        assert isinstance(transport, UserTransport)
-        self.relay = LocalConnection(self._unix, transport)
-        self.run = asyncio.create_task(self.relay.run())
+        assert transport.way is Way.TLS
+        self.connection = RelayedConnection(self._lease, self._unix, transport)
+        self.run = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            await self.connection.run()
+        finally:
+            self._lease.drop()
 
     async def ended(self) -> None:
         async with asyncio.timeout(DEADLINE):
@@ -73,9 +85,11 @@ class Legs:
 
 
 @contextlib.asynccontextmanager
-async def connected(cluster: Cluster, version: ssl.TLSVersion) -> AsyncIterator[Legs]:
+async def connected(
+    relay: RelayClient, cluster: Cluster, version: ssl.TLSVersion, name: str = "one"
+) -> AsyncIterator[Legs]:
     """Legs, ended with the context."""
-    made = Legs()
+    made = Legs(relay, name)
     await made.connect(cluster, version)
     try:
         yield made
@@ -88,8 +102,14 @@ async def connected(cluster: Cluster, version: ssl.TLSVersion) -> AsyncIterator[
 
 
 @pytest.fixture
-async def legs(cluster: Cluster, version: ssl.TLSVersion) -> AsyncIterator[Legs]:
-    async with connected(cluster, version) as made:
+async def relay() -> AsyncIterator[RelayClient]:
+    async with relaying() as made:
+        yield made
+
+
+@pytest.fixture
+async def legs(relay: RelayClient, cluster: Cluster, version: ssl.TLSVersion) -> AsyncIterator[Legs]:
+    async with connected(relay, cluster, version) as made:
         yield made
 
 
@@ -105,23 +125,26 @@ def read(sock: socket.socket, count: int | None = None) -> bytes:
     return bytes(data)
 
 
-async def test_bytes_cross_both_ways_at_once_unchanged(cluster: Cluster) -> None:
-    """Through two of our relays, so that both ends send and receive at once for as long as it lasts."""
-    source, target = cluster.security(), cluster.security()
+async def test_bytes_cross_both_ways_at_once_unchanged(relay: RelayClient, cluster: Cluster) -> None:
+    """Between two of ours, so that both ends send and receive at once for as long as it lasts."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near = socket.create_connection(listener.getsockname())
         far, _ = listener.accept()
     for end in (near, far):
         end.setblocking(False)
-    transports = await asyncio.gather(source.secure(near, server=False), target.secure(far, server=True))
-    launchers, runs, relays = [], [], []
+    transports = await asyncio.gather(
+        cluster.security().secure(near, server=False), cluster.security().secure(far, server=True)
+    )
+    launchers: list[socket.socket] = []
+    connections: list[RelayedConnection] = []
+    runs: list[asyncio.Task[None]] = []
     for transport in transports:
-        assert isinstance(transport, UserTransport)
+        assert transport.way is Way.TLS
         launcher, unix = socket.socketpair(socket.AF_UNIX)
         launcher.settimeout(DEADLINE)
         launchers.append(launcher)
-        relays.append(LocalConnection(unix, transport))
-        runs.append(asyncio.create_task(relays[-1].run()))
+        connections.append(RelayedConnection(relay.lease(f"{len(runs)}"), unix, transport))
+        runs.append(asyncio.create_task(connections[-1].run()))
     there, back = random.Random(1).randbytes(40_000_000), random.Random(2).randbytes(37_000_001)
 
     def send(launcher: socket.socket, data: bytes) -> None:
@@ -133,12 +156,13 @@ async def test_bytes_cross_both_ways_at_once_unchanged(cluster: Cluster) -> None
     await sending
     async with asyncio.timeout(DEADLINE):
         await asyncio.gather(*runs)
-    for launcher in launchers:
+    for launcher, connection in zip(launchers, connections, strict=True):
         launcher.close()
+        connection.lease.drop()
     assert hashlib.sha256(got_there).digest() == hashlib.sha256(there).digest()
     assert hashlib.sha256(got_back).digest() == hashlib.sha256(back).digest()
-    assert [(relay.sent, relay.received) for relay in relays] == [(len(there), len(back)), (len(back), len(there))]
-    assert [relay.spliced for relay in relays] == [(0, 0)] * 2
+    assert [(one.sent, one.received) for one in connections] == [(len(there), len(back)), (len(back), len(there))]
+    assert [one.spliced for one in connections] == [(0, 0)] * 2
 
 
 async def test_a_few_bytes_do_not_wait_for_more(legs: Legs) -> None:
@@ -150,7 +174,7 @@ async def test_a_few_bytes_do_not_wait_for_more(legs: Legs) -> None:
         assert await asyncio.to_thread(read, legs.far, len(word)) == word
 
 
-async def test_what_the_peer_sends_with_its_handshake_is_not_lost(cluster: Cluster) -> None:
+async def test_what_the_peer_sends_with_its_handshake_is_not_lost(relay: RelayClient, cluster: Cluster) -> None:
     """A source may send its first bytes in the same packet as the end of its handshake (TLS 1.3)."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     context = client_context(cluster.folder / "ca.crt", cluster.folder / "client")
@@ -174,13 +198,15 @@ async def test_what_the_peer_sends_with_its_handshake_is_not_lost(cluster: Clust
     launcher, unix = socket.socketpair(socket.AF_UNIX)
     launcher.settimeout(DEADLINE)
     transport = await securing
-    assert isinstance(transport, UserTransport)
-    run = asyncio.create_task(LocalConnection(unix, transport).run())
+    assert transport.way is Way.TLS
+    lease = relay.lease("one")
+    run = asyncio.create_task(RelayedConnection(lease, unix, transport).run())
     launcher.shutdown(socket.SHUT_WR)  # the target's close_notify must not swallow them
     assert await asyncio.to_thread(read, launcher, 11) == b"first words"
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
+    lease.drop()
     near.close()
     launcher.close()
 
@@ -246,7 +272,7 @@ async def test_an_end_without_close_notify_is_an_error_though_the_launcher_sends
 
 async def test_damaged_bytes_are_an_error_and_reach_nobody(legs: Legs) -> None:
     socket.socket.send(legs.far, b"\x17\x03\x03\x00\x30" + bytes(48))
-    with pytest.raises(TLSError, match="damaged") as damaged:
+    with pytest.raises(TLSError, match="does not decrypt") as damaged:
         await legs.ended()
     assert damaged.value.reason == Reason.BAD_RECORD
     assert await asyncio.to_thread(read, legs.launcher) == b""
@@ -303,7 +329,9 @@ async def test_a_launcher_that_goes_away_loses_nothing_it_wrote(legs: Legs) -> N
         await legs.ended()
 
 
-async def test_a_source_learns_after_its_handshake_that_the_target_refused_it(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_source_learns_after_its_handshake_that_the_target_refused_it(
+    relay: RelayClient, cluster: Cluster, tmp_path: Path
+) -> None:
     """In TLS 1.3 a client is done before the server has seen its certificate."""
     expired = replace(cluster, folder=tmp_path, source=cluster.ca.issue(replace(SOURCE, begins=-2 * DAY, ends=-DAY)))
     expired.write()
@@ -315,20 +343,24 @@ async def test_a_source_learns_after_its_handshake_that_the_target_refused_it(cl
     refusing = asyncio.create_task(cluster.security().secure(far, server=True))
     transport = await expired.security().secure(near, server=False)
     launcher, unix = socket.socketpair(socket.AF_UNIX)
-    assert isinstance(transport, UserTransport)
-    run = asyncio.create_task(LocalConnection(unix, transport).run())
+    assert transport.way is Way.TLS
+    lease = relay.lease("one")
+    run = asyncio.create_task(RelayedConnection(lease, unix, transport).run())
     with pytest.raises(TLSError) as refused:
         await refusing
     far.close()
     assert refused.value.reason == Reason.EXPIRED
-    with pytest.raises(TLSError, match="certificate expired") as told:
+    with pytest.raises(TLSError, match=r"alert 45 \(certificate_expired\)") as told:
         await run
     assert told.value.reason == Reason.REFUSED_BY_PEER
+    lease.drop()
     launcher.close()
 
 
-async def test_launchers_that_read_nothing_hold_nobody_up(cluster: Cluster, version: ssl.TLSVersion) -> None:
-    """However many they are: connections share the few places where they decrypt."""
+async def test_launchers_that_read_nothing_hold_nobody_up(
+    relay: RelayClient, cluster: Cluster, version: ssl.TLSVersion
+) -> None:
+    """However many they are: connections share a worker and its buffers."""
 
     def flood(far: ssl.SSLSocket) -> None:
         with contextlib.suppress(OSError):
@@ -337,14 +369,14 @@ async def test_launchers_that_read_nothing_hold_nobody_up(cluster: Cluster, vers
     data = os.urandom(5_000_000)
     floods = []
     async with contextlib.AsyncExitStack() as stack:
-        for _ in range(6):
-            stalled = await stack.enter_async_context(connected(cluster, version))
+        for number in range(6):
+            stalled = await stack.enter_async_context(connected(relay, cluster, version, f"stalled {number}"))
             floods.append(threading.Thread(target=flood, args=(stalled.far,)))
             floods[-1].start()
             async with asyncio.timeout(DEADLINE):
-                while stalled.relay.received == 0:
+                while stalled.connection.received == 0:
                     await asyncio.sleep(0)
-        legs = await stack.enter_async_context(connected(cluster, version))
+        legs = await stack.enter_async_context(connected(relay, cluster, version))
         sending = asyncio.create_task(asyncio.to_thread(legs.far.sendall, data))
         assert await asyncio.to_thread(read, legs.launcher, len(data)) == data
         await sending
@@ -355,7 +387,7 @@ async def test_launchers_that_read_nothing_hold_nobody_up(cluster: Cluster, vers
 
 async def test_stopping_ends_a_stalled_transfer_at_once_and_the_peer_sees_no_clean_end(legs: Legs) -> None:
     blocked = asyncio.create_task(asyncio.to_thread(legs.launcher.sendall, bytes(50_000_000)))
-    while legs.relay.sent == 0:
+    while legs.connection.sent == 0:
         await asyncio.sleep(0)
     legs.run.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -366,9 +398,68 @@ async def test_stopping_ends_a_stalled_transfer_at_once_and_the_peer_sees_no_cle
         await asyncio.to_thread(read, legs.far)
 
 
-async def test_nothing_is_left_open(legs: Legs) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    legs.run.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await legs.ended()
-    assert len(os.listdir("/proc/self/fd")) == before - 2  # the two sockets
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_worker_that_dies_or_hangs_takes_its_connections_with_it_and_no_other(
+    relay: RelayClient, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(workers, "_HANG_SECONDS", 0.5)
+    monkeypatch.setattr(process, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))  # two workers
+    version = ssl.TLSVersion.TLSv1_3
+    async with connected(relay, cluster, version) as legs, connected(relay, cluster, version, "other") as other:
+        for one in (legs, other):
+            await carries(one)
+        first, _ = sorted(children())
+        os.kill(first, number)
+        with pytest.raises(OSError, match="had its keys has died"):
+            await legs.ended()
+        with pytest.raises(OSError, match=r"reset|EOF"):
+            await asyncio.to_thread(read, legs.far)
+        assert await asyncio.to_thread(read, legs.launcher) == b""
+        await carries(other)
+        async with connected(relay, cluster, version, "next") as legs_of_the_next:
+            await carries(legs_of_the_next)
+            assert len(children()) == 2
+
+
+async def test_a_worker_is_not_told_to_end_with_everybody_else(relay: RelayClient, cluster: Cluster) -> None:
+    """systemd tells the whole unit; the relay stays as long as it moves something, and so does the worker."""
+    async with connected(relay, cluster, ssl.TLSVersion.TLSv1_3) as legs:
+        await carries(legs)
+        (worker,) = children()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker, number)
+        await carries(legs)
+        assert children() == [worker]
+
+
+async def carries(legs: Legs) -> None:
+    """Asserts that bytes cross, both ways."""
+    legs.far.sendall(b"there")
+    assert await asyncio.to_thread(read, legs.launcher, 5) == b"there"
+    legs.launcher.sendall(b"back")
+    assert await asyncio.to_thread(read, legs.far, 4) == b"back"
+
+
+async def test_nothing_is_left_open(relay: RelayClient, cluster: Cluster, version: ssl.TLSVersion) -> None:
+    """Neither by the relay and the daemon, which are in this process, nor by the worker."""
+
+    def opened() -> list[int]:
+        gc.collect()
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), *children())]
+
+    counts = []
+    for _ in range(3):
+        async with connected(relay, cluster, version) as legs:
+            await carries(legs)
+        counts.append(opened())
+    assert counts[1:] == counts[:1] * 2
+    assert len(counts[0]) == 2
+
+
+def children() -> list[int]:
+    found: list[int] = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
+            found += map(int, Path(f"/proc/self/task/{task}/children").read_text().split())
+    return found
