@@ -1,7 +1,7 @@
 # make demo: a virtual machine migrates live between two nodes through migproxy
 # make test: the gate, which is what CI runs: ten minutes (PYTEST_ARGS='-k relay': only these)
 # make soak: all other tests: long storms, every mix, kernel TLS in a virtual machine (SLICE=2/4: the second of four parts)
-# make bench: migproxy beside other relays and the limit, in about five minutes (BENCH_ARGS=--quick: in one)
+# make bench: migproxy beside other relays and the limit, in about seven minutes (BENCH_ARGS=--quick: in one)
 # make install: as a service of systemd (DESTDIR=, PREFIX=/usr/local, PYTHON=); make uninstall: takes it away again
 # make venv, lint, unit, net, kube, e2e, observe, docs, lock: the parts
 # make policies: the tests of make kube with Kubernetes' own admission policies (docs/kubernetes.md); needs root and 4 GB

@@ -18,6 +18,8 @@ from migproxy.bench import growth, measure
 from migproxy.bench.chart import svg
 from migproxy.bench.contestants import (
     DIRECT,
+    GO,
+    GO_MTLS,
     KTLS,
     LIMIT,
     MIGPROXY,
@@ -28,6 +30,7 @@ from migproxy.bench.contestants import (
     Migproxy,
     Templates,
     daemons,
+    go_peer,
     missing,
     peers,
 )
@@ -38,7 +41,7 @@ from migproxy.settings import Settings
 Say = Callable[[str], None]
 
 _OURS = (MIGPROXY, MTLS, KTLS) if "tls_dir" in Settings.model_fields else (MIGPROXY,)
-NAMES = (LIMIT, *_OURS, "socat", "haproxy", "nginx", DIRECT)
+NAMES = (LIMIT, *_OURS, GO, GO_MTLS, "socat", "haproxy", "nginx", DIRECT)
 PAGES = 128 << 10  # bytes of QEMU's multifd packets of pages
 _PORT = 7100
 _SETUPS = 16  # at once
@@ -195,7 +198,7 @@ def _enter(
         except BenchError as error:
             if contestant.name in (LIMIT, MIGPROXY):
                 raise
-            if contestant.name == KTLS:  # the daemon's last words say what the kernel or OpenSSL lacks
+            if contestant.name == KTLS:  # the daemon's last words say what the kernel lacks
                 results.left_out[KTLS] = str(error).splitlines()[-1].strip()
             else:
                 results.failures[contestant.name] = str(error)
@@ -217,6 +220,8 @@ def _contestants(plan: Plan, stage: Stage, network: Network, results: Results) -
             yield Migproxy(stage, network, name=name, options=ours[name])
         elif package := missing(name):
             results.left_out[name] = f"not installed: apt-get install {package}"
+        elif name in (GO, GO_MTLS):
+            yield Commands(name, go_peer(stage, mtls=name == GO_MTLS), stage, network, port + number)
         else:
             yield Commands(name, templates[name], stage, network, port + number)
 
@@ -237,7 +242,7 @@ def _about(plan: Plan, stage: Stage) -> dict[str, object]:
     }
 
 
-_VERSIONS = {"socat": ("socat", "-V"), "haproxy": ("haproxy", "-v"), "nginx": ("nginx", "-v")}
+_VERSIONS = {"socat": ("socat", "-V"), "haproxy": ("haproxy", "-v"), "nginx": ("nginx", "-v"), "go": ("go", "version")}
 
 
 def _version(command: tuple[str, str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import uuid
 from abc import ABC, abstractmethod
@@ -23,6 +22,8 @@ LIMIT = "limit"
 MIGPROXY = "migproxy"
 MTLS = f"{MIGPROXY}-mtls"
 KTLS = f"{MIGPROXY}-ktls"
+GO = "go"
+GO_MTLS = f"{GO}-mtls"
 DIRECT = "no relay"
 
 NGINX_MODULE = "/usr/lib/nginx/modules/ngx_stream_module.so"
@@ -219,8 +220,16 @@ def peers(stage: Stage) -> dict[str, Templates]:
     }
 
 
+def go_peer(stage: Stage, *, mtls: bool) -> Templates:
+    """What KubeVirt's migration proxy does (peer.go)."""
+    ends = "{address}:{port}" + (f" {stage.certificates}" if mtls else "")
+    return Templates(f"{stage.peer} source {{source}} {ends}", f"{stage.peer} target {{target}} {ends}")
+
+
 def missing(name: str) -> str | None:
     """The package that a peer lacks here, None where it can run."""
+    if name in (GO, GO_MTLS) and not shutil.which("go"):
+        return "golang-go"
     if name in ("socat", "haproxy") and not shutil.which(name):
         return name
     if name == "nginx" and not (shutil.which("nginx") and Path(NGINX_MODULE).exists()):
@@ -233,12 +242,7 @@ def daemons(stage: Stage) -> dict[str, tuple[str, ...]]:
     plain: dict[str, tuple[str, ...]] = {MIGPROXY: ("--disable-tls",)}
     if "tls_dir" not in Settings.model_fields:
         return plain
-    certificates = str(stage.subfolder("tls") / "certificates")
-    command = [sys.executable, "-m", "migproxy", "certs", certificates]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchError(f"{shlex.join(command)}: {done.stderr.strip()}")
-    protected = ("--tls-dir", certificates, "--ktls")
+    protected = ("--tls-dir", stage.certificates, "--ktls")
     return plain | {MTLS: (*protected, "off"), KTLS: (*protected, "on")}
 
 

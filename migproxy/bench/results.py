@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from migproxy.bench.contestants import DIRECT, LIMIT, MIGPROXY, MTLS
+from migproxy.bench.contestants import DIRECT, GO_MTLS, LIMIT, MIGPROXY, MTLS
 
 STREAM, PING, SETUP, LISTEN = "stream", "round trip", "set-up", "listen"
 CUBIC, SYSTEM = "cubic", "system"
@@ -199,6 +199,9 @@ class Target:
     limit: float | None = None
 
 
+_MTLS_RATE = {1: 1.6, 8: 1.4, 32: 1.3}
+"""What mTLS in user space carries at least of what KubeVirt's kind of relay does, by connections."""
+
 _MOST = {
     "RSS of an idle daemon": 80,
     "RSS of a daemon with 100 connections": 80,
@@ -218,9 +221,13 @@ def targets(results: Results) -> Iterator[Target]:
             for metric, most in (("p50", 1.1), ("p99", 1.25)):
                 ratio = results.ratio(cell, MIGPROXY, LIMIT, metric)
                 yield from _most(f"round trip {metric}, {cell.network}, against the limit", ratio, most)
+                ratio = results.ratio(cell, MTLS, GO_MTLS, metric)
+                yield from _most(f"round trip {metric}, {cell.network}, mTLS, against Go's", ratio, 1)
         elif cell.kind == SETUP:
             rate = results.median(cell, MIGPROXY, "rate")
             yield from _least(f"connections per second, {cell.network}", rate, 1000)
+            rate = results.median(cell, MTLS, "rate")
+            yield from _least(f"connections per second, {cell.network}, mTLS", rate, 500)
     for what, value, unit in results.growth:
         if what in _MOST:
             yield from _most(f"{what}, {unit}", value, _MOST[what])
@@ -243,12 +250,16 @@ def _stream(results: Results, cell: Cell) -> Iterator[Target]:
     yield from _least(f"{name}: rate against the best peer's", best, 1.4, limit)
     cost, limit = _cheapest(results, cell, MIGPROXY, others), _cheapest(results, cell, LIMIT, others)
     yield from _most(f"{name}: CPU per GiB against the cheapest peer's", cost, 0.7, limit)
-    if cell.connections == 1:
-        yield from _least(f"{name}: mTLS, rate against the limit", results.ratio(cell, MTLS, LIMIT, "rate"), 0.38)
-    else:
+    if cell.connections in _MTLS_RATE:
+        ratio = results.ratio(cell, MTLS, GO_MTLS, "rate")
+        yield from _least(f"{name}: mTLS, rate against Go's", ratio, _MTLS_RATE[cell.connections])
+    ratio = results.ratio(cell, MTLS, GO_MTLS, "cpu_per_gib")
+    yield from _most(f"{name}: mTLS, CPU per GiB against Go's", ratio, 0.75)
+    if cell.connections == max(_MTLS_RATE):
         one = Cell(STREAM, cell.network, cell.congestion, 1, cell.chunk)
         many, single = results.median(cell, MTLS, "rate"), results.median(one, MTLS, "rate")
-        yield from _least(f"{name}: mTLS, rate against its own with 1", many / single if many and single else None, 1)
+        share = many / single if many and single else None
+        yield from _least(f"{name}: mTLS, rate against its own with 1", share, 0.75)
 
 
 def _best(results: Results, cell: Cell, mine: str, others: Iterable[str]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Self
@@ -215,6 +217,40 @@ class Stage:
         if done.returncode:
             raise BenchError(f"{compiler} cannot compile {name}.c: {done.stderr.decode(errors='replace').strip()}")
         return str(program)
+
+    @cached_property
+    def peer(self) -> str:
+        """The compiled program of KubeVirt's kind.
+
+        Raises:
+            BenchError: There is no Go compiler, or it refuses.
+        """
+        compiler = shutil.which("go")
+        if compiler is None:
+            raise BenchError("there is no Go compiler: install golang-go")
+        source, program = self.folder / "peer.go", self.folder / "peer"
+        source.write_bytes(files("migproxy.bench").joinpath("peer.go").read_bytes())
+        environment = os.environ | {"GOCACHE": str(self.folder / "go"), "GO111MODULE": "off"}
+        done = subprocess.run(
+            [compiler, "build", "-o", str(program), str(source)], capture_output=True, env=environment, check=False
+        )
+        if done.returncode:
+            raise BenchError(f"{compiler} cannot compile peer.go: {done.stderr.decode(errors='replace').strip()}")
+        return str(program)
+
+    @cached_property
+    def certificates(self) -> str:
+        """A folder of certificates, as `migproxy certs` makes it.
+
+        Raises:
+            BenchError: It does not.
+        """
+        folder = str(self.subfolder("tls") / "certificates")
+        command = [sys.executable, "-m", "migproxy", "certs", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BenchError(f"{shlex.join(command)}: {done.stderr.strip()}")
+        return folder
 
     def _join(self) -> Network:
         holder = Process(["unshare", "--net", "sh", "-c", "echo; exec sleep infinity"], self.folder / "network.log")
