@@ -162,6 +162,8 @@ class Handshake:
             self._look_at_peer()
         sent = self._sent()
         if is_over:
+            if not self._who:  # OpenSSL demands a certificate: this is never reached, and would let anybody in
+                raise Refused(TLSError(Reason.NO_CERTIFICATE, "the peer has shown no certificate"))
             self.result = self._finish(sent)
         return sent
 

@@ -70,6 +70,7 @@ _RETRY_SECONDS = 0.01  # while the kernel has too many descriptors of this user 
 _LONELY_SECONDS = 60.0  # that a detached relay waits for the next daemon after the last one, and what it moved last
 _MOST_UNSENT = 1 << 16  # messages: a daemon that lets so many wait is hanging
 _MOVED_FDS = 8  # of a connection: what comes with Move, and another of the memory, which Python's mmap makes
+_TUNNEL_FDS = 4  # of one in user-space TLS, which are a worker's as well
 _PUMPS = {Way.SPLICED: (Splice, Splice), Way.KTLS: (KernelSend, KernelReceive)}
 _NO_PEER = struct.Struct("3i")  # ucred, unix(7)
 _RECEIVE = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
@@ -382,7 +383,7 @@ class Relay:
         return False
 
     def _move(self, move: Move, fds: list[int]) -> None:
-        count = len(fds) - 1 if move.way is Way.TLS else _MOVED_FDS
+        count = _TUNNEL_FDS if move.way is Way.TLS else _MOVED_FDS
         if not self._takes(move.name, fds, count):
             return
         try:
@@ -418,7 +419,7 @@ class Relay:
             unix.detach()
             tcp.detach()
         close_all(entry.fds[:-1])
-        self._count -= len(entry.fds) - 1
+        self._count -= _TUNNEL_FDS - 1
         entry.fds = entry.fds[-1:]
         entry.end = ended
         self._tell(ended)
@@ -476,7 +477,7 @@ class Relay:
             else:
                 if entry.is_away:
                     self._workers.drop(name)
-                self._count -= len(entry.fds)
+                self._count -= _TUNNEL_FDS if entry.is_away else len(entry.fds)
                 close_all(entry.fds)
 
     # What the daemon is told

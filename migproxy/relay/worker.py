@@ -108,6 +108,7 @@ class Worker:
         tallies = Tallies(fds[2])
         os.close(fds.pop())
         unix, tcp = (socket.socket(fileno=fd) for fd in fds[:2])
+        fds.clear()  # they have owners now
         tunnel = self._tunnels[move.name] = Tunnel(unix, tcp, sealer, opener, tallies, self._buffers)
         for sock, is_tcp in ((unix, False), (tcp, True)):
             self._sides[sock.fileno()] = move.name, tunnel, is_tcp
