@@ -241,7 +241,7 @@ def _channels(migrations: list[Report]) -> Iterator[Metric]:
     modes = CounterMetricFamily(
         "migproxy_migration_mode_bytes_total",
         "The same bytes, both directions together, by how they moved: spliced (in the kernel), ktls (encrypted by the "
-        "kernel, and spliced), user-space (encrypted by the daemon).",
+        "kernel, and spliced), user-space (encrypted by the relay's workers).",
         labels=[*_CHANNEL, "mode"],
     )
     opened = CounterMetricFamily(
