@@ -28,14 +28,12 @@ class KernelSend(Splice):
     """Splices what the launcher sends into a socket that the kernel encrypts."""
 
     __slots__ = ()
-    mode = "ktls"
 
     def _finish(self) -> None:
-        # See UserSend: a peer that has ended both directions does not miss it.
+        # A peer that has ended both directions, as KubeVirt's does, does not miss it.
         with suppress(OSError):
             record = [(_SOL_TLS, _TLS_SET_RECORD_TYPE, bytes([_ALERT]))]
-            # An SSLSocket refuses sendmsg, because OpenSSL's keys would be left out; the kernel has them.
-            socket.socket.sendmsg(self.target, [_CLOSE_NOTIFY], record)
+            self.target.sendmsg([_CLOSE_NOTIFY], record)
         shutdown(self.target, socket.SHUT_WR)
 
 
@@ -43,8 +41,7 @@ class KernelReceive(Splice):
     """Splices what the launcher receives out of a socket that the kernel decrypts."""
 
     __slots__ = ()
-    mode = "ktls"
-    unmissed = (Truncated,)  # see UserReceive
+    unmissed = (Truncated,)  # KubeVirt's source ends so, some time after the target's launcher has closed
 
     def _fill(self, source: int, writer: int, capacity: int) -> int:
         while True:
@@ -74,7 +71,7 @@ class KernelReceive(Splice):
         return goes_on
 
     def _receive_record(self, flags: int = 0) -> tuple[int | None, bytes]:
-        body, ancillary, _, _ = socket.socket.recvmsg(self.source, _RECORD, socket.CMSG_SPACE(1), flags)
+        body, ancillary, _, _ = self.source.recvmsg(_RECORD, socket.CMSG_SPACE(1), flags)
         kinds = [data[0] for level, kind, data in ancillary if (level, kind) == (_SOL_TLS, _TLS_GET_RECORD_TYPE)]
         return kinds[0] if kinds else None, body
 

@@ -80,7 +80,6 @@ class Pump(ABC):
     the other direction, which reads from it, delivers what had arrived before and then ends too.
 
     Attributes:
-        mode: How the bytes move, for metrics: "spliced", "ktls" (spliced, and encrypted by the kernel), "user-space".
         error: What ended the stream before its end; None while it runs and after a clean end.
         unmissed: Errors that are a clean end where the launcher has closed its end: nobody misses what may be missing.
 
@@ -89,7 +88,6 @@ class Pump(ABC):
     """
 
     __slots__ = ("error", "source", "tally", "target")
-    mode = "user-space"
     unmissed: tuple[type[OSError], ...] = ()
 
     def __init__(self, source: socket.socket, target: socket.socket, tally: Tally) -> None:
@@ -142,7 +140,6 @@ class Splice(Pump):
     """
 
     __slots__ = ("pipe",)
-    mode = "spliced"
 
     def __init__(self, source: socket.socket, target: socket.socket, tally: Tally, pipe: Pipe) -> None:
         super().__init__(source, target, tally)
@@ -194,8 +191,7 @@ def has_hung_up(unix: socket.socket) -> bool:
 def shutdown(sock: socket.socket, how: int) -> None:
     """Shuts a socket down, one way or both, unless its peer was faster."""
     try:
-        # Not sock.shutdown: an SSLSocket's own would take the session away from under the other direction.
-        socket.socket.shutdown(sock, how)
+        sock.shutdown(how)
     except OSError as error:
         if error.errno != errno.ENOTCONN:  # the peer has ended the connection already
             raise
