@@ -416,7 +416,8 @@ class Proxy(ABC):
             if len(legs) == 1:
                 legs.append(await self._reach(channel, lease, deadline))
             try:
-                transport = await self._secure(legs[-1], server=False)
+                # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
+                transport = await self._secure(legs[-1], server=False, commit=lease.drop)
             except TLSError as error:
                 # A daemon that dies or restarts breaks the handshake off without a word, and nothing is relayed yet.
                 pause = next(pauses)
@@ -463,9 +464,9 @@ class Proxy(ABC):
         legs[0] = transport.tcp
         return transport
 
-    async def _secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+    async def _secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
         began = time.monotonic()
-        transport = await self.around.security.secure(tcp, server=server)
+        transport = await self.around.security.secure(tcp, server=server, commit=commit)
         if transport.label != PLAINTEXT:
             self.around.measures.handshakes.labels(self.role).observe(time.monotonic() - began)
         return transport

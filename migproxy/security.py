@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -99,10 +100,10 @@ class OptionsSecurity:
     async def settled(self) -> None:
         """See Security: it is."""
 
-    async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+    async def secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
         if self._current is None:
             raise TLSError(Reason.NO_CREDENTIALS, str(self.problem))
-        return await self._current.secure(tcp, server=server)
+        return await self._current.secure(tcp, server=server, commit=commit)
 
     def report(self) -> dict[str, Any]:
         errors = {str(reason): count for reason, count in self.errors.items()}

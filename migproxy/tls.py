@@ -77,12 +77,13 @@ class Security(Protocol):
     async def settled(self) -> None:
         """Returns once it is known how connections are to be protected, or nobody will tell soon."""
 
-    async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+    async def secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
         """Does what the peers must do first, and returns the connection to relay.
 
         Args:
             tcp: The connected socket, not blocking; owned by whoever gets the result.
             server: Whether this end accepted the connection (the target does).
+            commit: Is called before a client says what lets the server take the connection for made.
 
         Raises:
             TLSError: The peer is refused, or refuses; the socket is closed.
@@ -106,7 +107,7 @@ class Plaintext:
     async def settled(self) -> None:
         """See Security: it is."""
 
-    async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+    async def secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
         return Transport(tcp)
 
     def report(self) -> dict[str, Any]:
@@ -265,15 +266,15 @@ class MutualTLS:
             ],
         }
 
-    async def secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+    async def secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
         timeout = self._options.handshake_timeout
         try:
             async with asyncio.timeout(timeout):
-                return await self._secure(tcp, server=server)
+                return await self._secure(tcp, None if server else commit, server=server)
         except TimeoutError as error:
             raise TLSError(Reason.TIMEOUT, f"the TLS handshake was not finished within {timeout:g} s") from error
 
-    async def _secure(self, tcp: socket.socket, *, server: bool) -> Transport:
+    async def _secure(self, tcp: socket.socket, commit: Callable[[], None] | None, *, server: bool) -> Transport:
         credentials = self._server if server else self._client
         peers = self._options.sources if server else self._options.targets
 
@@ -289,7 +290,7 @@ class MutualTLS:
 
         try:
             handshake, said = await self._step(begin)
-            secured = await self._shake_hands(tcp, handshake, said)
+            secured = await self._shake_hands(tcp, handshake, said, commit)
         except Refused as refused:
             with suppress(OSError):
                 tcp.send(refused.last)
@@ -301,13 +302,18 @@ class MutualTLS:
             raise TLSError(Reason.CLOSED, f"the connection broke during the TLS handshake: {why}") from error
         return self._transport(tcp, secured, server=server)
 
-    async def _shake_hands(self, tcp: socket.socket, handshake: Handshake, said: bytes) -> Secured:
+    async def _shake_hands(
+        self, tcp: socket.socket, handshake: Handshake, said: bytes, commit: Callable[[], None] | None
+    ) -> Secured:
         loop = asyncio.get_running_loop()
         while not (secured := handshake.result):
             if said:
                 await loop.sock_sendall(tcp, said)
             await ready(tcp.fileno(), writing=False)
             said = await self._step(lambda: _answer(tcp, handshake))
+            if said and commit:  # what follows the first words has the client's Finished
+                commit()
+                commit = None
         await loop.sock_sendall(tcp, said)
         return secured
 
