@@ -277,6 +277,7 @@ class Opener(_Direction):
 
     Attributes:
         ended: The peer has said that nothing follows.
+        failure: What the next record ends the connection with, also where `open` has just given what came before it.
         is_asked: The peer has asked for other keys (`Sealer.update`); the owner takes it back.
     """
 
@@ -286,7 +287,7 @@ class Opener(_Direction):
         self._is_client = is_client
         self._useless = 0
         self._message = bytearray()
-        self._failure: TLSError | None = None
+        self.failure: TLSError | None = None
 
     def open(self, wire: memoryview, plain: memoryview) -> tuple[int, int]:
         """Opens the whole records at the beginning of what has arrived, as far as there is room.
@@ -303,7 +304,7 @@ class Opener(_Direction):
             TLSError: The peer has ended the connection with an alert.
         """
         taken = filled = 0
-        while not (self.ended or self._failure) and len(plain) - filled >= SLOT:
+        while not (self.ended or self.failure) and len(plain) - filled >= SLOT:
             if self._is_1_3 and (full := self._open_full(wire[taken:], plain[filled:])):
                 taken += full * _FULL_SIZE
                 filled += full * RECORD
@@ -320,9 +321,9 @@ class Opener(_Direction):
                 else:
                     self._heed(kind, bytes(plain[filled : filled + size]))
             except TLSError as error:
-                self._failure = error
-        if self._failure and not filled:
-            raise self._failure
+                self.failure = error
+        if self.failure and not filled:
+            raise self.failure
         return taken, filled
 
     def _open_full(self, wire: memoryview, plain: memoryview) -> int:

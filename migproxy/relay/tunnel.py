@@ -13,7 +13,7 @@ from migproxy.fds import break_off, reset_on_close
 from migproxy.relay.records import MOST_ADDED, MOST_SEALED, RECORD, SLOT, Opener, RecordError, Sealer
 from migproxy.splice import ended_by_reset, has_hung_up, shutdown
 from migproxy.tally import BROKEN, CLEAN, Tallies
-from migproxy.tlserrors import Alert, TLSError, Truncated
+from migproxy.tlserrors import Alert, RefusedByPeer, TLSError, Truncated
 
 _BATCH: Final = 16  # records that are sealed at once: buffers that stay in a core's cache
 _ARRIVES: Final = _BATCH * (RECORD + MOST_ADDED)
@@ -35,16 +35,17 @@ class Buffers:
 class Tunnel:
     """Moves a connection; owns its sockets and its tallies.
 
-    What one socket does not take is kept, and nothing more is read from the other one until it has. An error stops what
-    arrives, and is told to both peers once what had been sent is delivered: to the network by a reset.
+    What one socket does not take is kept, and nothing more is read from the other one until it has. An error ends its
+    own direction. The other one goes on with what had arrived by then, and both peers are told after that: the network
+    by a reset, never by an end of stream that would pass for a complete one.
 
     Args:
         unix: The launcher's socket.
         tcp: The other node's.
 
     Attributes:
-        is_over: Nothing is moved any more: to be closed.
-        error: What broke it; None after both ends of stream.
+        is_over: Nothing is moved any more: to be closed, after an error as soon as `is_delivered`.
+        error: What broke it first, or what the peer said of it; None after both ends of stream.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Tunnel:
             return
         except OSError as error:
             if not (isinstance(error, ConnectionResetError) and ended_by_reset(self.unix)):
-                self.fail(error)
+                self._stop_sending(error)
                 return
             count = 0
         if count:
@@ -106,7 +107,13 @@ class Tunnel:
             self._send(self._buffers.sealed[: self._sealer.seal(self._buffers.plain, count, self._buffers.sealed)])
         else:
             self._sends = False
-            self._send(memoryview(self._sealer.alert(Alert.CLOSE_NOTIFY)))
+            self._send(memoryview(self._last_words()))
+
+    def _last_words(self) -> bytes:
+        """What the peer is told behind the launcher's last byte."""
+        if self.error is None:
+            return self._sealer.alert(Alert.CLOSE_NOTIFY)
+        return self._sealer.alert(self.error.alert) if isinstance(self.error, RecordError) else b""
 
     # The other node's socket
 
@@ -137,12 +144,12 @@ class Tunnel:
         try:
             taken, filled = self._opener.open(buffers.arrived[:count], buffers.opened)
         except TLSError as error:
-            self.fail(error)
+            self._stop_receiving(error)
             return
         self._kept = bytes(buffers.arrived[taken:count]) if taken < count else b""
+        self._deliver(buffers.opened[:filled])
         if self._opener.is_asked or self._opener.is_worn:
             self._renew()
-        self._deliver(buffers.opened[:filled])
 
     def _renew(self) -> None:
         """Changes keys where the peer asks for it, and asks it where it is time, once what was sealed has been sent."""
@@ -157,10 +164,10 @@ class Tunnel:
 
         KubeVirt's source ends so, some time after the target's launcher (its garbage collector closes the connection).
         """
-        if isinstance(error, Truncated) and has_hung_up(self.unix):
+        if isinstance(error, Truncated) and self.error is None and has_hung_up(self.unix):
             self._end_receiving()
         else:
-            self.fail(error)
+            self._stop_receiving(error)
 
     # Sending
 
@@ -171,8 +178,7 @@ class Tunnel:
             sent = 0
         except OSError as error:
             if self._sends or self._holds:
-                self._hear_why()
-                self.fail(error)
+                self._stop_sending(error)
                 return
             sent = len(data)  # a peer that has ended both directions, as KubeVirt's does, misses no close_notify
         if sent < len(data):
@@ -184,7 +190,7 @@ class Tunnel:
         self._holds = 0
         if self._opener.is_asked:
             self._renew()
-        if not self._sends:
+        if not (self._sends or self.error):
             self._to_network.end = CLEAN
             with suppress(OSError):
                 shutdown(self.tcp, socket.SHUT_WR)
@@ -196,13 +202,17 @@ class Tunnel:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            self.fail(error)
+            self._stop_receiving(error)
             return
         self._to_launcher.moved += sent
         rest = data[sent:]
         self._opened = rest if not rest or data is self._opened else memoryview(bytes(rest))
-        if self._opener.ended and not self._opened:
+        if self._opened:
+            return
+        if self._opener.ended:
             self._end_receiving()
+        elif self._opener.failure:
+            self._stop_receiving(self._opener.failure)
 
     def _end_receiving(self) -> None:
         self._receives = False
@@ -211,40 +221,49 @@ class Tunnel:
             shutdown(self.unix, socket.SHUT_WR)
         self._look()
 
-    def _look(self) -> None:
-        if not (self._sends or self._sealed or self._receives):
-            with suppress(OSError):
-                reset_on_close(self.tcp, yes=False)
-            self.is_over = True
-
     # Its end
 
-    def _hear_why(self) -> None:
-        """Looks for the peer's last word: it says more than the reset that follows."""
-        if self._receives and not self._opened:
-            self._read_network()
+    def _stop_receiving(self, error: OSError) -> None:
+        self._receives, self._opened = False, _NOTHING
+        self._note(error)
+        with suppress(OSError):
+            shutdown(self.unix, socket.SHUT_RDWR)  # what the launcher has written can still be read
+        self._look()
+
+    def _stop_sending(self, error: OSError) -> None:
+        self._sends, self._sealed, self._holds = False, _NOTHING, 0
+        self._note(error)
+        with suppress(OSError):
+            shutdown(self.tcp, socket.SHUT_RD)  # what has arrived can still be read
+        self._look()
+
+    def _note(self, error: OSError) -> None:
+        if self.error is None or isinstance(error, RefusedByPeer):  # which says more than the reset that follows
+            self.error = error
+
+    def _look(self) -> None:
+        if self._sends or self._sealed or self._receives or self._opened:
+            return
+        if self.error:
+            number = BROKEN + (self.error.errno or errno.EIO)
+            for tally in (self._to_network, self._to_launcher):
+                tally.end = tally.end or number
+        else:
+            with suppress(OSError):
+                reset_on_close(self.tcp, yes=False)
+        self.is_over = True
 
     def fail(self, error: OSError) -> None:
-        """Ends it for an error, at once but for what TCP has not delivered: see `flush`."""
-        if self.error or self.is_over:
-            return
-        self.error = error
-        if isinstance(error, RecordError):
-            self._sealed = memoryview(bytes(self._sealed) + self._sealer.alert(error.alert))
-        number = BROKEN + (error.errno or errno.EIO)
-        for tally in (self._to_network, self._to_launcher):
-            tally.end = tally.end or number
+        """Ends both directions at once."""
         self._sends = self._receives = False
-        self._opened = _NOTHING
-        with suppress(OSError):
-            shutdown(self.unix, socket.SHUT_RDWR)
+        self._sealed = self._opened = _NOTHING
+        self._note(error)
+        self._look()
 
-    def flush(self) -> bool:
-        """After an error: sends what is left, and returns whether TCP has delivered it, or cannot."""
-        with suppress(OSError):
-            if self._sealed:
-                self._sealed = self._sealed[self.tcp.send(self._sealed) :]
-        return tcpinfo.is_over(self.tcp) or not (self._sealed or tcpinfo.unsent(self.tcp))
+    @property
+    def is_delivered(self) -> bool:
+        """Whether TCP has delivered what was sent, or cannot: a reset would discard it."""
+        return tcpinfo.is_over(self.tcp) or not tcpinfo.unsent(self.tcp)
 
     def close(self) -> None:
         """Closes it, and forgets its keys; one that has not ended by itself is reset."""

@@ -35,7 +35,7 @@ from migproxy.relay.tunnel import Buffers, Tunnel
 from migproxy.tally import Tallies
 from migproxy.tlserrors import TLSError
 
-_FLUSH_SECONDS = 5.0  # that TCP may take to deliver what was sent before a connection broke
+_DELIVERY_SECONDS = 5.0  # that TCP may take to deliver what was sent before a connection broke
 _LOOK_SECONDS = 0.01  # between two looks whether it has
 _MOST_EVENTS = 64  # at once
 
@@ -76,7 +76,7 @@ class Worker:
                     tunnel.fail(OSError(errno.EIO, f"{type(error).__name__} in the worker: see its log"))
                 self._look(name, tunnel)
         for name, deadline in [*self._breaking.items()] if self._breaking else ():
-            if self._tunnels[name].flush() or time.monotonic() > deadline:
+            if self._tunnels[name].is_delivered or time.monotonic() > deadline:
                 self._finish(name)
         return True
 
@@ -102,6 +102,7 @@ class Worker:
     def _begin(self, move: Move, fds: list[int]) -> None:
         keys = bytearray(MOST_KEYS)
         try:
+            os.set_blocking(fds[3], False)  # an empty one is to hold nobody up
             sealer, opener = unpack(memoryview(keys)[: os.readv(fds[3], [keys])])
         finally:
             wipe(keys)
@@ -116,12 +117,12 @@ class Worker:
         self._look(move.name, tunnel)
 
     def _look(self, name: str, tunnel: Tunnel) -> None:
-        if tunnel.is_over:
+        if tunnel.is_over and not tunnel.error:
             self._finish(name)
             return
-        if tunnel.error and name not in self._breaking:
-            self._breaking[name] = time.monotonic() + _FLUSH_SECONDS
-        had, wanted = self._watched[name], (0, 0) if tunnel.error else tunnel.waits
+        if tunnel.is_over and name not in self._breaking:
+            self._breaking[name] = time.monotonic() + _DELIVERY_SECONDS
+        had, wanted = self._watched[name], tunnel.waits
         if wanted == had:
             return
         self._watched[name] = wanted
@@ -158,8 +159,13 @@ def main() -> int:
     """Runs a worker until its relay is gone, whoever else is told to end with it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    with suppress(ConnectionError, ProtocolError):
-        Worker(socket.socket(fileno=int(sys.argv[1]))).serve()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # blocked until here: see Workers
+    try:
+        with suppress(ConnectionError):
+            Worker(socket.socket(fileno=int(sys.argv[1]))).serve()
+    except ProtocolError:
+        traceback.print_exc()
+        sys.stderr.flush()
     os._exit(0)
 
 
