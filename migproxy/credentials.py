@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
 
@@ -152,7 +153,7 @@ class Credentials:
                 context.add_extra_chain_cert(issuer)
             context.use_privatekey(key)  # type: ignore[arg-type]
             context.check_privatekey()
-        except (OSError, ValueError, TypeError, SSL.Error) as error:
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm, SSL.Error) as error:
             why = getattr(error, "strerror", None) or (
                 str(error) if not isinstance(error, SSL.Error) else "they differ"
             )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import socket
 import struct
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 _TCP_ULP = 31  # linux/tcp.h
@@ -104,3 +106,19 @@ def close_all(fds: Iterable[int]) -> None:
     """Closes descriptors."""
     for fd in fds:
         os.close(fd)
+
+
+def post(sock: socket.socket, packet: bytes, fds: Sequence[int] = ()) -> None:
+    """Sends a packet, and descriptors with it; does not wait.
+
+    Raises:
+        BlockingIOError: Not now: no room, or too many descriptors of this user are in flight (unix(7), ETOOMANYREFS).
+        OSError: See sendmsg(2).
+    """
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+    try:
+        sock.sendmsg([packet], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except OSError as error:
+        if error.errno in (errno.ETOOMANYREFS, errno.ENOBUFS):
+            raise BlockingIOError(error.errno, error.strerror) from error
+        raise

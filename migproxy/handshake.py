@@ -169,12 +169,15 @@ class Handshake:
 
     def _look_at_peer(self) -> None:
         """Checks the peer's certificate, once it is there, and before another byte is sent."""
-        certificate = self._tls.get_peer_certificate(as_cryptography=True)
-        if certificate:
-            try:
+        try:
+            certificate = self._tls.get_peer_certificate(as_cryptography=True)
+            if certificate:
                 self._who = self._check(certificate.public_bytes(Encoding.DER))
-            except TLSError as error:
-                raise self._refusal(error) from error
+        except TLSError as error:
+            raise self._refusal(error) from error
+        except ValueError as error:  # which OpenSSL takes
+            unreadable = TLSError(Reason.BAD_CERTIFICATE, f"the peer's certificate cannot be read: {error}")
+            raise self._refusal(unreadable) from error
 
     def _sent(self) -> bytes:
         sent = bytearray()

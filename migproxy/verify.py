@@ -50,7 +50,7 @@ class Peers:
             certificate = x509.load_der_x509_certificate(leaf)
             subject = certificate.subject
             extensions = certificate.extensions
-        except ValueError as error:
+        except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
             raise TLSError(Reason.BAD_CERTIFICATE, f"the peer's certificate cannot be read: {error}") from error
         names = [str(name.value) for name in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
         who = " and ".join(map(repr, names)) or "without a common name"

@@ -207,16 +207,18 @@ class Stage:
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
             raise BenchError("the generator is compiled on this machine and there is no C compiler: install gcc")
-        source, program = files("migproxy.bench").joinpath(f"{name}.c"), self.folder / name
-        done = subprocess.run(
-            [compiler, "-O2", "-pthread", "-x", "c", "-", "-o", str(program)],
-            input=source.read_bytes(),
-            capture_output=True,
-            check=False,
-        )
+        return self._build(f"{name}.c", compiler, "-O2", "-pthread", "-o")
+
+    def _build(self, source: str, *command: str) -> str:
+        """Compiles a source of this package with a command that ends with the program's path and the source's."""
+        copy = self.folder / source
+        copy.write_bytes(files("migproxy.bench").joinpath(source).read_bytes())
+        program = str(copy.with_suffix(""))
+        environment = os.environ | {"GOCACHE": str(self.folder / "go"), "GO111MODULE": "off"}
+        done = subprocess.run([*command, program, str(copy)], capture_output=True, env=environment, check=False)
         if done.returncode:
-            raise BenchError(f"{compiler} cannot compile {name}.c: {done.stderr.decode(errors='replace').strip()}")
-        return str(program)
+            raise BenchError(f"{command[0]} cannot compile {source}: {done.stderr.decode(errors='replace').strip()}")
+        return program
 
     @cached_property
     def peer(self) -> str:
@@ -228,15 +230,7 @@ class Stage:
         compiler = shutil.which("go")
         if compiler is None:
             raise BenchError("there is no Go compiler: install golang-go")
-        source, program = self.folder / "peer.go", self.folder / "peer"
-        source.write_bytes(files("migproxy.bench").joinpath("peer.go").read_bytes())
-        environment = os.environ | {"GOCACHE": str(self.folder / "go"), "GO111MODULE": "off"}
-        done = subprocess.run(
-            [compiler, "build", "-o", str(program), str(source)], capture_output=True, env=environment, check=False
-        )
-        if done.returncode:
-            raise BenchError(f"{compiler} cannot compile peer.go: {done.stderr.decode(errors='replace').strip()}")
-        return str(program)
+        return self._build("peer.go", compiler, "build", "-o")
 
     @cached_property
     def certificates(self) -> str:

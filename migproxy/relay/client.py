@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from typing import Any
 import structlog
 
 from migproxy import __version__
-from migproxy.fds import close_all, duplicate
+from migproxy.fds import close_all, duplicate, post
 from migproxy.pauses import doubling
 from migproxy.relay.protocol import (
     MOST_BYTES,
@@ -57,7 +56,7 @@ _HANG_SECONDS = 10.0  # without an answer
 _RETRY_SECONDS = 0.01  # while the kernel has too many descriptors of this user in flight (unix(7), ETOOMANYREFS)
 _NOTE_SECONDS = 0.01  # that what is noted may be late
 _MOST_OVER = MOST_NAMES - 1  # names that are dropped with words, and the words' own when those are dropped
-_SEND, _RECEIVE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
+_RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
 _MOST_UNSENT = 4096  # messages that wait for a relay which takes none
 
 
@@ -299,7 +298,7 @@ class RelayClient:
             return
         if not self._unsent:
             try:
-                self._post(packet, fds)
+                post(self._socket, packet, fds)
             except BlockingIOError:
                 pass
             except OSError as error:
@@ -319,16 +318,6 @@ class RelayClient:
         self._sent.clear()
         self._write_on()
 
-    def _post(self, packet: bytes, fds: Sequence[int]) -> None:
-        assert self._socket
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        try:
-            self._socket.sendmsg([packet], ancillary, _SEND)
-        except OSError as error:
-            if error.errno == errno.ETOOMANYREFS:
-                raise BlockingIOError(error.errno, error.strerror) from error
-            raise
-
     def _write_on(self) -> None:
         # A timer: a socket with too many descriptors in flight counts as writable all the same.
         if self._retry is None:
@@ -339,7 +328,7 @@ class RelayClient:
         try:
             while self._unsent and self._socket:
                 packet, fds = self._unsent[0]
-                self._post(packet, fds)
+                post(self._socket, packet, fds)
                 self._unsent.popleft()
                 close_all(fds)
         except BlockingIOError:

@@ -18,7 +18,6 @@ import stat
 import struct
 import sys
 import time
-from array import array
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from migproxy import __version__
-from migproxy.fds import break_off, close_all, raise_file_limit, reset_on_close
+from migproxy.fds import break_off, close_all, post, raise_file_limit, reset_on_close
 from migproxy.ktls import KernelReceive, KernelSend
 from migproxy.liveness import Stalls, read
 from migproxy.notify import Notifier
@@ -149,7 +148,9 @@ class Relay:
         self._wakes, self._wake = socket.socketpair()
         for sock in (self._wakes, self._wake):
             sock.setblocking(False)
-        self._workers = Workers(self._selector, self._note_worker_end)
+        self._workers = Workers(
+            self._selector, self._note_worker_end, lambda why: _log("error", "a worker is gone", error=why)
+        )
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wakes, selectors.EVENT_READ)
 
@@ -190,6 +191,8 @@ class Relay:
                     self._notifier.tell(EXTEND_TIMEOUT_USEC=int(_EXTENSION * 1e6))
             if self._daemon and self._daemon.unsent:
                 self._flush(self._daemon)
+            if self._workers.is_behind:
+                self._workers.flush()
         if self._running:
             _log("info", "stopped at once", moving=self._moving)
             # Nothing is closed here: the kernel tells the daemon, and lets another relay begin, when the last thread
@@ -211,7 +214,7 @@ class Relay:
         os.close(self._lock)
 
     def _patience(self, next_look: float) -> float:
-        if self._daemon and self._daemon.unsent:
+        if self._workers.is_behind or (self._daemon and self._daemon.unsent):
             return _RETRY_SECONDS
         return max(0.0, next_look - time.monotonic())
 
@@ -501,15 +504,15 @@ class Relay:
             entry = self._entries.get(waiting) if isinstance(waiting, str) else None
             if entry:
                 packet, fds = encode(Kept(str(waiting), entry.way)), entry.fds
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
             try:
                 if packet:
-                    client.socket.sendmsg([packet], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS):
-                    client.unsent.clear()
-                    with suppress(OSError):
-                        client.socket.shutdown(socket.SHUT_RDWR)  # and `_hear` lets go of it, after its last words
+                    post(client.socket, packet, fds)
+            except BlockingIOError:
+                return
+            except OSError:
+                client.unsent.clear()
+                with suppress(OSError):
+                    client.socket.shutdown(socket.SHUT_RDWR)  # and `_hear` lets go of it, after its last words
                 return
             client.unsent.popleft()
             if entry and entry.end:  # here, although it may have ended since Hello: the daemon has to know at once
@@ -519,8 +522,7 @@ class Relay:
 
     def _look(self) -> None:
         """Ends a worker that hangs, and this process where a pump does: the next relay goes on with that."""
-        for why in self._workers.look():
-            _log("critical", "a worker is ended", error=why)
+        self._workers.look()
         running = {
             pump: name
             for name, entry in self._entries.items()

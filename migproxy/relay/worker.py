@@ -103,7 +103,9 @@ class Worker:
         keys = bytearray(MOST_KEYS)
         try:
             os.set_blocking(fds[3], False)  # an empty one is to hold nobody up
-            sealer, opener = unpack(memoryview(keys)[: os.readv(fds[3], [keys])])
+            count = os.readv(fds[3], [keys])
+            with memoryview(keys) as whole, whole[:count] as packed:  # let go of, or the keys cannot be wiped
+                sealer, opener = unpack(packed)
         finally:
             wipe(keys)
         tallies = Tallies(fds[2])

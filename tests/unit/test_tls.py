@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import socket
 import ssl
@@ -12,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
 from migproxy import devcerts, offload
 from migproxy.credentials import Validity
@@ -437,6 +438,16 @@ def test_a_daemon_without_certificates_says_which_file_is_missing_and_what_to_do
         cluster.security()
 
 
+def test_a_key_of_an_unknown_kind_is_refused_with_its_file(cluster: Cluster) -> None:
+    der = cluster.target.key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    curve = bytes.fromhex("06072a8648ce3d0201")  # id-ecPublicKey
+    assert curve in der
+    text = base64.encodebytes(der.replace(curve, bytes.fromhex("06072a8648ce3d0209"))).decode()
+    (cluster.folder / "server/tls.key").write_text(f"-----BEGIN PRIVATE KEY-----\n{text}-----END PRIVATE KEY-----\n")
+    with pytest.raises(SecurityError, match=r"server/tls\.key are no pair"):
+        cluster.security()
+
+
 def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_a_password(cluster: Cluster) -> None:
     encrypted = cluster.target.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
     (cluster.folder / "server/tls.key").write_bytes(encrypted)
@@ -502,9 +513,9 @@ async def test_the_configured_cipher_is_the_one_spoken(cluster: Cluster) -> None
     target = cluster.security(ciphers=("TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256",))
     with connection() as (near, far):
         near.settimeout(DEADLINE)
-        handshake = asyncio.create_task(asyncio.to_thread(context.wrap_socket, near))
+        shaking = asyncio.create_task(asyncio.to_thread(context.wrap_socket, near))
         transport = await outcome(target.secure(far, server=True))
-        (await handshake).close()
+        (await shaking).close()
     assert isinstance(transport, Transport)
     assert "TLSv1.2 ECDHE-ECDSA-CHACHA20-POLY1305" in transport.label
 
@@ -531,9 +542,9 @@ async def test_a_peer_with_other_protocols_of_its_own_gets_none_of_ours(cluster:
     context.set_alpn_protocols(["h2", "http/1.1"])
     with connection() as (near, far):
         near.settimeout(DEADLINE)
-        handshake = asyncio.create_task(asyncio.to_thread(context.wrap_socket, near))
+        shaking = asyncio.create_task(asyncio.to_thread(context.wrap_socket, near))
         transport = await outcome(cluster.security().secure(far, server=True))
-        with await handshake as tls:
+        with await shaking as tls:
             assert tls.selected_alpn_protocol() is None
     assert isinstance(transport, Transport)
     assert transport.keys[1] == 1
@@ -602,9 +613,9 @@ async def test_development_certificates_are_what_two_nodes_need(tmp_path: Path) 
     strict.load_cert_chain(f"{folder}/client/tls.crt", f"{folder}/client/tls.key")
     with connection() as (near, far):
         near.settimeout(DEADLINE)
-        handshake = asyncio.create_task(asyncio.to_thread(strict.wrap_socket, near))
+        shaking = asyncio.create_task(asyncio.to_thread(strict.wrap_socket, near))
         assert isinstance(await outcome(MutualTLS(options).secure(far, server=True)), Transport)
-        (await handshake).close()
+        (await shaking).close()
     assert (tmp_path / "made/server/tls.key").stat().st_mode & 0o077 == 0
     with pytest.raises(FileExistsError):
         devcerts.make(folder, days=2)
