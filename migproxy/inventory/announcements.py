@@ -25,8 +25,6 @@ _DISCOVERY: Final = "/apis/admissionregistration.k8s.io/v1"
 _POLICIES: Final = "mutatingadmissionpolicies"
 _DISCOVERY_SECONDS: Final = 300.0  # a cluster is upgraded while the daemon runs
 _RETRY_SECONDS: Final = 5.0
-_REFUSED: Final = (409, 422)
-"""A test of the patch failed, or a conflict: the VMI is not what was thought."""
 
 _ANNOTATIONS: Final = "/metadata/annotations"
 _ANNOTATION: Final = f"{_ANNOTATIONS}/{TARGET_ANNOTATION.replace('~', '~0').replace('/', '~1')}"
@@ -109,12 +107,12 @@ class Announcements:
             try:
                 await self._patch(vmi, patch)
             except ApiError as error:
-                if error.status not in _REFUSED:
+                if not error.is_conflict:
                     raise
                 await self._patch(vmi, [*_tests(vmi, annotated=False), alone, first])
         except ApiError as error:
             who = f"VMI {vmi.namespace}/{vmi.name}"
-            if error.status in _REFUSED:
+            if error.is_conflict:
                 raise Overtaken(f"{who}: it changed while this node was about to announce: {error}") from error
             raise PublishError(f"{who}: cannot announce: {_remedied(error)}") from error
 

@@ -34,6 +34,10 @@ SIDE_FIELDS: Final = {
     "targetNodeAddress": "nodeAddress",
     "targetDirectMigrationNodePorts": "directMigrationNodePorts",
 }
+_SET_BACK: Final = (
+    "the API server took the patch and kept the status as it was: virt-api's mutating webhook for VMIs sets it back "
+    "for all accounts but KubeVirt's own (run as its ServiceAccount kubevirt-handler, or without --publish-status)"
+)
 _VERBS: Final = {"get": "get", "list": "list and watch", "patch": "patch"}
 
 
@@ -211,10 +215,13 @@ class KubeInventory:
             try:
                 answer = await self._request("PATCH", vmi, patch)
             except ApiError as error:
-                if error.status not in (409, 422):
+                if not error.is_conflict:
                     raise PublishError(f"{_who(vmi)}: {_remedied(str(error), 'patch')}") from error
                 seen, refusal = None, str(error)
                 continue
+            wanted, stands = _fields(_read(answer), values)
+            if wanted != stands:
+                raise PublishError(f"{_who(vmi)}: {_SET_BACK}")
             self._published[vmi.uid] = _Published(migration_uid, values, answer["metadata"]["resourceVersion"])
             self._confirm(vmi.uid, self._current(vmi.uid))  # the watch may have told of it before the answer came
             listed = ", ".join(f"{port} ({channel.label})" for channel, port in ports.items())
@@ -277,14 +284,7 @@ def _patch(vmi: VMI, seen: _Seen, values: Mapping[str, Any]) -> list[dict[str, A
         raise PublishError(f"{_who(vmi)}: it was deleted, or its migration taken away, meanwhile")
     if now.migration.migration_uid != vmi.migration.migration_uid or now.is_done():
         raise PublishError(f"{_who(vmi)}: the migration has ended meanwhile")
-    wanted = {f"{_MIGRATION}/{field}": value for field, value in values.items()}
-    stands = {f"{_MIGRATION}/{field}": seen.migration.get(field) for field in values}
-    side = seen.migration.get("targetState")
-    if isinstance(side, Mapping):
-        for field, value in values.items():
-            there = SIDE_FIELDS[field]
-            wanted[f"{_MIGRATION}/targetState/{there}"] = value
-            stands[f"{_MIGRATION}/targetState/{there}"] = side.get(there)
+    wanted, stands = _fields(seen, values)
     if wanted == stands:
         return []
     if now.is_running(datetime.now(UTC)):
@@ -303,6 +303,19 @@ def _patch(vmi: VMI, seen: _Seen, values: Mapping[str, Any]) -> list[dict[str, A
     return tests + [
         {"op": "add", "path": path, "value": value} for path, value in wanted.items() if stands[path] != value
     ]
+
+
+def _fields(seen: _Seen, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By their paths, what is to stand in the fields that a target publishes, and what stands there."""
+    wanted = {f"{_MIGRATION}/{field}": value for field, value in values.items()}
+    stands = {f"{_MIGRATION}/{field}": seen.migration.get(field) for field in values}
+    side = seen.migration.get("targetState")
+    if isinstance(side, Mapping):
+        for field, value in values.items():
+            there = SIDE_FIELDS[field]
+            wanted[f"{_MIGRATION}/targetState/{there}"] = value
+            stands[f"{_MIGRATION}/targetState/{there}"] = side.get(there)
+    return wanted, stands
 
 
 def _ours(vmi: VMI) -> tuple[object, ...]:

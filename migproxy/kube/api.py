@@ -6,8 +6,8 @@ import asyncio
 import json
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import aiohttp
@@ -21,7 +21,7 @@ from migproxy.kube.library import (
     load_kube_config,
 )
 
-__all__ = ["JSON_PATCH", "MERGE_PATCH", "ApiError", "ApiServer", "ConfigurationError", "Expired"]
+__all__ = ["JSON_PATCH", "MERGE_PATCH", "ApiError", "ApiServer", "ConfigurationError", "Expired", "Silent"]
 
 JSON_PATCH: Final = "application/json-patch+json"
 MERGE_PATCH: Final = "application/merge-patch+json"
@@ -37,9 +37,14 @@ _CONFIGURATION_ERRORS = (
     *(AssertionError, AttributeError, KeyError, TypeError, ValueError),
 )
 
-
-# RuntimeError: the session was closed by another request that found its token refused.
+# RuntimeError: the session is closed, because the daemon ends.
 _REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ValueError, RuntimeError)
+
+_CERTIFICATE_DATES: Final = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+_CERTIFICATE_NAMES: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+
+# What the policy of daemonset.yaml denies is 403: with 422 its expression failed, for want of the token's node.
+_POLICY_FAILED: Final = "ValidatingAdmissionPolicy 'migproxy' "
 
 
 class ConfigurationError(Exception):
@@ -59,9 +64,49 @@ class ApiError(Exception):
         self.status = status
         self.retry_after = retry_after
 
+    @property
+    def is_conflict(self) -> bool:
+        """Whether the object is not what the request took it for: it was changed, or a JSON patch's test failed.
+
+        A test that failed is 422, without a word of which; so is what an admission policy or a webhook has denied.
+        """
+        is_denial = "denied request" in str(self) or "denied the request" in str(self)
+        return self.status == 409 or (self.status == 422 and not is_denial)
+
 
 class Expired(ApiError):
     """The resourceVersion or continue token is too old: list anew (410 Gone)."""
+
+
+class Silent(ApiError):
+    """The server keeps the connection and says nothing."""
+
+
+class _Client:
+    """A session with the configuration that it was made of.
+
+    One that is retired is closed when its last request has ended: the watches share it.
+    """
+
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+        self.rest = RESTClientObject(configuration)
+        self._requests = 0
+        self._is_retired = False
+
+    async def __aenter__(self) -> _Client:
+        self._requests += 1
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._requests -= 1
+        if self._is_retired:
+            await self.retire()
+
+    async def retire(self) -> None:
+        self._is_retired = True
+        if not self._requests:
+            await self.rest.close()
 
 
 class ApiServer:
@@ -70,6 +115,10 @@ class ApiServer:
     The configuration is read again after a refused token or a failed TLS handshake, because tokens, client
     certificates and the cluster's CA are replaced in their files.
 
+    Attributes:
+        date: The Date of its last answer.
+        host: The server's URL.
+
     Args:
         kubeconfig: Path of the kubeconfig, or None for the pod's service account.
         context: The kubeconfig's context; None for its current one.
@@ -77,11 +126,10 @@ class ApiServer:
 
     def __init__(self, kubeconfig: str | None = None, context: str | None = None) -> None:
         self.date: str | None = None
+        self.host = "the API server"
         self._kubeconfig = kubeconfig
         self._context = context
-        self._configuration: Configuration | None = None
-        self._rest: RESTClientObject | None = None
-        self._refused = False
+        self._client: _Client | None = None
         self._loading = asyncio.Lock()
 
     async def __aenter__(self) -> ApiServer:
@@ -90,16 +138,12 @@ class ApiServer:
         Raises:
             ConfigurationError: It is missing or malformed.
         """
-        await self._load()
+        self._client = await self._load()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._close()
-
-    @property
-    def host(self) -> str:
-        """The server's URL."""
-        return str(self._configuration.host) if self._configuration else "the API server"
+        if self._client is not None:
+            await self._client.rest.close()
 
     async def request(
         self,
@@ -122,12 +166,8 @@ class ApiServer:
             ApiError: No answer, or one that is an error.
         """
         timeout = aiohttp.ClientTimeout(total=_REQUEST_SECONDS, connect=_CONNECT_SECONDS)
-        try:
-            response = await self._send(method, path, query, body, content_type, timeout)
-            async with response:
-                return await response.json(content_type=None)
-        except _REQUEST_ERRORS as error:
-            raise await self._no_answer(error) from error
+        async with self._answer(method, path, query, timeout, body, content_type) as response:
+            return await response.json(content_type=None)
 
     async def lines(self, path: str, query: Mapping[str, str], silence: float) -> AsyncGenerator[bytes, None]:
         """Yields the lines of a streamed answer, an empty one first when the server has accepted the request.
@@ -141,78 +181,68 @@ class ApiServer:
             ApiError: The stream could not be had, or broke.
         """
         timeout = aiohttp.ClientTimeout(connect=_CONNECT_SECONDS, sock_read=silence)
-        try:
-            response = await self._send("GET", path, query, None, "application/json", timeout)
-            async with response:
-                _notice_dead_peer(response)
-                yield b""
-                async for line in response.content:
-                    yield line
-        except _REQUEST_ERRORS as error:
-            raise await self._no_answer(error) from error
+        async with self._answer("GET", path, query, timeout) as response:
+            _notice_dead_peer(response)
+            yield b""
+            async for line in response.content:
+                yield line
 
-    async def _send(
+    @asynccontextmanager
+    async def _answer(
         self,
         method: str,
         path: str,
         query: Mapping[str, str] | None,
-        body: Any,
-        content_type: str,
         timeout: aiohttp.ClientTimeout,
-    ) -> aiohttp.ClientResponse:
-        rest, configuration = await self._client()
+        body: Any = None,
+        content_type: str = "application/json",
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Makes a request; whatever goes wrong with it, the reading of its answer included, is an ApiError."""
+        client = await self._current()
         headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": "migproxy"}
-        headers |= await _authorization(configuration)
-        response: aiohttp.ClientResponse = await rest.request(
-            method,
-            f"{configuration.host}{path}",
-            query_params=dict(query) if query else None,
-            headers=headers,
-            body=body,
-            _preload_content=False,
-            _request_timeout=timeout,
-        )
-        self.date = response.headers.get("Date")
-        if response.status >= 400:
-            async with response:
-                raise await self._refusal(response)
-        return response
+        try:
+            async with client:
+                response: aiohttp.ClientResponse = await client.rest.request(
+                    method,
+                    f"{client.configuration.host}{path}",
+                    query_params=dict(query) if query else None,
+                    headers=headers | await _authorization(client.configuration),
+                    body=body,
+                    _preload_content=False,
+                    _request_timeout=timeout,
+                )
+                async with response:
+                    self.date = response.headers.get("Date")
+                    if response.status == 401:
+                        await self._retire(client)
+                    if response.status >= 400:
+                        raise await _refusal(response)
+                    yield response
+        except _REQUEST_ERRORS as error:
+            if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
+                await self._retire(client)
+            raise _no_answer(error) from error
 
-    async def _client(self) -> tuple[RESTClientObject, Configuration]:
+    async def _current(self) -> _Client:
         async with self._loading:
-            if self._rest is None or self._refused:
+            if self._client is None:
                 try:
-                    await self._load()
+                    self._client = await self._load()
                 except ConfigurationError as error:
                     raise ApiError(0, str(error)) from error
-            assert self._rest is not None
-            assert self._configuration is not None
-            return self._rest, self._configuration
+            return self._client
 
-    async def _refusal(self, response: aiohttp.ClientResponse) -> ApiError:
-        raw = await response.content.read(_ERROR_BYTES)
-        if response.status == 401:
-            self._refused = True
-        try:
-            told = json.loads(raw)["message"]
-        except (ValueError, KeyError, TypeError):
-            told = raw.decode(errors="replace").strip()[:200]
-        message = f"{response.status} {response.reason}" + (f": {told}" if told else "")
-        retry_after = None
-        with suppress(ValueError):  # it may be a date too, or missing
-            retry_after = float(response.headers.get("Retry-After", ""))
-        kind = Expired if response.status == 410 else ApiError
-        return kind(response.status, message, retry_after)
+    async def _retire(self, client: _Client) -> None:
+        """Has the next request read the configuration again, unless another one that failed with it has done so."""
+        if self._client is client:
+            self._client = None
+            await client.retire()
 
-    async def _no_answer(self, error: Exception) -> ApiError:
-        if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
-            await self._close()  # the CA or the client certificate may have been replaced
-        if isinstance(error, TimeoutError):
-            return ApiError(0, "no answer in time")
-        return ApiError(0, str(error) or type(error).__name__)
-
-    async def _load(self) -> None:
+    async def _load(self) -> _Client:
         configuration = Configuration()
+        # Python 3.13 refuses CAs and certificates without key identifiers, which older clusters have. Chain, dates and
+        # names are verified all the same.
+        configuration.disable_strict_ssl_verification = True
         try:
             if self._kubeconfig is None:
                 load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
@@ -220,9 +250,7 @@ class ApiServer:
                 await load_kube_config(
                     self._kubeconfig, self._context, client_configuration=configuration, persist_config=False
                 )
-            if self._rest is None or configuration.cert_file:
-                await self._close()
-                self._rest = RESTClientObject(configuration)
+            client = _Client(configuration)
         except _CONFIGURATION_ERRORS as error:
             if self._kubeconfig is None:
                 raise ConfigurationError(
@@ -230,12 +258,43 @@ class ApiServer:
                     "do without one"
                 ) from error
             raise ConfigurationError(f"--kubeconfig {self._kubeconfig}: {error or type(error).__name__}") from error
-        self._configuration, self._refused = configuration, False
+        self.host = str(configuration.host)
+        return client
 
-    async def _close(self) -> None:
-        stale, self._rest = self._rest, None
-        if stale is not None:
-            await stale.close()
+
+async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
+    raw = await response.content.read(_ERROR_BYTES)
+    try:
+        told = json.loads(raw)["message"]
+    except (ValueError, KeyError, TypeError):
+        told = raw.decode(errors="replace").strip()[:200]
+    message = f"{response.status} {response.reason}" + (f": {told}" if told else "")
+    if response.status == 422 and _POLICY_FAILED in message:
+        message += " (the API server puts no node's name into this token: Kubernetes 1.30 or newer does, for pods)"
+    retry_after = None
+    with suppress(ValueError):  # it may be a date too, or missing
+        retry_after = float(response.headers.get("Retry-After", ""))
+    kind = Expired if response.status == 410 else ApiError
+    return kind(response.status, message, retry_after)
+
+
+def _no_answer(error: Exception) -> ApiError:
+    if isinstance(error, TimeoutError):
+        return Silent(0, "no answer in time")
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return ApiError(0, _certificate_refused(error.certificate_error))
+    return ApiError(0, str(error) or type(error).__name__)
+
+
+def _certificate_refused(error: Exception) -> str:
+    code = getattr(error, "verify_code", None)
+    if code in _CERTIFICATE_DATES:
+        remedy = "renew it, or set this node's clock"
+    elif code in _CERTIFICATE_NAMES:
+        remedy = "reach the server by a name or address that the certificate has"
+    else:
+        remedy = "the CA that signed it must be the kubeconfig's certificate-authority, or the service account's ca.crt"
+    return f"certificate verify failed: {getattr(error, 'verify_message', error)} (the API server's: {remedy})"
 
 
 async def _authorization(configuration: Configuration) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import structlog
 
-from migproxy.kube.api import ApiError, ApiServer, Expired
+from migproxy.kube.api import ApiError, ApiServer, Expired, Silent
 
 log = structlog.get_logger(__name__)
 
@@ -90,6 +90,8 @@ class Reflector(Generic[T]):
         self._pace = pace
         self._version: str | None = None
         self._failures = 0
+        self._has_expired = False
+        self._is_doubtful = False
         self._watching_since: float | None = None
         self.heard: float | None = None
         self.lists = 0
@@ -107,10 +109,7 @@ class Reflector(Generic[T]):
                         yield change
                 if not self._was_healthy():
                     raise ApiError(0, "watches are ended as soon as they begin")
-                self._failures = 0
-            except Expired as error:
-                self._version = None
-                await self._pause(error)
+                self._forget_failures()
             except ApiError as error:
                 if error.status not in (0, 429, 503):  # the watch itself was refused: its version may be why
                     self._version = None
@@ -146,7 +145,10 @@ class Reflector(Generic[T]):
                 if self._watching_since is None:
                     self._watching_since = asyncio.get_running_loop().time()
                 self.heard = time.time()
-                self._end_problem()
+                if line.strip():
+                    self._is_doubtful = False
+                if not self._is_doubtful:
+                    self._end_problem()
                 if line.strip() and (change := self._change(line)):
                     yield change
 
@@ -171,19 +173,33 @@ class Reflector(Generic[T]):
         since = self._watching_since
         return since is not None and asyncio.get_running_loop().time() - since >= self._pace.healthy
 
+    def _forget_failures(self) -> None:
+        self._failures, self._has_expired = 0, False
+
     async def _pause(self, error: ApiError) -> None:
-        """Waits before the next attempt: not at all after the first failure, a watch that was merely cut."""
-        self._failures = 1 if self._was_healthy() else self._failures + 1
+        """Waits before the next attempt, but not after the first failure, a watch that was merely cut.
+
+        Nor after the first 410, though others failed before it: the server is back, and everything is to be listed.
+        """
+        if self._was_healthy():
+            self._forget_failures()
+        self._failures += 1
+        is_first = self._failures == 1 or (isinstance(error, Expired) and not self._has_expired)
+        self._has_expired |= isinstance(error, Expired)
+        is_silent = isinstance(error, Silent)
+        # A server that accepts watches and tells nothing does not answer for being up.
+        self._is_doubtful = is_silent and self._watching_since is not None
         self._watching_since = None
         self.breaks += 1
-        if self._failures == 1 and not error.retry_after:
-            return
-        if self.problem is None:
-            log.warning("cannot follow the API server, retrying", url=self._api.host + self._path, error=str(error))
-        self.problem = str(error)
-        wait = min(self._pace.first_retry * 2 ** min(self._failures - 2, 30), self._pace.last_retry)
-        wait *= random.uniform(0.5, 1)  # noqa: S311 - no secret
-        await asyncio.sleep(max(wait, min(error.retry_after or 0, self._pace.last_retry)))
+        waits = not is_first or bool(error.retry_after)
+        if waits or is_silent:
+            if self.problem is None:
+                log.warning("cannot follow the API server, retrying", url=self._api.host + self._path, error=str(error))
+            self.problem = str(error)
+        if waits:
+            wait = min(self._pace.first_retry * 2 ** min(self._failures - 2, 30), self._pace.last_retry)
+            wait *= random.uniform(0.5, 1)  # noqa: S311 - no secret
+            await asyncio.sleep(max(wait, min(error.retry_after or 0, self._pace.last_retry)))
 
     def _end_problem(self) -> None:
         if self.problem is not None:

@@ -390,15 +390,19 @@ class ApiDouble:
         values = self._values(policy, user, before, after)
         for validation in policy["spec"]["validations"] if values else ():
             assert values
-            if _expression(validation["expression"])(values) is not True:
-                code = {"Forbidden": 403, "Invalid": 422}[validation.get("reason", "Invalid")]
-                raise Refusal(
-                    code,
-                    validation.get("reason", "Invalid"),
-                    f'virtualmachineinstances.kubevirt.io "{after["metadata"]["name"]}" is forbidden: '
-                    f"ValidatingAdmissionPolicy '{policy['metadata']['name']}' with binding '{binding}' denied "
-                    f"request: {validation.get('message')}",
-                )
+            reason, told = validation.get("reason", "Invalid"), validation.get("message")
+            try:
+                if _expression(validation["expression"])(values) is True:
+                    continue
+            except Refusal as refusal:
+                reason, told = "Invalid", f"expression '{validation['expression']}' resulted in error: {refusal}"
+            raise Refusal(
+                {"Forbidden": 403, "Invalid": 422}[reason],
+                reason,
+                f'virtualmachineinstances.kubevirt.io "{after["metadata"]["name"]}" is forbidden: '
+                f"ValidatingAdmissionPolicy '{policy['metadata']['name']}' with binding '{binding}' denied "
+                f"request: {told}",
+            )
 
     # Reading
 
@@ -757,22 +761,29 @@ def _now() -> str:
     return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, and its key."""
+def certificate(folder: Path, *, expired: bool = False, identified: bool = True) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1, and its key.
+
+    Args:
+        folder: To be made for them.
+        expired: It was good until yesterday.
+        identified: It has a key identifier, as Python 3.13 would have it.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kube-apiserver")])
     now = dt.datetime.now(dt.UTC)
     day = dt.timedelta(days=1)
-    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    end = now - day if expired else now + day
     usage = x509.KeyUsage(True, False, False, False, False, True, False, False, False)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
+    builder = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - 2 * day, end)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
         .add_extension(usage, True)
-        .add_extension(identifier, False)
-        .sign(key, hashes.SHA256())
     )
+    if identified:
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+    made = builder.sign(key, hashes.SHA256())
     folder.mkdir()
     (folder / "tls.crt").write_bytes(made.public_bytes(Encoding.PEM))
     (folder / "tls.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))

@@ -11,7 +11,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from migproxy.inventory import PublishError
+from migproxy.announcement import Announcement
+from migproxy.inventory import Overtaken, PublishError
+from migproxy.inventory.announcements import Announcements
+from migproxy.kube.api import ApiServer
 from migproxy.portmap import Channel, PortMap
 from tests.clock import Clock, eventually
 from tests.kube.cluster import JSON_PATCH, MERGE_PATCH, NODES, VMIS, Cluster, begin, start, vmi
@@ -231,6 +234,46 @@ async def test_server_that_is_away_is_said(target: Listener, door: Gate) -> None
         await publish(target)
     await door.open()
     await publish(target)
+
+
+async def test_status_that_kubevirts_webhook_sets_back_is_not_published(
+    kubernetes: Cluster, target: Listener, door: Gate
+) -> None:
+    if kubernetes.double is None:
+        pytest.skip("only the double has KubeVirt's webhooks")
+    kubernetes.double.kubevirt_webhook = True
+    for _ in range(2):
+        with pytest.raises(PublishError, match=r"virt-api's mutating webhook.*kubevirt-handler.*--publish-status"):
+            await publish(target)
+    assert len(patches(door)) == 2, "what was set back does not count as published"
+    assert not target.inventory.has_notes
+    kubernetes.double.kubevirt_webhook = False
+    await publish(target)
+    assert STATE.items() <= (await read(kubernetes))["status"]["migrationState"].items()
+
+
+async def test_token_without_a_nodes_name_is_no_conflict(
+    kubernetes: Cluster, target: Listener, door: Gate, tmp_path: Path
+) -> None:
+    await kubernetes.use_unbound_token(HERE)
+    async with listening(kubernetes, tmp_path, door.url, HERE, DEAF) as nameless:
+        with pytest.raises(PublishError, match=r"ValidatingAdmissionPolicy .*Kubernetes 1\.30"):
+            await publish(nameless)
+    assert len(patches(door, 422)) == 1
+
+
+async def test_announcing_with_a_token_without_a_nodes_name_is_no_conflict(
+    kubernetes: Cluster, target: Listener, door: Gate, tmp_path: Path
+) -> None:
+    await kubernetes.install_beside()
+    await kubernetes.use_unbound_token(HERE)
+    found = target.named("one")
+    assert found
+    async with ApiServer(str(kubernetes.kubeconfig(tmp_path, HERE, door.url))) as api:
+        with pytest.raises(PublishError, match=r"cannot announce: .*Kubernetes 1\.30") as refusal:
+            await Announcements(api).announce(found, Announcement("first", PORTS, ADDRESS))
+    assert not isinstance(refusal.value, Overtaken)
+    assert len(patches(door, 422)) == 1
 
 
 def told(target: Listener) -> str | None:

@@ -266,6 +266,65 @@ async def test_errors_are_waited_out(
         assert all(most / 2 <= gap <= most for gap, most in zip(gaps, longest, strict=True)), gaps
 
 
+async def test_first_410_after_an_outage_is_answered_by_a_list_at_once_and_later_ones_are_waited_out(
+    kubernetes: Cluster, door: Gate, tmp_path: Path, clock: Clock
+) -> None:
+    answers: list[int] = []
+    expired: list[float] = []
+    pauses: list[float] = []
+
+    def refuse(request: web.Request) -> int | None:
+        if "migrationTargetNodeName" not in request.query.get("labelSelector", ""):
+            return None
+        if not is_watch(request):
+            pauses.extend(clock() - at for at in expired[len(pauses) :])
+            return None
+        status = answers.pop(0) if answers else None
+        if status == 410:
+            expired.append(clock())
+        return status
+
+    door.refuse = refuse
+    async with listening(kubernetes, tmp_path, door.url):
+        await eventually(lambda: door.watches == 2, "the watches")
+        answers += [503] * 8 + [410] * 3
+        door.cut()
+        await eventually(lambda: len(pauses) == 3, "the lists")
+    first, *later = pauses
+    assert first == pytest.approx(0, abs=0.001)
+    assert all(PACE.last_retry / 2 <= pause <= PACE.last_retry + 0.001 for pause in later), later
+
+
+async def test_list_that_is_not_answered_in_time_is_a_problem_at_once(
+    kubernetes: Cluster, door: Gate, tmp_path: Path, clock: Clock
+) -> None:
+    door.hold = lambda request: True
+    async with ApiServer(str(kubernetes.kubeconfig(tmp_path, "node01", door.url))) as api:
+        listener = Listener(KubeInventory(api, "node01", PACE))
+        task = asyncio.create_task(listener.run())
+        await eventually(lambda: len(listener.inventory.problems) == 2, "the problems", 100)
+        assert clock() == pytest.approx(30, abs=1)
+        assert "no answer in time" in str(listener.inventory.problems)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_silent_watch_is_a_problem_until_something_is_told(
+    kubernetes: Cluster, door: Gate, tmp_path: Path, clock: Clock
+) -> None:
+    await kubernetes.request("POST", VMIS, vmi("one"))
+    await kubernetes.request("PATCH", f"{VMIS}/one", begin("first", "node02", "node01"), MERGE_PATCH)
+    async with listening(kubernetes, tmp_path, door.url) as listener:
+        await eventually(lambda: door.watches == 2, "the watches")
+        began = clock()
+        await eventually(lambda: len(listener.inventory.problems) == 2, "the problems")
+        assert clock() - began == pytest.approx(PACE.silence, abs=0.01)
+        await eventually(lambda: door.watches == 4, "new watches, which are accepted")
+        assert len(listener.inventory.problems) == 2
+        await rename_pod(kubernetes, "one", "other")
+        await eventually(lambda: listener.inventory.problems == {}, "the end of the problems")
+
+
 async def test_refused_token_is_said_and_read_again(kubernetes: Cluster, door: Gate, tmp_path: Path) -> None:
     await kubernetes.request("POST", VMIS, vmi("one"))
     refuse: list[int | None] = [None]
