@@ -38,7 +38,7 @@ from celpy.evaluation import CELEvalError, Evaluator
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 from multidict import CIMultiDict
 from yarl import URL
@@ -761,29 +761,34 @@ def _now() -> str:
     return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def certificate(folder: Path, *, expired: bool = False, identified: bool = True) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, and its key.
+def certificate(folder: Path, *, expired: bool = False, ca: tuple[Path, Path] | None = None) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, and its key.
 
     Args:
         folder: To be made for them.
         expired: It was good until yesterday.
-        identified: It has a key identifier, as Python 3.13 would have it.
+        ca: Who signs it, without the identifier of the signer's key; by default it signs itself.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kube-apiserver")])
+    key = signer = ec.generate_private_key(ec.SECP256R1())
+    name = issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, folder.name)])
+    if ca:
+        issuer = x509.load_pem_x509_certificate(ca[0].read_bytes()).subject
+        loaded = load_pem_private_key(ca[1].read_bytes(), None)
+        assert isinstance(loaded, ec.EllipticCurvePrivateKey)
+        signer = loaded
     now = dt.datetime.now(dt.UTC)
     day = dt.timedelta(days=1)
     end = now - day if expired else now + day
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     usage = x509.KeyUsage(True, False, False, False, False, True, False, False, False)
-    builder = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - 2 * day, end)
+    made = (
+        x509.CertificateBuilder(issuer, name, key.public_key(), x509.random_serial_number(), now - 2 * day, end)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
         .add_extension(usage, True)
+        .add_extension(identifier, False)
+        .sign(signer, hashes.SHA256())
     )
-    if identified:
-        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
-    made = builder.sign(key, hashes.SHA256())
     folder.mkdir()
     (folder / "tls.crt").write_bytes(made.public_bytes(Encoding.PEM))
     (folder / "tls.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))

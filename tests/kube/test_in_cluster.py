@@ -95,9 +95,9 @@ async def test_certificate_that_has_expired_is_refused_with_a_remedy(account: Se
 async def test_certificate_without_a_key_identifier_is_accepted(
     account: ServiceAccount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crt, key = certificate(tmp_path / "old", identified=False)
-    account.server.load_cert_chain(crt, key)
-    account.ca.write_bytes(crt.read_bytes())
+    ca = certificate(tmp_path / "ca")
+    account.server.load_cert_chain(*certificate(tmp_path / "old", ca=ca))
+    account.ca.write_bytes(ca[0].read_bytes())
     lenient = ssl.create_default_context
 
     def strict(cafile: str) -> ssl.SSLContext:
