@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from migproxy.portmap import AddressError, IPAddress, PortMap, PortMapError, parse_address, parse_port_map
+from migproxy.portmap import (
+    AddressError,
+    IPAddress,
+    PortMap,
+    PortMapError,
+    parse_address,
+    parse_port_map,
+    unknown_channels,
+)
 
 TARGET_ANNOTATION = "migproxy.io/target"
 
@@ -40,7 +48,7 @@ def parse_announcement(text: str | None) -> Announcement | None:
     try:
         pairs = [pair.split(":") for pair in parts[1].split(",")]
         raw = {port: int(channel) for port, channel in pairs}
-        if len(raw) != len(pairs):
+        if len(raw) != len(pairs) or unknown_channels(raw):
             return None
         return Announcement(parts[0], parse_port_map(raw), parse_address(parts[2]))
     except (ValueError, PortMapError, AddressError):

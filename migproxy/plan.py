@@ -18,6 +18,7 @@ from migproxy.portmap import (
     parse_address,
     parse_port_map,
     salvage_port_map,
+    unknown_channels,
 )
 from migproxy.vmi import VMI, MigrationState
 
@@ -300,7 +301,7 @@ class _Planner:
 
     def _source(self, vmi: VMI, migration: MigrationState) -> SourceProxy | Bypassed:
         launcher, key = self._launcher(vmi), _checked(vmi.source_key(), "the VMI's UID")
-        address, ports = _published_to_source(vmi, migration)
+        address, ports, unknown = _published_to_source(vmi, migration)
         beside = None if migration.start else self.beside
         if beside and (why := self._unready(beside, beside.can_dial or beside.address is not None)):
             return Bypassed(_identity(vmi), Role.SOURCE, Reason.UNREADY, why)
@@ -311,7 +312,7 @@ class _Planner:
             address=address,
             ports=ports,
             running=vmi.is_running(self.now),
-            warnings=_missing_channels(vmi, ports),
+            warnings=(*_missing_channels(vmi, ports), *unknown),
         )
 
     def _target(self, vmi: VMI, migration: MigrationState) -> TargetProxy:
@@ -478,7 +479,7 @@ def _checked(uid: str, what: str) -> str:
         raise _Hold(f"{what} must not be used in a path: {error}", error=True) from None
 
 
-def _published_to_source(vmi: VMI, migration: MigrationState) -> tuple[IPAddress, PortMap]:
+def _published_to_source(vmi: VMI, migration: MigrationState) -> tuple[IPAddress, PortMap, tuple[str, ...]]:
     text, raw = migration.target_node_address, migration.target_ports
     if vmi.is_decentralized() and (other := migration.target_state):
         # The target is another VMI, in another cluster: its side of the status tells (virt-handler).
@@ -487,7 +488,7 @@ def _published_to_source(vmi: VMI, migration: MigrationState) -> tuple[IPAddress
     if text is None or raw is None:
         raise _Hold(f"waiting for the target to publish its {' and '.join(missing)}", error=False)
     try:
-        return parse_address(text), parse_port_map(raw)
+        return parse_address(text), parse_port_map(raw), _unknown_channels(raw)
     except (AddressError, PortMapError) as error:
         raise _Hold(f"what the target published cannot be used: {error}", error=True) from None
 
@@ -511,6 +512,12 @@ def _missing_channels(vmi: VMI, ports: Collection[Channel]) -> tuple[str, ...]:
         for channel in channels_for(vmi.uses_block())
         if channel not in ports
     )
+
+
+def _unknown_channels(raw: object) -> tuple[str, ...]:
+    if unknown := unknown_channels(raw):
+        return (f"the target published ports for unknown channels, which are not served here: {unknown}",)
+    return ()
 
 
 def _settle_ports(proxies: list[TargetProxy]) -> tuple[list[TargetProxy], list[Held]]:

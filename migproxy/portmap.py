@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 from typing import Self, TypeAlias
 from urllib.parse import quote, unquote
 
@@ -94,6 +95,8 @@ class PortMap(Mapping[Channel, int]):
 def parse_port_map(raw: object) -> PortMap:
     """Read targetDirectMigrationNodePorts as a VMI's status holds it: {port: channel}.
 
+    Entries of unknown channels, which a newer KubeVirt may have, are skipped; `unknown_channels` tells them.
+
     Args:
         raw: a mapping of port (decimal string, or an integer as YAML loaders make it) to channel number.
 
@@ -105,19 +108,30 @@ def parse_port_map(raw: object) -> PortMap:
     if not raw:
         raise PortMapError("the port map is empty")
     ports: dict[Channel, int] = {}
-    for port, channel in (_parse_entry(key, value) for key, value in raw.items()):
+    for port, channel in (_parse_entry(key, value) for key, value in raw.items() if not _is_unknown(value)):
         if channel in ports:
             raise PortMapError(f"the {channel.label} channel has two ports, {ports[channel]} and {port}")
         if port in ports.values():
             raise PortMapError(f"port {port} is given twice")
         ports[channel] = port
+    if not ports:
+        known = ", ".join(f"{channel.value} ({channel.label})" for channel in Channel)
+        raise PortMapError(f"the port map has only unknown channels, {unknown_channels(raw)}; known are {known}")
     return PortMap.of(ports)
+
+
+def unknown_channels(raw: object) -> str | None:
+    """The first channel numbers of a port map that are not known here, for people; None where there are none."""
+    values = raw.values() if isinstance(raw, Mapping) else ()
+    return ", ".join(_shown(value) for value in islice(filter(_is_unknown, values), 5)) or None
 
 
 def salvage_port_map(raw: object) -> PortMap | None:
     """The entries of a damaged port map that are right and contradict no other; None where there are none."""
     entries = []
     for key, value in raw.items() if isinstance(raw, Mapping) else ():
+        if _is_unknown(value):
+            continue
         try:
             entries.append(_parse_entry(key, value))
         except PortMapError:
@@ -136,11 +150,11 @@ def _parse_entry(key: object, value: object) -> tuple[int, Channel]:
         raise PortMapError(f"port {_shown(key)} is outside 1-65535")
     if isinstance(value, bool) or not isinstance(value, int):
         raise PortMapError(f"port {digits} has the channel {_shown(value)}, which is not an integer")
-    try:
-        return int(digits), Channel(value)
-    except ValueError:
-        known = ", ".join(f"{channel.value} ({channel.label})" for channel in Channel)
-        raise PortMapError(f"port {digits} has the unknown channel number {_shown(value)}; known are {known}") from None
+    return int(digits), Channel(value)
+
+
+def _is_unknown(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value not in set(Channel)
 
 
 def _shown(value: object) -> str:

@@ -85,7 +85,7 @@ async def test_status_that_names_somebody_elses_address_is_left_alone(nodes: Nod
     [
         ({"x": 0}, ["'x' is not a decimal port number"]),
         ({"70000": 0}, ["70000", "outside 1-65535"]),
-        ({"5000": 1}, ["5000", "unknown channel number 1"]),
+        ({"5000": 1}, ["only unknown channels, 1"]),
         ({"5000": 0, "5001": 0}, ["libvirt channel has two ports"]),
         ({}, ["the port map is empty"]),
     ],

@@ -233,6 +233,12 @@ def test_a_source_runs_with_the_channels_published_and_warns_of_those_missing() 
     assert [warning.split()[6] for warning in only_block.warnings] == ["libvirt", "direct"]
 
 
+def test_a_source_serves_the_channels_that_it_knows_and_warns_of_others() -> None:
+    proxy = the_source(published(ports=TWO | {"40000": 49154}))
+    assert proxy.ports == TWO_PORTS
+    assert proxy.warnings == ("the target published ports for unknown channels, which are not served here: 49154",)
+
+
 def test_a_source_knows_whether_the_migration_runs() -> None:
     assert the_source(published(**STARTED)).running
     assert not the_source(published(startTimestamp="2026-08-01T12:00:01Z")).running

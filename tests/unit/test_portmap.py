@@ -3,7 +3,7 @@
 import ipaddress
 import shlex
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 from hypothesis import given
@@ -27,6 +27,7 @@ from migproxy.portmap import (
     salvage_port_map,
     source_socket_name,
     target_socket_path,
+    unknown_channels,
     virsh_command,
 )
 
@@ -77,9 +78,9 @@ def test_ports_may_be_numbers_as_yaml_loaders_make_them() -> None:
         ({0: 0}, "port 0 is outside 1-65535"),
         ({"65536": 0}, "port '65536' is outside 1-65535"),
         ({"9" * 5000: 0}, "is outside 1-65535"),
-        ({"32899": 7}, "unknown channel number 7; known are 0 (libvirt), 49152 (direct), 49153 (block)"),
-        ({"32899": -1}, "unknown channel number -1"),
-        ({"32899": 1 << 20000}, "unknown channel number a huge number"),
+        ({"32899": 7}, "only unknown channels, 7; known are 0 (libvirt), 49152 (direct), 49153 (block)"),
+        ({"32899": -1, "32900": 8}, "only unknown channels, -1, 8"),
+        ({"32899": 1 << 20000}, "only unknown channels, a huge number"),
         ({"32899": "0"}, "channel '0', which is not an integer"),
         ({"32899": True}, "channel True, which is not an integer"),
         ({"32899": 0.0}, "channel 0.0, which is not an integer"),
@@ -98,6 +99,24 @@ def test_a_hostile_entry_does_not_fill_the_log() -> None:
     with pytest.raises(PortMapError) as error:
         parse_port_map({"x" * 100_000: list(range(100_000))})
     assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("read", [parse_port_map, salvage_port_map])
+def test_unknown_channels_do_not_keep_the_known_ones_from_being_served(
+    read: Callable[[object], PortMap | None],
+) -> None:
+    raw = SEED | {"40000": 49154, "http": 7, "32899 ": -1}
+    assert read(raw) == ALL
+    assert unknown_channels(raw) == "49154, 7, -1"
+
+
+def test_what_is_no_channel_number_is_no_unknown_channel() -> None:
+    assert unknown_channels(SEED | {"1": "7", "2": True, "3": 7.0, "4": None}) is None
+    assert unknown_channels(None) is None
+
+
+def test_many_unknown_channels_do_not_fill_the_log() -> None:
+    assert len(unknown_channels({str(port): 10**4000 + port for port in range(1, 60_000)}) or "") < 300
 
 
 @given(port_maps)
