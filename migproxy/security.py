@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from migproxy.settings import Settings
+from migproxy.settings import KUBEVIRT_VERSIONS, Settings
 from migproxy.tls import MutualTLS, Plaintext, Security, SecurityError, TLSOptions
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
@@ -27,8 +27,6 @@ __all__ = ["ClusterSecurity", "OptionsSecurity", "SecurityError", "security"]
 log = structlog.get_logger(__name__)
 
 _WAIT_SECONDS = 10.0
-_VERSIONS = {"VersionTLS12": "1.2", "VersionTLS13": "1.3"}
-"""KubeVirt's names of the TLS versions that its proxy may be configured with."""
 
 
 def security(settings: Settings) -> Security:
@@ -200,9 +198,12 @@ class ClusterSecurity(OptionsSecurity):
             )
         changes: dict[str, Any] = {"disable_tls": merged.disable_tls, "tls_ciphers": merged.ciphers}
         if merged.min_tls:
-            version = _VERSIONS.get(merged.min_tls, merged.min_tls)
-            if version not in _VERSIONS.values():
-                raise SecurityError(f"minTLSVersion {version} is not among {', '.join(_VERSIONS)}")
+            version = KUBEVIRT_VERSIONS.get(merged.min_tls, merged.min_tls)
+            if version not in KUBEVIRT_VERSIONS.values():
+                log.warning(
+                    "KubeVirt's minTLSVersion is unknown, 1.2 is used", unknown=version, known=list(KUBEVIRT_VERSIONS)
+                )
+                version = "1.2"
             changes["tls_min_version"] = version
         if merged.ca_bundle and not given & {"tls_ca", "tls_dir"}:
             changes["tls_ca"] = _keep(merged.ca_bundle, settings.cluster_ca)

@@ -28,6 +28,14 @@ from pydantic import (
 from migproxy.launcher import Launchers
 from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, SERVER_DIR, SERVER_NAMES, Files, locate
 
+KUBEVIRT_VERSIONS: Mapping[str, Literal["1.2", "1.3"]] = {
+    "VersionTLS10": "1.2",
+    "VersionTLS11": "1.2",
+    "VersionTLS12": "1.2",
+    "VersionTLS13": "1.3",
+}
+"""KubeVirt's names of the oldest TLS version, and what is spoken for them: nothing older than 1.2 ever is."""
+
 _KUBEVIRT_OWNER = (107, 107)  # the qemu user and group of KubeVirt's launcher images
 
 
@@ -49,7 +57,7 @@ def _names(value: object) -> object:
 
 
 def _version(value: object) -> object:
-    return {"VersionTLS12": "1.2", "VersionTLS13": "1.3"}.get(value, value) if isinstance(value, str) else value
+    return KUBEVIRT_VERSIONS.get(value, value) if isinstance(value, str) else value
 
 
 def _port_range(value: object) -> object:
@@ -198,7 +206,8 @@ class Settings(BaseModel):
         description="The cluster's own PKI issues the certificates: accept intermediates, do not check common names.",
     )
     tls_min_version: Annotated[Literal["1.2", "1.3"], BeforeValidator(_version)] = Field(
-        "1.2", description="Oldest version of TLS: 1.2 or 1.3 (or KubeVirt's VersionTLS12, VersionTLS13)."
+        "1.2",
+        description="Oldest version of TLS: 1.2 or 1.3 (or KubeVirt's names; VersionTLS10 and VersionTLS11 mean 1.2).",
     )
     tls_ciphers: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (),

@@ -69,6 +69,11 @@ def test_kubevirts_names_of_tls_versions_and_lists_of_names_are_understood() -> 
     assert settings.tls_client_names == ("one", "two")
 
 
+@pytest.mark.parametrize("name", ["VersionTLS10", "VersionTLS11", "VersionTLS12"])
+def test_kubevirts_older_tls_versions_mean_1_2(name: str) -> None:
+    assert load(GIVEN | {"tls_min_version": name}, {}, None).tls_min_version == "1.2"
+
+
 def test_every_wrong_option_is_told() -> None:
     with pytest.raises(SettingsError) as raised:
         load({"port_range": "x", "dial_timeout": "y", "ktls": "z"}, {"port_range": "--port-range"}, None)
