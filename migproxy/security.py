@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from migproxy.settings import KUBEVIRT_VERSIONS, Settings
-from migproxy.tls import MutualTLS, Plaintext, Security, SecurityError, TLSOptions
+from migproxy.tls import MutualTLS, Plaintext, Security, SecurityError, TLSOptions, parse_ciphers
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
 from migproxy.verify import Peers
@@ -205,9 +205,24 @@ class ClusterSecurity(OptionsSecurity):
                 )
                 version = "1.2"
             changes["tls_min_version"] = version
+        if "tls_ciphers" not in given:
+            min_version = changes.get("tls_min_version", settings.tls_min_version)
+            changes["tls_ciphers"] = _usable(merged.ciphers, min_version)
         if merged.ca_bundle and not given & {"tls_ca", "tls_dir"}:
             changes["tls_ca"] = _keep(merged.ca_bundle, settings.cluster_ca)
         return settings.model_copy(update=changes)
+
+
+def _usable(ciphers: tuple[str, ...], min_version: str) -> tuple[str, ...]:
+    """KubeVirt's cipher suites less those that are never used; none, for the built-in ones, if too few are left."""
+    suites = parse_ciphers(ciphers)
+    left_out = suites.old + suites.unknown
+    if ciphers and not suites.older and min_version == "1.2":
+        log.warning("KubeVirt's ciphers have none of TLS 1.2 to use, the built-in list is used", left_out=ciphers)
+        return ()
+    if left_out:
+        log.warning("KubeVirt's ciphers are used without those that are old or unknown", left_out=left_out)
+    return tuple(name for name in ciphers if name not in left_out)
 
 
 def _keep(bundle: str, path: str) -> str:

@@ -143,31 +143,35 @@ class TLSOptions:
     expiry_notice: timedelta | None = None
 
 
-def cipher_strings(names: Sequence[str]) -> tuple[str, str, list[str]]:
-    """Translates names of cipher suites for OpenSSL.
+@dataclass(frozen=True, slots=True)
+class Suites:
+    """Cipher suites that somebody named.
 
-    Args:
-        names: IANA's (Go's, KubeVirt's `tlsConfiguration.ciphers`) or OpenSSL's.
-
-    Returns:
-        OpenSSL's lists for TLS 1.2, empty where none is left, and for TLS 1.3, all where none is named; and the names
-        left out because they are old.
-
-    Raises:
-        SecurityError: A name is unknown.
+    Attributes:
+        older, newer: OpenSSL's lists for TLS 1.2, empty where none is named, and for TLS 1.3, all where none is named.
+        old: Names that are left out because nobody should use them.
+        unknown: Names that mean nothing.
     """
-    chosen, newer, old = [], [], []
+
+    older: str
+    newer: str
+    old: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def parse_ciphers(names: Sequence[str]) -> Suites:
+    """Reads names of cipher suites: IANA's (Go's, KubeVirt's `tlsConfiguration.ciphers`) or OpenSSL's."""
+    older, newer = [], []
+    old: list[str] = []
+    unknown: list[str] = []
     for name in names:
         if name in _SUITES or name in _SUITES.values():
-            chosen.append(_SUITES.get(name, name))
+            older.append(_SUITES.get(name, name))
         elif name in _SUITES_1_3:
             newer.append(name)
-        elif _OLD.search(name):
-            old.append(name)
         else:
-            known = ", ".join([*_SUITES, *_SUITES_1_3])
-            raise SecurityError(f"--tls-ciphers: {name} is not known; known are {known}")
-    return ":".join(chosen), ":".join(newer or _SUITES_1_3), old
+            (old if _OLD.search(name) else unknown).append(name)
+    return Suites(":".join(older), ":".join(newer or _SUITES_1_3), tuple(old), tuple(unknown))
 
 
 class MutualTLS:
@@ -189,10 +193,13 @@ class MutualTLS:
         self.errors: Counter[Reason] = Counter()
         self._options = options
         self._warned: set[object] = set()
-        self._ciphers, self._newer, old = cipher_strings(options.ciphers or tuple(_SUITES))
-        if old:
-            log.warning("old cipher suites are never used", ciphers=old)
-        if not self._ciphers and options.min_version == "1.2":
+        self._suites = parse_ciphers(options.ciphers or tuple(_SUITES))
+        if self._suites.unknown:
+            unknown, known = ", ".join(self._suites.unknown), ", ".join([*_SUITES, *_SUITES_1_3])
+            raise SecurityError(f"--tls-ciphers: {unknown} is not known; known are {known}")
+        if self._suites.old:
+            log.warning("old cipher suites are never used", ciphers=self._suites.old)
+        if not self._suites.older and options.min_version == "1.2":
             raise SecurityError("--tls-ciphers names no usable suite of TLS 1.2: add one, or set --tls-min-version 1.3")
         self.kernel_problem = "off (--ktls off)" if options.ktls == "off" else offload.problem()
         self.kernel = self.kernel_problem is None
@@ -219,9 +226,9 @@ class MutualTLS:
         context.set_min_proto_version(_VERSIONS[self._options.min_version])
         context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_TICKET)
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-        if self._ciphers:
-            context.set_cipher_list(self._ciphers.encode())
-        context.set_tls13_ciphersuites(self._newer.encode())
+        if self._suites.older:
+            context.set_cipher_list(self._suites.older.encode())
+        context.set_tls13_ciphersuites(self._suites.newer.encode())
         if server:
             context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE)
         prepare(context)

@@ -147,6 +147,47 @@ async def test_a_cluster_that_allows_older_or_unknown_versions_has_1_2(
     assert [line["unknown"] for line in logs if "minTLSVersion" in line["event"]] == [min_tls] * warns
 
 
+GOOD, OLD, NEWER = (
+    "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384",
+    "TLS_RSA_WITH_AES_128_GCM_SHA256",
+    "TLS_AES_256_GCM_SHA384",
+)
+
+
+@pytest.mark.parametrize(
+    ("ciphers", "min_tls", "left_out"),
+    [
+        ((GOOD,), None, ()),
+        ((GOOD, "TLS_OF_NEXT_YEAR", OLD), None, (OLD, "TLS_OF_NEXT_YEAR")),
+        (("TLS_OF_NEXT_YEAR",), None, ("TLS_OF_NEXT_YEAR",)),
+        ((OLD,), "VersionTLS12", (OLD,)),
+        ((NEWER,), None, (NEWER,)),
+        ((NEWER, OLD), "VersionTLS10", (NEWER, OLD)),
+        ((NEWER,), "VersionTLS13", ()),
+        ((NEWER, OLD), "VersionTLS13", (OLD,)),
+        ((OLD,), "VersionTLS13", (OLD,)),
+    ],
+)
+async def test_ciphers_of_the_cluster_that_cannot_be_used_are_left_out(
+    certificates: Path, tmp_path: Path, ciphers: tuple[str, ...], min_tls: str | None, left_out: tuple[str, ...]
+) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path))
+    with structlog.testing.capture_logs() as logs:
+        security.apply(cluster(certificates, ciphers=ciphers, min_tls=min_tls))
+    assert security.problem is None
+    assert [line["left_out"] for line in logs if line["log_level"] == "warning"] == [left_out] * bool(left_out)
+    shown = await label(security)
+    assert (NEWER in shown) == (NEWER in ciphers and NEWER not in left_out), shown
+
+
+async def test_unknown_ciphers_of_the_options_are_an_error_with_a_cluster_too(
+    certificates: Path, tmp_path: Path
+) -> None:
+    security = ClusterSecurity(settings(certificates, tmp_path, tls_ciphers=("TLS_OF_NEXT_YEAR",)))
+    security.apply(cluster(certificates, ciphers=(GOOD,)))
+    assert "TLS_OF_NEXT_YEAR is not known" in security.report()["problem"]
+
+
 async def test_a_setting_that_cannot_be_followed_leaves_the_last_good_one(certificates: Path, tmp_path: Path) -> None:
     security = ClusterSecurity(settings(certificates, tmp_path))
     security.apply(cluster(certificates))

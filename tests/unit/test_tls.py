@@ -19,7 +19,7 @@ from migproxy import devcerts, offload
 from migproxy.credentials import Validity
 from migproxy.ktls import check_control
 from migproxy.pki import CLIENT_NAMES, SERVER_NAMES, locate
-from migproxy.tls import MutualTLS, SecurityError, TLSOptions, Unfinished, cipher_strings
+from migproxy.tls import MutualTLS, SecurityError, Suites, TLSOptions, Unfinished, parse_ciphers
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
 from migproxy.verify import Peers
@@ -489,16 +489,16 @@ def test_how_long_before_its_end_a_certificate_is_announced(
 
 def test_kubevirts_cipher_names_and_openssls_mean_the_same() -> None:
     kubevirt = ["TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384", "TLS_AES_128_GCM_SHA256"]
-    assert cipher_strings(kubevirt) == ("ECDHE-RSA-AES256-GCM-SHA384", "TLS_AES_128_GCM_SHA256", [])
-    assert cipher_strings(["ECDHE-RSA-AES256-GCM-SHA384", "TLS_AES_128_GCM_SHA256"]) == cipher_strings(kubevirt)
+    assert parse_ciphers(kubevirt) == Suites("ECDHE-RSA-AES256-GCM-SHA384", "TLS_AES_128_GCM_SHA256", (), ())
+    assert parse_ciphers(["ECDHE-RSA-AES256-GCM-SHA384", "TLS_AES_128_GCM_SHA256"]) == parse_ciphers(kubevirt)
 
 
-def test_old_ciphers_are_left_out_and_unknown_ones_are_an_error() -> None:
+def test_old_ciphers_are_left_out_and_unknown_ones_are_an_error(cluster: Cluster) -> None:
     old = ["TLS_RSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA", "ECDHE-RSA-AES128-SHA"]
-    chosen, _, left_out = cipher_strings(old)
-    assert (chosen, left_out) == ("", old)
+    suites = parse_ciphers([*old, "NONSENSE"])
+    assert (suites.older, suites.old, suites.unknown) == ("", tuple(old), ("NONSENSE",))
     with pytest.raises(SecurityError, match="--tls-ciphers: NONSENSE is not known"):
-        cipher_strings(["NONSENSE"])
+        cluster.security(ciphers=("ECDHE-RSA-AES128-GCM-SHA256", "NONSENSE"))
 
 
 def test_ciphers_that_leave_nothing_of_tls_1_2_are_an_error_where_1_2_is_allowed(cluster: Cluster) -> None:
