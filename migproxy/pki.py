@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-CLIENT_NAMES = ("kubevirt.io:system:client:migration", "kubevirt.io:system:client:virt-handler")
-"""Common names of KubeVirt's sources: today's, and the one before clients had certificates of their own."""
+CLIENT_NAMES = ("kubevirt.io:system:client:migration",)
+"""Common name of KubeVirt's sources."""
+
+OLDER_CLIENT_NAME = "kubevirt.io:system:client:virt-handler"
+"""What they are called where a KubeVirt has no certificate for migrations alone; elsewhere others have this name."""
 
 SERVER_NAMES = ("kubevirt.io:system:node:virt-handler",)
 """Common name of KubeVirt's targets."""

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from migproxy.launcher import Launchers
-from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, SERVER_DIR, SERVER_NAMES, Files, locate
+from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, OLDER_CLIENT_NAME, SERVER_DIR, SERVER_NAMES, Files, locate
 
 KUBEVIRT_VERSIONS: Mapping[str, Literal["1.2", "1.3"]] = {
     "VersionTLS10": "1.2",
@@ -196,7 +196,9 @@ class Settings(BaseModel):
         f"ca-bundle. Default: {CA_DIR}, where the ConfigMap kubevirt-ca is to be mounted.",
     )
     tls_client_names: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        CLIENT_NAMES, description="Common names of the sources that a target accepts, separated by commas."
+        CLIENT_NAMES,
+        description="Common names of the sources that a target accepts, separated by commas. Add "
+        f"{OLDER_CLIENT_NAME} only where KubeVirt is so old that its sources have that name.",
     )
     tls_server_names: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         SERVER_NAMES, description="Common names of the targets that a source accepts, separated by commas."

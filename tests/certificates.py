@@ -26,7 +26,7 @@ CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUT
 class Leaf:
     """What a certificate says; the defaults are KubeVirt's source."""
 
-    names: tuple[str, ...] = CLIENT_NAMES[:1]
+    names: tuple[str, ...] = CLIENT_NAMES
     usages: tuple[x509.ObjectIdentifier, ...] | None = (CLIENT,)
     begins: timedelta = -DAY
     ends: timedelta = DAY

@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from migproxy.pki import CLIENT_NAMES, SERVER_NAMES
+from migproxy.pki import CLIENT_NAMES, OLDER_CLIENT_NAME, SERVER_NAMES
 from migproxy.portmap import channels_for, target_socket_path
 
 VMIS = "/apis/kubevirt.io/v1/virtualmachineinstances"
@@ -279,7 +279,7 @@ class VirtHandler:
         libvirt_socket: str,
         tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
         owner: tuple[int, int] = (0, 0),
-        client_names: Collection[str] = CLIENT_NAMES[:1],
+        client_names: Collection[str] = CLIENT_NAMES,
         collected_after: float = 0.2,
     ) -> None:
         self.address = address
@@ -565,7 +565,7 @@ async def _main() -> None:
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(15, options.name.encode(), 0, 0, 0)  # PR_SET_NAME: how migproxy finds it
     tls = contexts(options.tls_dir) if options.tls_dir else None
-    names = CLIENT_NAMES if options.older_clients else CLIENT_NAMES[:1]
+    names = (*CLIENT_NAMES, OLDER_CLIENT_NAME) if options.older_clients else CLIENT_NAMES
     handler = VirtHandler(options.address, options.run_dir, options.libvirt_socket, tls, client_names=names)
     done = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)

@@ -20,7 +20,7 @@ from demo import guest as vm
 from demo.guest import Guest
 from demo.lab import MIGPROXY, LabError, Node, end, until
 from migproxy.announcement import TARGET_ANNOTATION
-from migproxy.pki import CLIENT_NAMES
+from migproxy.pki import CLIENT_NAMES, OLDER_CLIENT_NAME
 from tests import certificates
 from tests.e2e.test_libvirt_kubernetes import KubeLab
 from tests.e2e.test_libvirt_migration import assert_heartbeat_goes_on, assert_runs_only_on
@@ -29,7 +29,7 @@ from tests.e2e.unbreakable import SUSPENDED, metronome
 pytestmark = [pytest.mark.tier("soak"), pytest.mark.alone]
 
 BEAT = 0.3  # seconds that a daemon lives once it serves
-OLD_STYLE = certificates.Leaf(names=CLIENT_NAMES[1:2], usages=(certificates.CLIENT, certificates.SERVER))
+OLD_STYLE = certificates.Leaf(names=(OLDER_CLIENT_NAME,), usages=(certificates.CLIENT, certificates.SERVER))
 
 
 class StandIn:
@@ -146,6 +146,8 @@ class BesideLab(KubeLab):
                 authority = certificates.authority()
                 source, target = authority.issue(OLD_STYLE), authority.issue(certificates.TARGET)
                 certificates.Cluster(lab.directory / "tls", authority, source, target).write()
+                for node in lab.nodes:
+                    node.proxy.arguments += ["--tls-client-names", ",".join((*CLIENT_NAMES, OLDER_CLIENT_NAME))]
             lab.old_style = old_style
             lab.handler_token = await lab.kubernetes.kubevirt_token("kubevirt-handler")
             await lab.kubernetes.install_beside()

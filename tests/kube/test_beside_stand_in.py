@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from migproxy.pki import CLIENT_NAMES, SERVER_NAMES
+from migproxy.pki import CLIENT_NAMES, OLDER_CLIENT_NAME, SERVER_NAMES
 from tests import certificates
 from tests.certificates import Leaf
 from tests.kube.apiserver import apply_merge_patch
@@ -59,7 +59,7 @@ class Stage:
         self._stack.push_async_callback(made.close)
         return made
 
-    def certify(self, clients: tuple[str, ...] = CLIENT_NAMES[:1], servers: tuple[str, ...] = SERVER_NAMES) -> None:
+    def certify(self, clients: tuple[str, ...] = CLIENT_NAMES, servers: tuple[str, ...] = SERVER_NAMES) -> None:
         """Makes the certificates, and has virt-handler use them."""
         authority = certificates.authority()
         source, target = authority.issue(Leaf(clients)), authority.issue(Leaf(servers, (certificates.SERVER,)))
@@ -130,11 +130,13 @@ def port_of(ports: dict[str, int], channel: int = 0) -> str:
 @pytest.mark.parametrize(
     ("clients", "servers", "accepted", "is_relayed"),
     [
-        pytest.param(CLIENT_NAMES[:1], SERVER_NAMES, CLIENT_NAMES[:1], True, id="today's"),
-        pytest.param(CLIENT_NAMES[1:], SERVER_NAMES, CLIENT_NAMES[:1], False, id="older"),
-        pytest.param(CLIENT_NAMES[1:], SERVER_NAMES, CLIENT_NAMES, True, id="older-and-accepted"),
+        pytest.param(CLIENT_NAMES, SERVER_NAMES, CLIENT_NAMES, True, id="today's"),
+        pytest.param((OLDER_CLIENT_NAME,), SERVER_NAMES, CLIENT_NAMES, False, id="older"),
+        pytest.param(
+            (OLDER_CLIENT_NAME,), SERVER_NAMES, (*CLIENT_NAMES, OLDER_CLIENT_NAME), True, id="older-and-accepted"
+        ),
         pytest.param(("kubevirt.io:system:client:other",), SERVER_NAMES, CLIENT_NAMES, False, id="another-client"),
-        pytest.param(CLIENT_NAMES[:1], ("kubevirt.io:system:node:other",), CLIENT_NAMES, False, id="another-server"),
+        pytest.param(CLIENT_NAMES, ("kubevirt.io:system:node:other",), CLIENT_NAMES, False, id="another-server"),
     ],
 )
 async def test_it_checks_whose_certificate_a_peer_has(

@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from migproxy import devcerts, offload
 from migproxy.credentials import Validity
 from migproxy.ktls import check_control
-from migproxy.pki import CLIENT_NAMES, SERVER_NAMES, locate
+from migproxy.pki import CLIENT_NAMES, OLDER_CLIENT_NAME, SERVER_NAMES, locate
+from migproxy.settings import Settings
 from migproxy.tls import MutualTLS, SecurityError, Suites, TLSOptions, Unfinished, parse_ciphers
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
@@ -197,9 +198,21 @@ async def test_whoever_is_refused_is_told_why(
     assert [str(error.reason).partition("ALERT_")[2] for error in told] == [ALERTS[reason]]
 
 
+async def test_the_former_name_of_sources_is_refused_unless_it_is_configured(cluster: Cluster, tmp_path: Path) -> None:
+    """virt-api has it, too."""
+    older = other(cluster, tmp_path / "older", source=cluster.ca.issue(replace(SOURCE, names=(OLDER_CLIENT_NAME,))))
+    default = Settings(vmi_dir="/vmis", node_name="node").tls_client_names
+    _, refused = await shake(older.security(), cluster.security(sources=Peers(default)))
+    assert isinstance(refused, TLSError)
+    assert refused.reason is Reason.WRONG_NAME
+
+
 GOOD: dict[str, tuple[Callable[[Issued], Issued], dict[str, object]]] = {
     "today's": (lambda ca: ca.issue(SOURCE), {}),
-    "the former": (lambda ca: ca.issue(replace(SOURCE, names=CLIENT_NAMES[1:])), {}),
+    "the former, where it is configured": (
+        lambda ca: ca.issue(replace(SOURCE, names=(OLDER_CLIENT_NAME,))),
+        {"sources": Peers((*CLIENT_NAMES, OLDER_CLIENT_NAME))},
+    ),
     "for both roles": (lambda ca: ca.issue(replace(SOURCE, usages=(SERVER, CLIENT))), {}),
     "for every use, as Go has it": (lambda ca: ca.issue(replace(SOURCE, usages=None)), {}),
     "a name of the configuration": (
