@@ -19,8 +19,11 @@ SERVER_NAMES = ("kubevirt.io:system:node:virt-handler",)
 
 
 SERVER_DIR = "/etc/virt-handler/servercertificates"
-CLIENT_DIR = "/etc/virt-handler/clientcertificates"
+CLIENT_DIR = "/etc/virt-handler/migrationservercertificates"
 """Where virt-handler has its Secrets mounted."""
+
+OLDER_CLIENT_DIR = "/etc/virt-handler/clientcertificates"
+"""Where it had the client's until August 2026."""
 
 CA_DIR = "/etc/virt-handler/kubevirt-ca"
 """Where this daemon expects the ConfigMap kubevirt-ca, which virt-handler itself reads from the API."""
@@ -81,4 +84,5 @@ def locate(
         base = own or default
         return Files(os.path.join(base, "tls.crt"), os.path.join(base, "tls.key"), bundle)
 
-    return of_role(server, "server", SERVER_DIR), of_role(client, "client", CLIENT_DIR)
+    client_dir = CLIENT_DIR if os.path.isdir(CLIENT_DIR) else OLDER_CLIENT_DIR
+    return of_role(server, "server", SERVER_DIR), of_role(client, "client", client_dir)

@@ -26,7 +26,17 @@ from pydantic import (
 )
 
 from migproxy.launcher import Launchers
-from migproxy.pki import CA_DIR, CLIENT_DIR, CLIENT_NAMES, OLDER_CLIENT_NAME, SERVER_DIR, SERVER_NAMES, Files, locate
+from migproxy.pki import (
+    CA_DIR,
+    CLIENT_DIR,
+    CLIENT_NAMES,
+    OLDER_CLIENT_DIR,
+    OLDER_CLIENT_NAME,
+    SERVER_DIR,
+    SERVER_NAMES,
+    Files,
+    locate,
+)
 
 KUBEVIRT_VERSIONS: Mapping[str, Literal["1.2", "1.3"]] = {
     "VersionTLS10": "1.2",
@@ -188,7 +198,9 @@ class Settings(BaseModel):
         None, description=f"Folder of tls.crt and tls.key for the target's role. Default: {SERVER_DIR}, virt-handler's."
     )
     tls_client_dir: str | None = Field(
-        None, description=f"Folder of tls.crt and tls.key for the source's role. Default: {CLIENT_DIR}, virt-handler's."
+        None,
+        description=f"Folder of tls.crt and tls.key for the source's role. Default: {CLIENT_DIR}, virt-handler's, or "
+        f"{OLDER_CLIENT_DIR}, an older one's, where the first does not exist.",
     )
     tls_ca: str | None = Field(
         None,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
-from migproxy import devcerts, offload
+from migproxy import devcerts, offload, pki
 from migproxy.credentials import Validity
 from migproxy.ktls import check_control
 from migproxy.pki import CLIENT_NAMES, OLDER_CLIENT_NAME, SERVER_NAMES, locate
@@ -612,6 +612,20 @@ def test_the_most_particular_files_win(tmp_path: Path) -> None:
     server, client = locate(server=None, client=None, pair=None, folder=None, ca=None)
     assert server.key == "/etc/virt-handler/servercertificates/tls.key"
     assert client.key == "/etc/virt-handler/clientcertificates/tls.key"
+
+
+def test_the_clients_files_are_where_todays_virt_handler_has_them_else_an_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pki, "CLIENT_DIR", str(tmp_path / "today"))
+    monkeypatch.setattr(pki, "OLDER_CLIENT_DIR", str(tmp_path / "older"))
+
+    def key() -> str:
+        return locate(server=None, client=None, pair=None, folder=None, ca=None)[1].key
+
+    assert key() == f"{tmp_path}/older/tls.key"
+    (tmp_path / "today").mkdir()
+    assert key() == f"{tmp_path}/today/tls.key"
 
 
 async def test_development_certificates_are_what_two_nodes_need(tmp_path: Path) -> None:
