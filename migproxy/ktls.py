@@ -12,7 +12,7 @@ import os
 import socket
 from contextlib import suppress
 
-from migproxy.splice import Splice, shutdown
+from migproxy.splice import Splice, is_unmissed, shutdown
 from migproxy.tlserrors import Reason, RefusedByPeer, TLSError, Truncated
 
 _SOL_TLS = 282
@@ -41,9 +41,16 @@ class KernelReceive(Splice):
     """Splices what the launcher receives out of a socket that the kernel decrypts."""
 
     __slots__ = ()
-    unmissed = (Truncated,)  # KubeVirt's source ends so, some time after the target's launcher has closed
 
     def _fill(self, source: int, writer: int, capacity: int) -> int:
+        try:
+            return self._fill_from_records(source, writer, capacity)
+        except OSError as error:
+            if is_unmissed(error, self.target, self.source):
+                return 0
+            raise
+
+    def _fill_from_records(self, source: int, writer: int, capacity: int) -> int:
         while True:
             try:
                 count = os.splice(source, writer, capacity)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 _LAYOUT = struct.Struct("=B7x24I4Q6IQ")  # up to tcpi_delivery_rate, which Linux 4.9 added
 _STATE, _SND_MSS, _RTT, _SND_CWND, _TOTAL_RETRANS, _ACKED, _RECEIVED, _DELIVERY_RATE = 0, 3, 16, 19, 24, 27, 28, 35
 
+_SIOCOUTQNSD = 0x894B  # linux/sockios.h
+
 # net/tcp_states.h
 ESTABLISHED, SYN_SENT = 1, 2
 _FIN_WAIT1, _FIN_WAIT2, _TIME_WAIT, _CLOSE, _CLOSE_WAIT, _LAST_ACK, _CLOSING = 4, 5, 6, 7, 8, 9, 11
@@ -70,6 +72,11 @@ def is_over(sock: socket.socket) -> bool:
 def unsent(sock: socket.socket) -> int:
     """Bytes in the send queue that the peer has not acknowledged (tcp(7), SIOCOUTQ)."""
     return _queued(sock, termios.TIOCOUTQ)
+
+
+def never_sent(sock: socket.socket) -> int:
+    """Bytes in the send queue that the peer cannot have got, as it had no room; known after a reset, too."""
+    return _queued(sock, _SIOCOUTQNSD)
 
 
 def _queued(sock: socket.socket, request: int) -> int:

@@ -11,7 +11,7 @@ from typing import Final
 from migproxy import tcpinfo
 from migproxy.fds import break_off, reset_on_close
 from migproxy.relay.records import MOST_ADDED, MOST_SEALED, RECORD, SLOT, Opener, RecordError, Sealer
-from migproxy.splice import ended_by_reset, has_hung_up, shutdown
+from migproxy.splice import ended_by_reset, is_unmissed, shutdown
 from migproxy.tally import BROKEN, CLEAN, Tallies
 from migproxy.tlserrors import Alert, RefusedByPeer, TLSError, Truncated
 
@@ -160,11 +160,8 @@ class Tunnel:
             self._send(memoryview(self._sealer.update(asks=asks)))
 
     def _miss(self, error: OSError) -> None:
-        """Ends what arrives without the peer's word: nobody misses it once the launcher has closed its end.
-
-        KubeVirt's source ends so, some time after the target's launcher (its garbage collector closes the connection).
-        """
-        if isinstance(error, Truncated) and self.error is None and has_hung_up(self.unix):
+        """Ends what arrives without the peer's word."""
+        if self.error is None and is_unmissed(error, self.unix, self.tcp):
             self._end_receiving()
         else:
             self._stop_receiving(error)

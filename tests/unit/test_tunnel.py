@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
@@ -154,13 +154,60 @@ def test_what_is_sent_after_an_error_is_no_end_of_stream(driven: Driven) -> None
         driven.far.recv(1)
 
 
+def close_abruptly(sock: socket.socket) -> None:
+    """By a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    sock.close()
+
+
+@pytest.mark.parametrize("end", [socket.socket.close, close_abruptly])
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_kubevirt_source_that_just_goes_after_the_launcher_has_ended_cleanly(
+    driven: Driven, end: Callable[[socket.socket], None], is_read: bool
+) -> None:
+    """Its garbage collector closes the connection: with something unread, a close is a reset."""
+    driven.launcher.send(b"last words")
+    driven.launcher.close()
+    while driven.tallies.to_network.end != CLEAN:
+        driven.step()
+    settle(driven.far)
+    if is_read:
+        assert driven.plain() == (b"last words", True)
+    end(driven.far)
+    driven.run()
+    assert driven.tunnel.error is None
+    assert driven.tallies.to_launcher.end == CLEAN
+
+
+def test_a_reset_is_an_error_although_the_launcher_sends_no_more(driven: Driven) -> None:
+    driven.launcher.shutdown(socket.SHUT_WR)
+    while driven.tallies.to_network.end != CLEAN:
+        driven.step()
+    close_abruptly(driven.far)
+    driven.run()
+    assert isinstance(driven.tunnel.error, ConnectionResetError)
+    assert driven.tallies.to_launcher.end > CLEAN
+
+
+def test_a_reset_that_loses_what_the_launcher_wrote_is_an_error_although_it_has_closed(driven: Driven) -> None:
+    driven.far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    driven.tunnel.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
+    driven.launcher.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
+    driven.launcher.send(bytes(200_000))
+    driven.launcher.close()
+    while driven.tallies.to_network.end != CLEAN:
+        driven.step()
+    close_abruptly(driven.far)
+    driven.run()
+    assert isinstance(driven.tunnel.error, ConnectionResetError)
+
+
 def test_the_answer_to_new_keys_that_cannot_be_sent_loses_nothing(driven: Driven) -> None:
     first, second = os.urandom(150_000), os.urandom(150_000)
     driven.launcher.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     driven.tunnel.unix.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     driven.say(driven.data(first) + driven.seals.update(asks=True) + driven.data(second))
-    driven.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    driven.far.close()
+    close_abruptly(driven.far)
     settle(driven.tunnel.tcp)
     got = driven.run()
     assert (first + second).startswith(got)
