@@ -40,7 +40,10 @@ _HISTORY = 60  # seconds of rates that are kept for people to look at
 _TURN_SECONDS = 2.0  # a handshake takes milliseconds
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _NOT_THIS_TIME = {errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO, errno.EPERM}  # whoever asked has gone, or may not
-
+_CLOSED_AT_ONCE = (
+    "the target closed the connection before the TLS handshake: its launcher's socket for this channel is missing or "
+    "refuses (KubeVirt's target closes then), or its daemon has ended"
+)
 
 _BROKEN = {errno.ECONNRESET: "reset", errno.ETIMEDOUT: "timeout", errno.EPIPE: "closed", errno.EOWNERDEAD: "lost"}
 _BROKEN_TLS = {Reason.TRUNCATED: "reset", Reason.BAD_RECORD: "other", Reason.KEY_UPDATE: "other"}
@@ -236,7 +239,7 @@ class Proxy(ABC):
             self.abandon(left)
 
     def abandon(self, connection: LeftConnection) -> None:
-        """Ends a connection whose handshake died with an earlier daemon: the other node dials anew."""
+        """Ends a connection whose handshake died with an earlier daemon: the other node sees a reset."""
         channel = connection.name.channel.label
         self.log.info("connection ended in the middle of its TLS handshake", channel=channel)
         connection.close()
@@ -411,23 +414,20 @@ class Proxy(ABC):
 
     async def _to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
-        deadline, pauses = self._deadline(), doubling(_FIRST_PAUSE, _LONGEST_PAUSE)
-        while True:
-            if len(legs) == 1:
-                legs.append(await self._reach(channel, lease, deadline))
-            try:
-                # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
-                transport = await self._secure(legs[-1], server=False, commit=lease.drop)
-            except TLSError as error:
-                # A daemon that dies or restarts breaks the handshake off without a word, and nothing is relayed yet.
-                pause = next(pauses)
-                if error.reason is not Reason.CLOSED or asyncio.get_running_loop().time() + pause > deadline:
-                    raise
-                self._let_go(legs.pop(), lease)
-                await asyncio.sleep(pause)
-            else:
-                legs[-1] = transport.tcp
-                return transport
+        if len(legs) == 1:
+            legs.append(await self._reach(channel, lease, self._deadline()))
+        dialled = legs[-1]
+        try:
+            # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
+            transport = await self._secure(dialled, server=False, commit=lease.drop)
+        except TLSError as error:
+            # No second attempt: KubeVirt's target dials its launcher for each connection that it accepts, and QEMU
+            # counts them.
+            if error.reason is Reason.CLOSED and not _has_answered(dialled):
+                raise TLSError(Reason.CLOSED, f"{self.peer(channel)}: {_CLOSED_AT_ONCE}") from error
+            raise
+        legs[-1] = transport.tcp
+        return transport
 
     async def _drop_unusable(self, legs: list[socket.socket], lease: Lease) -> None:
         """Lets go of the leg that an earlier daemon dialled, where this one cannot go on with it."""
@@ -560,6 +560,12 @@ class Proxy(ABC):
             failed=sum(traffic.failed for traffic in self.traffic.values()),
             seconds=round(time.time() - self.progress.began, 3),
         )
+
+
+def _has_answered(tcp: socket.socket) -> bool:
+    """Whether any data have arrived on a connection."""
+    info = tcpinfo.read(tcp)
+    return info is None or info.received > 1  # a FIN counts as one
 
 
 def _remote(accepted: socket.socket) -> str:

@@ -149,7 +149,7 @@ class LeftConnection:
 
         Returns:
             RELAY to begin to relay it; SET_UP where the rest can be done anew, as far as is known; ABANDON where it
-            cannot, and the other node dials anew.
+            cannot, and the other node sees a reset.
         """
         if self.name.role is Role.SOURCE or encrypts is False:
             return Fate.SET_UP

@@ -20,7 +20,6 @@ from migproxy.portmap import Channel
 from migproxy.tlserrors import TLSError
 from tests.certificates import SOURCE, TARGET, Cluster, SecretMount, authority
 from tests.net.nodes import MIB, Migration, Nodes, assert_carries, assert_ends, assert_logged, connect, receive, send
-from tests.relaying import carry
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -184,30 +183,36 @@ async def target_of_the_tests_own(
             yield migration
 
 
-async def test_a_target_that_breaks_the_handshake_off_is_dialled_again(nodes: Nodes, cluster: Cluster) -> None:
-    """Its daemon died or restarted, and comes back."""
-    words: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+@pytest.mark.parametrize(
+    ("answer", "by_reset", "words"),
+    [
+        (b"", False, "the target closed the connection before the TLS handshake: its launcher's socket"),
+        (b"", True, "the target closed the connection before the TLS handshake: its launcher's socket"),
+        (b"\x16\x03\x03\0\x7a", False, "the peer closed the connection during the TLS handshake"),
+    ],
+    ids=["end", "reset", "amid"],
+)
+async def test_a_target_that_breaks_the_handshake_off_is_told_at_once_and_not_dialled_again(
+    nodes: Nodes, cluster: Cluster, answer: bytes, by_reset: bool, words: str
+) -> None:
+    """KubeVirt's has its launcher see each attempt, and closes where that has no socket."""
+    dialled = 0
 
     async def serve(number: int, tcp: socket.socket) -> None:
-        if number <= 4:
-            with tcp:
-                await asyncio.get_running_loop().sock_recv(tcp, 1 << 16)
-                if number % 2:
-                    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            return
-        launcher, unix = socket.socketpair()
-        with launcher:
-            launcher.setblocking(False)
-            carrying = asyncio.create_task(carry(unix, await cluster.security().secure(tcp, server=True)))
-            words.set_result(await receive(launcher, 11))
-            carrying.cancel()
-            await asyncio.gather(carrying, return_exceptions=True)
+        nonlocal dialled
+        dialled = number
+        with tcp:
+            await asyncio.get_running_loop().sock_recv(tcp, 1 << 16)
+            tcp.send(answer)
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", by_reset, 0))
 
     async with target_of_the_tests_own(nodes, cluster, serve) as migration:
         with connect(migration.source_path(Channel.DIRECT)) as near:
-            await send(near, b"first words")
-            assert await asyncio.wait_for(words, 60) == b"first words"
-    assert not nodes.source.logged("connection failed")
+            await assert_ends(near)
+            told = await assert_logged(nodes.source, "connection failed", reason="closed_in_handshake")
+    assert words in told["error"]
+    assert ("127.0.0.9:" in told["error"]) == (not answer)
+    assert dialled == 1
 
 
 async def test_a_target_that_is_not_whom_it_must_be_is_not_dialled_again(

@@ -62,7 +62,7 @@ def words(migration: Migration, role: Role = Role.SOURCE) -> str:
         # What KubeVirt wants is not known yet: then, it is decided.
         (Role.TARGET, False, None, Fate.SET_UP),
         (Role.TARGET, True, None, Fate.SET_UP),
-        # A handshake that was begun cannot be gone on with, and the source dials anew.
+        # A handshake that was begun cannot be gone on with.
         (Role.TARGET, False, True, Fate.ABANDON),
         (Role.TARGET, True, True, Fate.ABANDON),
     ],
