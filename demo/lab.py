@@ -209,9 +209,6 @@ class Relay:
 class Proxy:
     """A node's migproxy daemon.
 
-    Attributes:
-        namespaces: of the node's, those that it runs in.
-
     Args:
         node: the node, whose network namespace it runs in, and whose relay it has.
         options: what it is started with besides the node's name, its launcher's and its own sockets.
@@ -224,7 +221,6 @@ class Proxy:
         self.arguments += ["--libvirt-socket", "libvirt/libvirt-sock", "--control-socket", str(self.control)]
         self.arguments += node.relay.options
         self.arguments += options
-        self.namespaces: tuple[str, ...] = ("net",)
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -245,7 +241,7 @@ class Proxy:
 
     async def spawn(self, *options: str) -> None:
         """Starts the daemon, and waits for nothing."""
-        command = [*self._node.prefix(*self.namespaces), *MIGPROXY, *self.arguments, *options]
+        command = [*self._node.prefix("net"), *MIGPROXY, *self.arguments, *options]
         self.control.unlink(missing_ok=True)  # a killed daemon leaves its own
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(

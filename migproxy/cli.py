@@ -222,7 +222,6 @@ _EXAMINED = (
     "migration_interface",
     "migration_address",
     "pod_ip",
-    "netns",
     "beside_virt_handler",
     "port_range",
     "launcher_run_dir",

@@ -23,7 +23,6 @@ from migproxy.lifeline import Lifeline, is_locked
 from migproxy.liveness import Liveness
 from migproxy.measure import Measures
 from migproxy.netif import AddressWatcher, read_interface
-from migproxy.netns import NamespaceError, NetworkNamespace, network_namespace
 from migproxy.node import Node, NodeOptions
 from migproxy.notify import Notifier
 from migproxy.portmap import IPAddress
@@ -62,15 +61,15 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
         InventoryError, SecurityError, ControlError, HTTPError, LifelineError: The daemon cannot start; says why.
     """
     raise_file_limit()  # a connection takes eight descriptors
-    signals, liveness, namespace = _Signals(), Liveness(), network_namespace(settings.netns)
+    signals, liveness = _Signals(), Liveness()
     async with (
         Watcher() as watcher,
-        _inputs(settings, watcher, liveness, namespace) as inputs,
+        _inputs(settings, watcher, liveness) as inputs,
     ):
         protection, cluster, measures = inputs.security, inputs.cluster, Measures()
         notifier = Notifier.take()
         relay = RelayClient(settings.relay_path, starts=not settings.relay_externally_managed)
-        around, node = _make_node(settings, inputs, watcher, measures, relay, namespace)
+        around, node = _make_node(settings, inputs, watcher, measures, relay)
         service = Service(notifier, liveness, lambda: node.activity)
         reloader = Reloader(settings, read_again, node, around, protection)
 
@@ -152,9 +151,7 @@ class _Inputs:
 
 
 @asynccontextmanager
-async def _inputs(
-    settings: Settings, watcher: Watcher, liveness: Liveness, namespace: NetworkNamespace
-) -> AsyncIterator[_Inputs]:
+async def _inputs(settings: Settings, watcher: Watcher, liveness: Liveness) -> AsyncIterator[_Inputs]:
     if settings.vmi_dir is not None:
         yield _Inputs(FileInventory(settings.vmi_dir, watcher, liveness), OptionsSecurity(settings))
         return
@@ -173,29 +170,24 @@ async def _inputs(
 
         def apply(settings_of_kubevirt: ClusterSettings) -> None:
             protection.apply(settings_of_kubevirt)
-            warn_without_network(settings, settings_of_kubevirt, namespace)
+            warn_without_network(settings, settings_of_kubevirt)
 
         cluster = Cluster(api, settings.kubevirt_namespace, apply)
         announcements = Announcements(api) if settings.beside_virt_handler else None
         yield _Inputs(KubeInventory(api, settings.node_name), protection, cluster, announcements)
 
 
-def warn_without_network(settings: Settings, cluster: ClusterSettings, namespace: NetworkNamespace) -> None:
+def warn_without_network(settings: Settings, cluster: ClusterSettings) -> None:
     """Says it where KubeVirt has a migration network that this daemon's pod is not on: it uses the pods' network then.
 
     Args:
         settings: The options.
         cluster: KubeVirt's settings.
-        namespace: Where the migration address is.
     """
     name = settings.migration_interface
     if not cluster.network or settings.migration_address is not None:
         return
-    try:
-        is_missing = read_interface(name, namespace) is None
-    except NamespaceError:  # not found yet, which the node tells
-        return
-    if is_missing:
+    if read_interface(name) is None:
         log.warning(
             "KubeVirt has a migration network, and this node is not on it",
             network=cluster.network,
@@ -278,7 +270,6 @@ def _make_node(
     watcher: Watcher,
     measures: Measures,
     relay: RelayClient,
-    namespace: NetworkNamespace,
 ) -> tuple[Surroundings, Node]:
     def local_address(ip_version: int) -> IPAddress:
         state = node.address
@@ -298,7 +289,7 @@ def _make_node(
         local_address=local_address,
         measures=measures,
         relay=relay,
-        **limits(settings, namespace),
+        **limits(settings),
     )
     node = Node(
         NodeOptions(
@@ -310,9 +301,7 @@ def _make_node(
         ),
         around,
         inputs.inventory,
-        AddressWatcher(
-            settings.migration_interface, override, pod_ip, namespace, as_virt_handler=settings.beside_virt_handler
-        ),
+        AddressWatcher(settings.migration_interface, override, pod_ip),
         watcher,
         inputs.announcements,
     )

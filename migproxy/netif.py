@@ -17,7 +17,6 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final
 
 from migproxy.imports import bare
-from migproxy.netns import NamespaceError, NetworkNamespace
 from migproxy.portmap import IPAddress
 
 with bare("pyroute2"):  # whose __init__ loads every protocol there is
@@ -60,13 +59,11 @@ class MigrationAddress:
         addresses: all that could serve; the first is the one to use. Empty: there is none.
         source: where they are from, for messages: "interface migration0", "--migration-address", "--pod-ip".
         problem: what is wrong and what to do about it; addresses that were good before may still be there.
-        namespace: the network namespace that they are in: in another one, the same address is another place.
     """
 
     addresses: tuple[IPAddress, ...]
     source: str
     problem: str | None
-    namespace: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +100,11 @@ def is_global_unicast(address: IPAddress) -> bool:
     )
 
 
-def usable_addresses(interface: Interface, *, as_virt_handler: bool = False) -> tuple[IPAddress, ...]:
+def usable_addresses(interface: Interface) -> tuple[IPAddress, ...]:
     """The global-unicast addresses that can be bound, best first.
 
     An address under or past a failed duplicate address detection cannot be bound. Deprecated ones come last,
     secondary (IPv4) and temporary (IPv6) ones after those that are there to stay.
-
-    Args:
-        interface: whose.
-        as_virt_handler: in the kernel's order, and none at all where the first one cannot be bound: virt-handler
-            publishes that one, whatever its flags are.
     """
     unusable = IFA_F_TENTATIVE | IFA_F_DADFAILED
     usable = [
@@ -120,9 +112,6 @@ def usable_addresses(interface: Interface, *, as_virt_handler: bool = False) -> 
         for one in interface.addresses
         if is_global_unicast(one.address) and (not one.flags & unusable or one.flags & IFA_F_OPTIMISTIC)
     ]
-    if as_virt_handler:
-        first = next((one for one in interface.addresses if is_global_unicast(one.address)), None)
-        return tuple(dict.fromkeys(one.address for one in usable)) if first in usable else ()
     usable.sort(key=lambda one: (bool(one.flags & IFA_F_DEPRECATED), bool(one.flags & IFA_F_SECONDARY)))
     return tuple(dict.fromkeys(one.address for one in usable))
 
@@ -134,7 +123,6 @@ def choose(
     override: IPAddress | None = None,
     pod_ip: IPAddress | None = None,
     foreign: Collection[IPAddress] = (),
-    as_virt_handler: bool = False,
 ) -> MigrationAddress:
     """Decide which address is the migration address.
 
@@ -144,12 +132,11 @@ def choose(
         override: --migration-address, which beats everything.
         pod_ip: used where the interface does not exist, and only there.
         foreign: those of override and pod_ip that are not addresses of this node.
-        as_virt_handler: see `usable_addresses`.
     """
     if override is not None:
         return _given(override, "--migration-address", foreign)
     if interface is not None:
-        return _of_interface(name, interface, usable_addresses(interface, as_virt_handler=as_virt_handler))
+        return _of_interface(name, interface, usable_addresses(interface))
     if pod_ip is not None:
         return _given(pod_ip, "--pod-ip", foreign)
     return MigrationAddress(
@@ -189,14 +176,12 @@ def _of_interface(name: str, interface: Interface, usable: tuple[IPAddress, ...]
 
 
 class AddressWatcher:
-    """Follows the migration address of a network namespace, and the namespace itself.
+    """Follows the migration address.
 
     Args:
         interface: name of the migration interface.
         override: --migration-address.
-        pod_ip: --pod-ip, unless the namespace knows better.
-        namespace: whose.
-        as_virt_handler: see `usable_addresses`.
+        pod_ip: --pod-ip.
     """
 
     def __init__(
@@ -204,12 +189,7 @@ class AddressWatcher:
         interface: str,
         override: IPAddress | None = None,
         pod_ip: IPAddress | None = None,
-        namespace: NetworkNamespace | None = None,
-        *,
-        as_virt_handler: bool = False,
     ) -> None:
-        self._as_virt_handler = as_virt_handler
-        self._namespace = namespace or NetworkNamespace()
         self._interface = interface
         self._override = override
         self._pod_ip = pod_ip
@@ -230,9 +210,6 @@ class AddressWatcher:
                         if state != last:
                             last = state
                             yield state
-            except NamespaceError as error:
-                failures = 0  # it comes and goes with a process: looked for at a steady pace
-                problem = str(error)
             except OSError as error:
                 problem = f"cannot read the addresses of this node from the kernel, trying again: {error}"
             failed = replace(last or MigrationAddress((), source, None), problem=problem)
@@ -243,41 +220,23 @@ class AddressWatcher:
             failures += 1
 
     async def _follow(self) -> AsyncGenerator[MigrationAddress, None]:
-        while True:
-            await asyncio.to_thread(self._namespace.enter)
-            with _netlink_socket(self._namespace) as bell:
-                bell.setblocking(False)
-                bell.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
-                moved = False
-                while not moved:
-                    # In a thread: the kernel answers under a lock that others may hold for long.
-                    yield await asyncio.to_thread(self._look)
-                    moved = await self._await_change(bell)
-
-    async def _await_change(self, bell: socket.socket) -> bool:
-        """Returns when something may have changed: whether that is the namespace itself."""
-        while True:
-            try:
-                async with asyncio.timeout(self._namespace.look_seconds):
-                    await _rung(bell)
-            except TimeoutError:
-                if await asyncio.to_thread(self._namespace.has_moved):
-                    return True
-            else:
-                return False
+        with _netlink_socket() as bell:
+            bell.setblocking(False)
+            bell.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+            while True:
+                # In a thread: the kernel answers under a lock that others may hold for long.
+                yield await asyncio.to_thread(self._look)
+                await _rung(bell)
 
     def _look(self) -> MigrationAddress:
-        pod_ip = self._namespace.pod_ip or self._pod_ip
-        given = {address for address in (self._override, pod_ip) if address}
-        state = choose(
+        given = {address for address in (self._override, self._pod_ip) if address}
+        return choose(
             self._interface,
-            None if self._override else read_interface(self._interface, self._namespace),
+            None if self._override else read_interface(self._interface),
             override=self._override,
-            pod_ip=pod_ip,
-            foreign={address for address in given if not _is_own(address, self._namespace)},
-            as_virt_handler=self._as_virt_handler,
+            pod_ip=self._pod_ip,
+            foreign={address for address in given if not _is_own(address)},
         )
-        return replace(state, namespace=self._namespace.identity)
 
 
 async def _rung(bell: socket.socket) -> None:
@@ -293,11 +252,11 @@ async def _rung(bell: socket.socket) -> None:
             raise
 
 
-def _is_own(address: IPAddress, namespace: NetworkNamespace) -> bool:
+def _is_own(address: IPAddress) -> bool:
     """Whether this node could listen on an address: asked of the kernel, which knows all of 127.0.0.0/8."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
-        with namespace.make_socket(family, socket.SOCK_STREAM) as probe:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind((str(address), 0))
     except OSError as error:
         if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL):
@@ -306,8 +265,8 @@ def _is_own(address: IPAddress, namespace: NetworkNamespace) -> bool:
     return True
 
 
-def read_interface(name: str, namespace: NetworkNamespace) -> Interface | None:
-    """Ask the kernel for an interface of a network namespace; None where it does not exist.
+def read_interface(name: str) -> Interface | None:
+    """Ask the kernel for an interface; None where it does not exist.
 
     Raises:
         OSError: rtnetlink failed.
@@ -315,9 +274,9 @@ def read_interface(name: str, namespace: NetworkNamespace) -> Interface | None:
     link, query = ifinfmsg(), ifaddrmsg()
     link["attrs"] = [("IFLA_IFNAME", name)]
     try:
-        (found,) = _request(namespace, link, RTM_GETLINK, 0)
+        (found,) = _request(link, RTM_GETLINK, 0)
         query["index"] = found["index"]
-        addresses = _request(namespace, query, RTM_GETADDR, NLM_F_DUMP)
+        addresses = _request(query, RTM_GETADDR, NLM_F_DUMP)
     except OSError as error:
         if error.errno != errno.ENODEV:
             raise
@@ -333,11 +292,11 @@ def read_interface(name: str, namespace: NetworkNamespace) -> Interface | None:
     )
 
 
-def _request(namespace: NetworkNamespace, message: Any, kind: int, flags: int) -> list[Any]:
+def _request(message: Any, kind: int, flags: int) -> list[Any]:
     message["header"] = {"type": kind, "flags": NLM_F_REQUEST | flags, "sequence_number": 1, "pid": 0}
     message.encode()
     for _ in range(DUMP_ATTEMPTS):
-        with _netlink_socket(namespace) as netlink:
+        with _netlink_socket() as netlink:
             netlink.settimeout(REPLY_SECONDS)
             # The kernel then filters a dump of addresses by the query's interface.
             netlink.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
@@ -360,5 +319,5 @@ def _replies(netlink: socket.socket, *, is_dump: bool) -> list[Any]:
     return replies
 
 
-def _netlink_socket(namespace: NetworkNamespace) -> socket.socket:
-    return namespace.make_socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+def _netlink_socket() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)

@@ -8,7 +8,6 @@ from typing import TypedDict
 import structlog
 
 from migproxy import logs
-from migproxy.netns import NetworkNamespace
 from migproxy.node import Node
 from migproxy.proxy import Surroundings
 from migproxy.security import OptionsSecurity, SecurityError
@@ -32,10 +31,10 @@ class Limits(TypedDict):
     max_handshakes: int
 
 
-def limits(settings: Settings, namespace: NetworkNamespace) -> Limits:
+def limits(settings: Settings) -> Limits:
     """What the options say of how connections are made."""
     return Limits(
-        tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout, namespace),
+        tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout),
         dial_timeout=settings.dial_timeout,
         max_connections=settings.max_connections,
         max_handshakes=settings.max_handshakes,
@@ -106,7 +105,7 @@ class Reloader:
             log.error("configuration is wrong: the old one stays in force", error=str(error))
             return
         self.settings = new
-        for name, value in limits(new, self._around.tcp.namespace).items():
+        for name, value in limits(new).items():
             setattr(self._around, name, value)
         if now & {"port_range", "retention"}:
             self._node.reconfigure(port_range(new), new.retention)

@@ -132,12 +132,6 @@ class Settings(BaseModel):
         description="The migration address where the interface does not exist. Also read from MY_POD_IP.",
         json_schema_extra={"env": "MY_POD_IP"},
     )
-    netns: str = Field(
-        "self",
-        pattern=r"^(self|process:[^/]{1,15}|/.+)$",
-        description="Network namespace of the migration's connections and address: `self`, `process:NAME` (that of the "
-        "node's process of this name), or a PATH such as /run/netns/NAME.",
-    )
     beside_virt_handler: bool = Field(
         False,
         description="Run beside an unmodified virt-handler: announce where targets listen, for an admission policy to "

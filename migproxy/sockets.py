@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from migproxy.netns import NetworkNamespace
 from migproxy.portmap import IPAddress
 
 log = structlog.get_logger(__name__)
@@ -38,12 +37,10 @@ class TCPOptions:
             cubic moves about twice the bytes of bbr for a third of the CPU: bbr paces every packet by a timer.
         user_timeout: Seconds that sent data may stay unacknowledged, or the peer's window shut, before the
             connection counts as broken (TCP_USER_TIMEOUT, tcp(7)).
-        namespace: The network namespace that they are made in.
     """
 
     congestion_control: str = "cubic"
     user_timeout: float = 30.0
-    namespace: NetworkNamespace = field(default_factory=NetworkNamespace)
     _warned: bool = field(default=False, init=False)
 
     def apply(self, sock: socket.socket) -> None:
@@ -84,7 +81,7 @@ def listen_tcp(address: IPAddress, port: int, options: TCPOptions) -> socket.soc
         PortTaken: The port is in use on that address.
         OSError: Anything else, such as an address that is not this machine's (EADDRNOTAVAIL).
     """
-    sock = options.namespace.make_socket(_family(address), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.socket(_family(address), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         # Connections of an earlier listener that linger in TIME_WAIT do not keep its port.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -105,7 +102,7 @@ def new_tcp(local: IPAddress, options: TCPOptions) -> socket.socket:
     Raises:
         OSError: `local` is not this machine's address.
     """
-    sock = options.namespace.make_socket(_family(local), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.socket(_family(local), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         options.apply(sock)
         # The port is chosen at connect, where the same one can serve several destinations (ip(7)).

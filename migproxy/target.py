@@ -85,7 +85,6 @@ class Target(Proxy):
         super().__init__(plan.migration, around)
         self.plan = plan
         self.address: IPAddress | None = None
-        self._namespace = 0
         self._range = ports
         self._libvirt_socket = libvirt_socket
         self._listeners: dict[Channel, _Listener] = {}
@@ -120,7 +119,7 @@ class Target(Proxy):
         for channel in [known for known in self._listeners if known in bound or known not in plan.channels]:
             await self._listeners.pop(channel).close()
         if moving:
-            self.address, self._namespace = address, self.around.tcp.namespace.identity
+            self.address = address
         for channel, one in bound.items():
             sock, port = one.socket, one.socket.getsockname()[1]
             lease = one.inherited.lease if one.inherited else self.lease_listener(channel, sock, _identity(sock))
@@ -151,7 +150,7 @@ class Target(Proxy):
         """It has to listen at another place than it does; beside virt-handler, nothing moves that has started."""
         if self.plan.beside and self.plan.running and self._listeners:
             return False
-        return (address, self.around.tcp.namespace.identity) != (self.address, self._namespace)
+        return address != self.address
 
     def _bind_all(self, channels: list[Channel], address: IPAddress) -> dict[Channel, _Bound]:
         """Binds all of them or none, on the ports where they are or were promised if there are such."""
@@ -176,7 +175,7 @@ class Target(Proxy):
         found = None
         for left in self.inherit(channel):
             host, its_port = left.socket.getsockname()[:2]
-            is_here = ip_address(host) == address and self.around.tcp.namespace.holds(left.socket)
+            is_here = ip_address(host) == address
             if found is None and is_here and port in (None, its_port):
                 found = _Bound(left.socket, left)
             else:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
-import ctypes
 import json
 import os
 import signal
@@ -554,7 +553,7 @@ async def look(session: aiohttp.ClientSession, handler: VirtHandler, node: str, 
 
 async def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for option in ("--name", "--node", "--address", "--api", "--token", "--libvirt-socket"):
+    for option in ("--node", "--address", "--api", "--token", "--libvirt-socket"):
         parser.add_argument(option, required=True)
     for option in ("--run-dir", "--report"):
         parser.add_argument(option, required=True, type=Path)
@@ -563,7 +562,6 @@ async def _main() -> None:
     parser.add_argument("--hold", type=Path, help="while this file is there, targets' launchers prepare")
     parser.add_argument("--period", type=float, default=1.0)
     options = parser.parse_args()
-    ctypes.CDLL(None).prctl(15, options.name.encode(), 0, 0, 0)  # PR_SET_NAME: how migproxy finds it
     tls = contexts(options.tls_dir) if options.tls_dir else None
     names = (*CLIENT_NAMES, OLDER_CLIENT_NAME) if options.older_clients else CLIENT_NAMES
     handler = VirtHandler(options.address, options.run_dir, options.libvirt_socket, tls, client_names=names)

@@ -15,7 +15,6 @@ from migproxy.doctor import api, host, peer
 from migproxy.doctor.finding import Finding, Level, render
 from migproxy.doctor.peer import PeerError
 from migproxy.netif import AddressWatcher, MigrationAddress
-from migproxy.netns import NamespaceError, go_to, network_namespace
 from migproxy.portmap import IPAddress
 from migproxy.settings import Settings, option
 
@@ -107,12 +106,10 @@ def examine(request: Request, *, as_json: bool) -> int:
 
 def _findings(request: Request) -> Iterator[Finding]:
     settings = request.settings
-    if api.is_configured(settings.kubeconfig):  # the daemon reaches it from its own namespace
+    if api.is_configured(settings.kubeconfig):
         yield from api.check_api(
             settings.kubeconfig, settings.context, settings.kubevirt_namespace, beside=settings.beside_virt_handler
         )
-    if settings.netns != "self":
-        yield _enter(settings.netns)
     address = _address(settings)
     yield from host.examine(
         host.Patient(
@@ -130,16 +127,6 @@ def _findings(request: Request) -> Iterator[Finding]:
     )
     if request.peer is not None:
         yield from _check_peer(request, request.peer, address)
-
-
-def _enter(where: str) -> Finding:
-    """Goes to the namespace of the migrations: whatever is looked at from then on is looked at there."""
-    try:
-        go_to(where)
-    except NamespaceError as error:
-        problem, _, remedy = str(error).partition(": ")
-        return Finding("network namespace", Level.FAIL, problem, remedy or f"--netns {where}: name another one")
-    return Finding("network namespace", Level.OK, where)
 
 
 def _check_peer(request: Request, peer_address: str, address: MigrationAddress) -> Iterator[Finding]:
@@ -167,10 +154,6 @@ def serve(request: Request) -> int:
     Raises:
         PeerError: That cannot be done; says why.
     """
-    try:
-        go_to(request.settings.netns)
-    except NamespaceError as error:
-        raise PeerError(str(error)) from error
     address = _address(request.settings)
     if address.problem or not address.addresses:
         raise PeerError(f"no migration address to serve on: {address.problem}")
@@ -186,11 +169,4 @@ def serve(request: Request) -> int:
 
 def _address(settings: Settings) -> MigrationAddress:
     override, pod_ip = (one and ipaddress.ip_address(str(one)) for one in (settings.migration_address, settings.pod_ip))
-    watcher = AddressWatcher(
-        settings.migration_interface,
-        override,
-        pod_ip,
-        network_namespace(settings.netns),
-        as_virt_handler=settings.beside_virt_handler,
-    )
-    return asyncio.run(host.migration_address(watcher))
+    return asyncio.run(host.migration_address(AddressWatcher(settings.migration_interface, override, pod_ip)))

@@ -1,7 +1,6 @@
 """A virtual machine migrates live beside virt-handlers that know nothing of migproxy, by whichever of them serves.
 
-Each node's virt-handler (a stand-in) is in the node's network, with the migration network; the migproxies are in
-another, as pods of their own are, and reach it through virt-handler's namespace.
+Each node's virt-handler (a stand-in) is in the node's network, with the migration network, and so is its migproxy.
 """
 
 import asyncio
@@ -48,7 +47,6 @@ class StandIn:
     async def start(self, period: float = 0.2) -> None:
         """Starts it; it looks at the VMIs once in that many seconds."""
         options = {
-            "name": name_of(self._node),
             "node": self._node.name,
             "address": self._node.address,
             "api": self._lab.door.url,
@@ -81,10 +79,6 @@ class StandIn:
     def report(self) -> dict[str, Any]:
         """What it has done."""
         return dict(json.loads(self._report.read_text()))
-
-
-def name_of(node: Node) -> str:
-    return f"vh-{node.name}"
 
 
 class Failsafe:
@@ -130,9 +124,7 @@ class BesideLab(KubeLab):
 
     def _node(self, number: int) -> Node:
         node = super()._node(number)
-        node.proxy.namespaces = ()
-        beside = ("--beside-virt-handler", "--netns", f"process:{name_of(node)}", "--http-listen", "off")
-        node.proxy.arguments += beside
+        node.proxy.arguments += ("--beside-virt-handler", "--http-listen", "off")
         return node
 
     @classmethod

@@ -316,7 +316,7 @@ class Model:
 
     @staticmethod
     def _listeners(world: World, item: TargetProxy | None) -> tuple[int, PortMap] | None:
-        """Where it listens from now on: its sockets are made in the namespace that it has looked at last."""
+        """Where it listens from now on: at the address that it has looked at last."""
         if item is None:
             return None
         if item.running and world.ours:

@@ -13,7 +13,6 @@ from migproxy.daemon import warn_without_network
 from migproxy.kube.api import ApiServer
 from migproxy.kube.cluster import Cluster as KubeVirt
 from migproxy.kube.cluster import ClusterSettings, Overrides, merge, parse_kubevirt
-from migproxy.netns import NetworkNamespace
 from migproxy.settings import Settings
 from migproxy.status import render
 from tests.clock import eventually
@@ -162,7 +161,7 @@ def test_node_that_is_not_on_the_migration_network_is_told(
     options: dict[str, Any], network: str | None, told: list[str]
 ) -> None:
     with capture_logs() as logs:
-        warn_without_network(Settings(**options), ClusterSettings(network=network), NetworkNamespace())
+        warn_without_network(Settings(**options), ClusterSettings(network=network))
     assert [entry["event"] for entry in logs] == told
 
 

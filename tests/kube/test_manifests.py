@@ -330,12 +330,6 @@ def test_rules_replace_those_of_the_policy_that_is_there() -> None:
     kubernetes_validate.validate(whole, "1.37", strict=True)
 
 
-def test_pods_beside_virt_handler_are_not_on_the_migration_network() -> None:
-    (patch,) = beside("daemonset.yaml")
-    (name,) = document("DaemonSet")["spec"]["template"]["metadata"]["annotations"]
-    assert patch["spec"]["template"]["metadata"]["annotations"] == {name: None}
-
-
 def containers_beside() -> tuple[dict[str, Any], dict[str, Any]]:
     """The daemon's, as far as it is another than without virt-handler, and the failsafe's."""
     (patch,) = beside("daemonset.yaml")
@@ -348,10 +342,9 @@ def test_daemon_beside_virt_handler_has_the_flags_and_rights_it_needs_and_no_oth
     container, _ = containers_beside()
     added = set(container["args"]) - set(CONTAINER["args"])
     assert set(CONTAINER["args"]) <= set(container["args"])
-    assert added == {"--beside-virt-handler", "--netns=process:virt-handler"}
+    assert added == {"--beside-virt-handler"}
     capabilities, usual = (one["securityContext"]["capabilities"]["add"] for one in (container, CONTAINER))
-    assert set(capabilities) - set(usual) == {"SYS_ADMIN"}
-    assert set(usual) <= set(capabilities)
+    assert set(capabilities) == set(usual)
 
 
 def test_failsafe_reaches_what_the_daemon_reaches_and_has_no_other_rights() -> None:

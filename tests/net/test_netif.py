@@ -22,7 +22,6 @@ from pyroute2.netlink.rtnl.ifaddrmsg import (
 
 from migproxy import netif
 from migproxy.netif import AddressWatcher, Interface, InterfaceAddress, MigrationAddress, choose, is_global_unicast
-from migproxy.netns import NetworkNamespace
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -68,26 +67,6 @@ def interface(*addresses: str | tuple[str, int], is_up: bool = True) -> Interfac
 def test_the_first_usable_address_in_the_kernels_order(addresses: list[Any], expected: list[str]) -> None:
     chosen = choose("migration0", interface(*addresses), pod_ip=ip_address("10.9.9.9"))
     assert chosen == MigrationAddress(tuple(map(ip_address, expected)), "interface migration0", None)
-
-
-@pytest.mark.parametrize(
-    ("addresses", "expected"),
-    [
-        ([("fd00::3", IFA_F_DEPRECATED), ("fd00::2", IFA_F_SECONDARY), "fd00::1"], ["fd00::3", "fd00::2", "fd00::1"]),
-        (["169.254.0.1", ("10.1.1.2", IFA_F_SECONDARY), "10.1.1.1"], ["10.1.1.2", "10.1.1.1"]),
-        (["10.1.1.1", ("fd00::2", IFA_F_TENTATIVE)], ["10.1.1.1"]),
-    ],
-)
-def test_beside_virt_handler_it_is_the_one_that_virt_handler_takes(addresses: list[Any], expected: list[str]) -> None:
-    chosen = choose("migration0", interface(*addresses), as_virt_handler=True)
-    assert chosen == MigrationAddress(tuple(map(ip_address, expected)), "interface migration0", None)
-
-
-def test_beside_virt_handler_no_other_address_is_taken_for_one_that_cannot_be_bound() -> None:
-    chosen = choose("migration0", interface(("fd00::2", IFA_F_TENTATIVE), "fd00::1"), as_virt_handler=True)
-    assert not chosen.addresses
-    assert chosen.problem
-    assert "fd00::2 of interface migration0 is still checked" in chosen.problem
 
 
 @pytest.mark.parametrize(
@@ -307,10 +286,10 @@ async def test_lost_messages_do_no_harm(link: str) -> None:
 async def test_a_failure_of_netlink_keeps_the_last_address_and_is_tried_again(link: str) -> None:
     real, failing = netif.read_interface, False
 
-    def read_interface(name: str, namespace: NetworkNamespace) -> Interface | None:
+    def read_interface(name: str) -> Interface | None:
         if failing:
             raise OSError(12, "Cannot allocate memory")
-        return real(name, namespace)
+        return real(name)
 
     ip("address", "add", "10.1.1.1/24", "dev", link)
     with pytest.MonkeyPatch.context() as patch:
@@ -339,6 +318,6 @@ def test_the_kernel_filters_the_addresses_of_many_interfaces(link: str) -> None:
     for number in range(20):
         ip("address", "add", f"10.3.{number}.1/24", "dev", f"{link}-peer")
         ip("address", "add", f"10.4.{number}.1/24", "dev", link)
-    state = netif.read_interface(link, NetworkNamespace())
+    state = netif.read_interface(link)
     assert state
     assert [str(one.address) for one in state.addresses] == [f"10.4.{number}.1" for number in range(20)]

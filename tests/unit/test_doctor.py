@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
@@ -27,8 +27,10 @@ from migproxy import offload
 from migproxy.cli import app
 from migproxy.doctor import api, host, peer
 from migproxy.doctor.finding import Finding, Level, render
+from migproxy.lifeline import Lifeline
 from migproxy.netif import MigrationAddress
 from migproxy.pki import SERVER_NAMES
+from migproxy.settings import Settings
 from tests.relays import Speaker, relay_thread
 
 pytestmark = pytest.mark.tier("gate")
@@ -432,6 +434,20 @@ def test_the_command_exits_with_0_where_nothing_failed(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stdout
     assert " 0 failed" in done.stdout
     assert "kernel TLS" not in done.stdout
+
+
+def test_the_command_beside_virt_handler_looks_for_the_failsafe(tmp_path: Path) -> None:
+    control = str(tmp_path / "control.sock")
+
+    def level() -> str:
+        options = ["doctor", "--json", "--disable-tls", "--beside-virt-handler", "--control-socket", control]
+        findings = json.loads(CliRunner().invoke(app, options).stdout)["findings"]
+        return next(str(one["level"]) for one in findings if one["check"] == "failsafe")
+
+    assert level() == "warn"
+    assert not list(tmp_path.iterdir()), "looking changes nothing"
+    with closing(Lifeline(Settings(control_socket=control).failsafe_lock)) as failsafe, failsafe.taken():
+        assert level() == "ok"
 
 
 def test_wrong_options_exit_with_2() -> None:

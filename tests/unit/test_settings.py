@@ -42,8 +42,6 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("tls_min_version", "1.1", "'1.2' or '1.3'"),
         ("ktls", "yes", "'auto', 'on' or 'off'"),
         ("handshake_timeout", "0", "greater than 0"),
-        ("netns", "other", "pattern"),
-        ("netns", "process:", "pattern"),
     ],
 )
 def test_wrong_value_is_named_with_its_origin_and_the_reason(field: str, value: str, why: str) -> None:
