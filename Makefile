@@ -4,7 +4,7 @@
 # make bench: migproxy beside other relays and the limit, in about seven minutes (BENCH_ARGS=--quick: in one)
 # make install: as a service of systemd (DESTDIR=, PREFIX=/usr/local, PYTHON=); make uninstall: takes it away again
 # make venv, lint, unit, net, kube, e2e, observe, docs, lock: the parts
-# make policies: the tests of make kube with Kubernetes' own admission policies (docs/kubernetes.md); needs root and 4 GB
+# make policies: the tests of make kube with Kubernetes' own admission policies (CONTRIBUTING.md); needs root and 4 GB
 
 SHELL := /bin/sh
 BIN := .venv/bin

@@ -222,7 +222,7 @@ _EXAMINED = (
     "migration_interface",
     "migration_address",
     "pod_ip",
-    "beside_virt_handler",
+    "publish_status",
     "port_range",
     "launcher_run_dir",
     "pods_dir",

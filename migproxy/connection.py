@@ -17,7 +17,7 @@ from migproxy.relay.client import Lease, Left
 from migproxy.relay.protocol import Ended, Way
 from migproxy.relay.records import wipe
 from migproxy.splice import Pipe
-from migproxy.tally import Tallies, Tally
+from migproxy.tally import PREFACE, Tallies, Tally
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
 
@@ -41,12 +41,12 @@ class Connection(ABC):
     @property
     def sent(self) -> int:
         """Bytes taken from the launcher and handed to TCP."""
-        return self._to_network.moved
+        return self._to_network.carried
 
     @property
     def received(self) -> int:
         """Bytes taken from TCP and handed to the launcher."""
-        return self._to_launcher.moved
+        return self._to_launcher.carried
 
     @property
     @abstractmethod
@@ -109,6 +109,8 @@ class RelayedConnection(Connection):
             try:
                 made.extend(Pipe() for _ in range(_PIPES[transport.way]))
                 tallies = Tallies()
+                if made and transport.preface:  # the relay empties the pipes first
+                    tallies.to_network.words[PREFACE] = os.write(made[0].writer, transport.preface)
             except OSError:
                 for pipe in made:
                     pipe.close()

@@ -7,7 +7,7 @@ import ipaddress
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +75,12 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
 
         def report() -> dict[str, Any]:
             found = node.report() | ({"cluster": cluster.report()} if cluster else {})
-            if found["beside"]:
+            if found["beside"] is not None:
                 found["beside"]["failsafe"] = is_locked(settings.failsafe_lock)
             return found
 
         async with (
             control.serve(settings.control_socket, report),
-            _lives(settings.daemon_lock) if node.is_beside else nullcontext(),
             _http(settings, report, lambda: node.checks, measures, liveness),
         ):
             log.info(
@@ -173,7 +172,7 @@ async def _inputs(settings: Settings, watcher: Watcher, liveness: Liveness) -> A
             warn_without_network(settings, settings_of_kubevirt)
 
         cluster = Cluster(api, settings.kubevirt_namespace, apply)
-        announcements = Announcements(api) if settings.beside_virt_handler else None
+        announcements = Announcements(api) if settings.is_beside else None
         yield _Inputs(KubeInventory(api, settings.node_name), protection, cluster, announcements)
 
 
@@ -289,6 +288,7 @@ def _make_node(
         local_address=local_address,
         measures=measures,
         relay=relay,
+        announces=settings.is_beside,
         **limits(settings),
     )
     node = Node(
@@ -304,6 +304,7 @@ def _make_node(
         AddressWatcher(settings.migration_interface, override, pod_ip),
         watcher,
         inputs.announcements,
+        _lives(settings.daemon_lock) if settings.is_beside else None,
     )
     return around, node
 

@@ -2,28 +2,27 @@
 
 It is a process of its own, as a daemon that was killed can do nothing any more; and it acts whether another one follows
 or not, because both ways lead to a working path, and only one of them needs somebody. A daemon that does follow goes
-into the path again. What runs already, or is published, is left to that one: nobody else can serve it.
+into the path of what has not started again. What is announced needs nobody: a source that finds it dead goes by
+virt-handler.
 """
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
 from contextlib import closing
 from datetime import UTC, datetime
 
 import structlog
 import uvloop
 
-from migproxy.inventory import BYPASSED, PublishError
-from migproxy.inventory.announcements import Announcements
+from migproxy.inventory import BYPASSED
 from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer, ConfigurationError
 from migproxy.launcher import LauncherError, Launchers
 from migproxy.lifeline import HANG_SECONDS, Lifeline, LifelineError
 from migproxy.pauses import doubling
-from migproxy.plan import Role, is_forsaken, sources_not_begun
+from migproxy.plan import sources_on
 from migproxy.proxy import ProxyError
 from migproxy.settings import Settings
 from migproxy.shared import mend
@@ -90,7 +89,6 @@ class Failsafe:
         self._launchers = launchers
         self._owner = owner
         self._api = api
-        self._announcements = Announcements(api)
         self._inventory: KubeInventory
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by the VMI's UID
         self._is_told = False
@@ -154,51 +152,31 @@ class Failsafe:
             self._is_told = True
 
     async def _look_after(self, vmi: VMI) -> None:
-        await asyncio.gather(*(self._persist(step, vmi) for step in (self._give_sockets_back, self._withdraw)))
-
-    async def _persist(self, step: Callable[[VMI], Awaitable[None]], vmi: VMI) -> None:
+        """Gives back what stands in a VMI's folder, however often that must be tried."""
         pauses, last = doubling(_FIRST_RETRY, _LAST_RETRY), ""
         while True:
             try:
-                await step(vmi)
+                self._give_sockets_back(vmi)
                 return
             except Exception as error:
-                is_known = isinstance(error, (LauncherError, ProxyError, PublishError))
+                is_known = isinstance(error, (LauncherError, ProxyError))
                 about = {"namespace": vmi.namespace, "name": vmi.name, "error": str(error)}
                 if str(error) != last:
                     log.error("cannot give back, trying again", **about, exc_info=not is_known)
                 last = str(error)
             await asyncio.sleep(next(pauses))
 
-    async def _give_sockets_back(self, vmi: VMI) -> None:
+    def _give_sockets_back(self, vmi: VMI) -> None:
         with self._daemon.taken() as is_dead:
             if not is_dead:
                 return
             signal.alarm(HANG_SECONDS)  # whose default action ends this process, and with it the lock
             try:
-                sources = sources_not_begun(vmi, self._node, datetime.now(UTC))
+                sources = sources_on(vmi, self._node, datetime.now(UTC))
                 names = [name for source in sources for name in mend(self._launchers, source, self._owner)]
             finally:
                 signal.alarm(0)
         if names:
             log.warning("virt-handler's sockets are back", namespace=vmi.namespace, name=vmi.name, names=names)
-            self._note(vmi, Role.SOURCE)
-
-    async def _withdraw(self, vmi: VMI) -> None:
-        if not is_forsaken(vmi, self._node):
-            return
-        is_void = False
-
-        def decide(now: VMI) -> bool:
-            nonlocal is_void
-            is_void = not self._daemon.is_held and is_forsaken(now, self._node)
-            return is_void
-
-        now = await self._announcements.withdraw(vmi, decide)
-        if is_void and now is not None:
-            log.warning("nothing is announced any more", namespace=vmi.namespace, name=vmi.name)
-            self._note(vmi, Role.TARGET)
-
-    def _note(self, vmi: VMI, role: Role) -> None:
-        message = f"migration {role} on {self._node}: left to virt-handler, as migproxy's daemon does not run"
-        self._inventory.note(vmi, BYPASSED, message, warning=True)
+            message = f"migration source on {self._node}: left to virt-handler, as migproxy's daemon does not run"
+            self._inventory.note(vmi, BYPASSED, message, warning=True)

@@ -34,6 +34,7 @@ _REFUSALS: Final = {
     Reason.INTERMEDIATE: Alert.UNKNOWN_CA,
     Reason.WRONG_USAGE: Alert.UNSUPPORTED_CERTIFICATE,
     Reason.WRONG_NAME: Alert.ACCESS_DENIED,
+    Reason.OTHER_MIGRATION: Alert.UNRECOGNIZED_NAME,
 }
 """Of the peer's certificate; the others are BAD_CERTIFICATE."""
 
@@ -89,6 +90,8 @@ class Handshake:
             TLSError where the peer is refused.
         follows: This end can follow when the peer changes keys. Two ends of ours tell each other, by ALPN (RFC 7301):
             the client by the order of what it offers, the server by what it takes of that. Any other peer can.
+        name: The server name that a client sends (RFC 6066, 3); None for none.
+        admits: Looks at the name that a client has sent, None where it has not; raises TLSError to refuse it.
 
     Attributes:
         wanted: How many bytes `take` is to be given next.
@@ -96,11 +99,18 @@ class Handshake:
     """
 
     def __init__(
-        self, context: SSL.Context, *, server: bool, check: Callable[[bytes], str], follows: bool = True
+        self,
+        context: SSL.Context,
+        *,
+        server: bool,
+        check: Callable[[bytes], str],
+        follows: bool = True,
+        name: str | None = None,
+        admits: Callable[[str | None], None] | None = None,
     ) -> None:
         self.wanted = HEADER
         self.result: Secured | None = None
-        self._server, self._check = server, check
+        self._server, self._check, self._admits = server, check, admits
         self._record = bytearray()
         self._secrets: dict[str, bytearray] = {}
         self._who = ""
@@ -112,6 +122,8 @@ class Handshake:
             self._tls.set_accept_state()
         else:
             self._tls.set_connect_state()
+            if name:
+                self._tls.set_tlsext_host_name(name.encode())
             self._tls.set_alpn_protos([_RENEWS, _KEEPS] if follows else [_KEEPS, _RENEWS])
 
     def begin(self) -> bytes:
@@ -172,7 +184,11 @@ class Handshake:
         try:
             certificate = self._tls.get_peer_certificate(as_cryptography=True)
             if certificate:
-                self._who = self._check(certificate.public_bytes(Encoding.DER))
+                who = self._check(certificate.public_bytes(Encoding.DER))
+                if self._admits:
+                    sent = self._tls.get_servername()
+                    self._admits(sent.decode(errors="replace") if sent else None)
+                self._who = who
         except TLSError as error:
             raise self._refusal(error) from error
         except ValueError as error:  # which OpenSSL takes

@@ -240,25 +240,33 @@ class RunDir:
         Raises:
             LauncherError: Nothing is there, or it is no socket.
         """
-        path = f"{self.path}/{relative}"
-        node = self.open_node(relative)
-
-        def connect(sock: socket.socket) -> None:
-            try:
-                sock.connect(f"/proc/self/fd/{node}")
-            except OSError as error:
-                raise LauncherError(
-                    f"{path}: {error.strerror or error}: the launcher does not take it (yet)"
-                ) from error
-
-        try:
-            mode = os.stat(node).st_mode
-            if not stat.S_ISSOCK(mode):
-                kind = "a symbolic link: refused, never followed" if stat.S_ISLNK(mode) else "not a socket"
-                raise Untrusted(f"{path} is {kind}")
+        with connecting(self.open_node(relative), f"{self.path}/{relative}") as connect:
             yield connect
-        finally:
-            os.close(node)
+
+
+@contextmanager
+def connecting(node: int, path: str) -> Iterator[Callable[[socket.socket], None]]:
+    """See `RunDir.find`.
+
+    Args:
+        node: What stands there, opened with O_PATH and no link followed; owned from now on.
+        path: For messages only.
+    """
+
+    def connect(sock: socket.socket) -> None:
+        try:
+            sock.connect(f"/proc/self/fd/{node}")
+        except OSError as error:
+            raise LauncherError(f"{path}: {error.strerror or error}: nobody takes the connection (yet)") from error
+
+    try:
+        mode = os.stat(node).st_mode
+        if not stat.S_ISSOCK(mode):
+            kind = "a symbolic link: refused, never followed" if stat.S_ISLNK(mode) else "not a socket"
+            raise Untrusted(f"{path} is {kind}")
+        yield connect
+    finally:
+        os.close(node)
 
 
 def new_unix() -> socket.socket:

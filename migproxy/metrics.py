@@ -178,7 +178,7 @@ def _health(report: Report) -> Iterator[Metric]:
         "Relays that this daemon went on with after the one before had ended.",
         relay["replaced"],
     )
-    if beside := report["beside"]:
+    if (beside := report["beside"]) is not None:
         yield GaugeMetricFamily(
             "migproxy_failsafe_running",
             "1 while a failsafe would give back to virt-handler what this daemon has in its way, should it die; beside "
@@ -221,7 +221,14 @@ def _migrations(migrations: list[Report]) -> Iterator[Metric]:
         "Beside virt-handler: whose proxy a migration goes by, migproxy or virt-handler, and why not by migproxy.",
         labels=[*_MIGRATION, "path", "reason"],
     )
+    paths = CounterMetricFamily(
+        "migproxy_migration_path_connections",
+        "Beside virt-handler: connections by whose proxy they went, and why not by migproxy.",
+        labels=[*_MIGRATION, "path", "reason"],
+    )
     for migration in migrations:
+        for one in migration.get("paths", ()):
+            paths.add_metric([*_labels(migration), one["path"], one["reason"]], one["connections"])
         if migration.get("path"):
             path.add_metric([*_labels(migration), migration["path"], migration["path_reason"]], 1)
         info.add_metric([*_labels(migration), migration["vmi_uid"], migration.get("peer") or ""], 1)
@@ -229,6 +236,7 @@ def _migrations(migrations: list[Report]) -> Iterator[Metric]:
     yield info
     yield running
     yield path
+    yield paths
 
 
 def _channels(migrations: list[Report]) -> Iterator[Metric]:

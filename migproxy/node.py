@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,22 +14,21 @@ from weakref import WeakValueDictionary
 import structlog
 
 from migproxy import rows, survival
-from migproxy.announcement import Announcement
 from migproxy.health import Activity, WatchReporter
-from migproxy.inventory import BYPASSED, FAILED, Inventory, Overtaken, PublishError
+from migproxy.inventory import BYPASSED, FAILED, Inventory, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.pauses import doubling
-from migproxy.plan import Beside, Bypassed, Held, Migration, Plan, Reason, Role, SourceProxy, TargetProxy, make_plan
+from migproxy.plan import Bypassed, Held, Migration, Plan, Readiness, Reason, Role, SourceProxy, TargetProxy, make_plan
 from migproxy.portmap import IPAddress
 from migproxy.proxy import Proxy, ProxyError, Surroundings
 from migproxy.relay.client import Contents
 from migproxy.retention import Ended, Retention
-from migproxy.shared import SharedFolder, mend
+from migproxy.shared import SharedFolder
 from migproxy.source import SocketFolder, Source
 from migproxy.survival import fingerprint
 from migproxy.takeover import AdoptedProxy, take_over
-from migproxy.target import PortRange, Target, left_listening
+from migproxy.target import PortRange, Target
 from migproxy.traffic import Progress
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
@@ -41,6 +40,7 @@ log = structlog.get_logger(__name__)
 
 _FIRST_RETRY, _LAST_RETRY = 0.05, 2.0  # seconds
 _START_SECONDS = 10.0  # what a daemon needs to know is known in less, or will not be for a while
+_WITHDRAW_SECONDS = 5.0  # that a daemon which ends tries to take back what it has announced
 _NOTED_AFTER = 3.0  # seconds of failing: a launcher may take that long to come up in good health
 
 Key = tuple[Migration, Role]
@@ -69,13 +69,17 @@ class NodeOptions:
 class Node:
     """Owns a worker, and so a proxy, for each migration and role that the plan has for this node.
 
+    Args:
+        announcements: Where its targets are announced; None where they are published.
+        life: Entered before anything is done, and left behind all.
+
     Attributes:
         address: This node's migration address as it is now, None until it is known.
         synchronised: Whether the inventory has told its whole state.
         draining: Whether no new migration is taken any more.
         knows_its_work: Set once there is a plan: the inventory and the migration address are known.
         held: The migrations of this node that the plan has no proxy for now; what runs for them goes on.
-        bypassed: Those that virt-handler's own proxy serves, and the first reason for that.
+        bypassed: Those that virt-handler's own proxy serves alone, and why.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Node:
         addresses: AddressWatcher,
         watcher: Watcher,
         announcements: Announcements | None = None,
+        life: AbstractAsyncContextManager[None] | None = None,
     ) -> None:
         self.options = options
         self.address: MigrationAddress | None = None
@@ -101,7 +106,8 @@ class Node:
         self.held: dict[Key, Held] = {}
         self.bypassed: dict[Key, Bypassed] = {}
         self._announcements = announcements
-        self._known_beside: Beside | None = None
+        self._life, self._living = life, AsyncExitStack()
+        self._known_beside: Readiness | None = None
         self._clock = asyncio.get_running_loop().time
         self._starts_until: float | None = self._clock() + _START_SECONDS if announcements else None
         # By the VMI's UID: what may stand on it by this daemon's doing, whatever the watch has told by now.
@@ -124,8 +130,6 @@ class Node:
                 tasks.create_task(self._follow_inventory())
                 tasks.create_task(self._sample())
                 tasks.create_task(self._await_start())
-                if self._announcements:
-                    tasks.create_task(self._announcements.run(self._replan))
         except ExceptionGroup as several:
             raise several.exceptions[0] from several
         finally:
@@ -136,6 +140,7 @@ class Node:
             await self._close(list(self._workers))
             await self._end_adopted(list(self._adopted.values()))
             await asyncio.gather(*self._endings)
+            await self._living.aclose()
 
     def take_over(self, contents: Contents) -> None:
         """Takes what an earlier daemon left; each migration goes to its proxy as soon as the plan has one.
@@ -173,6 +178,11 @@ class Node:
             worker.want(None)
         await asyncio.gather(*(worker.task for worker in workers))
 
+    async def _begin(self) -> None:
+        """Takes over from whoever acts for a dead daemon: not before it is known what is to be done."""
+        if self._life:
+            await self._living.enter_async_context(self._life)
+
     async def _follow_addresses(self) -> None:
         async for state in self._addresses.states():
             self.address = state
@@ -193,6 +203,7 @@ class Node:
                 else:
                     self._vmis[uid] = vmi
             if not self.synchronised:
+                await self._begin()
                 self.synchronised = True
                 log.info("synchronised", vmis=len(self._vmis))
             self._replan()
@@ -220,26 +231,22 @@ class Node:
         self._known_beside = self._beside()
         plan = self._plan(self._vmis.values(), now)
         self._note_held({(held.migration, held.role): held for held in plan.held})
-        bypassed = {(one.migration, one.role): one for one in plan.bypassed}
-        # A source's connections go on, although new ones could not be made.
-        kept = {k for k in bypassed.keys() & self._workers.keys() if k[1] is Role.SOURCE and self._workers[k].is_active}
-        self._note_bypassed({key: item for key, item in bypassed.items() if key not in kept})
+        self._note_bypassed(plan)
         self._withdraw_void(plan)
         items: tuple[Planned, ...] = (*plan.sources, *plan.targets)
         planned = {(item.migration, item.role): item for item in items}
-        # A daemon that has just started is not ready yet: what the one before left waits for that.
-        unready = [key for key, item in bypassed.items() if item.reason is Reason.UNREADY]
-        served = {(fingerprint(migration), role) for migration, role in (*planned, *self.held, *unready)}
+        bypassed = {(one.migration, one.role) for one in plan.bypassed}
+        served = {(fingerprint(migration), role) for migration, role in (*planned, *self.held, *bypassed)}
         ended = [key for key, one in self._adopted.items() if key not in served and self._is_over(one)]
         if over := [self._adopted.pop(key) for key in ended]:
             ending = asyncio.create_task(self._end_adopted(over))
             self._endings.add(ending)
             ending.add_done_callback(self._endings.discard)
         # Those that end come first: two migrations of one VMI have the same socket names.
+        # What runs goes on, whoever has taken its announcement away, and whatever new connections would meet.
+        kept = {key for key in bypassed & self._workers.keys() if self._workers[key].is_active}
         for key in self._workers.keys() - planned.keys() - self.held.keys() - kept:
-            # Nobody may be sent to a listener that has closed: the announcement goes first.
-            if key[1] is Role.SOURCE or key[0].vmi_uid not in self._void:
-                self._workers[key].want(None)
+            self._workers[key].want(None)
         for key, item in planned.items():
             worker = self._workers.get(key)
             if worker is None or worker.wanted is None:
@@ -260,7 +267,6 @@ class Node:
     def _note_held(self, held: Mapping[Key, Held]) -> None:
         for (migration, role), item in held.items():
             if self.held.get((migration, role)) != item:
-                self._mend((migration, role))
                 about = {"migration": str(migration), "role": str(role), "reason": item.reason}
                 if item.error:
                     log.error("migration cannot be served", **about)
@@ -274,56 +280,44 @@ class Node:
         """Whether this daemon runs beside virt-handler."""
         return self._announcements is not None
 
-    def _beside(self) -> Beside | None:
-        """What is known of virt-handler, where this daemon runs beside one."""
+    def _beside(self) -> Readiness | None:
+        """Whether this daemon can serve, where it runs beside virt-handler."""
         if self._announcements is None:
             return None
         state = self.address
         address = state.addresses[0] if state and state.addresses and not state.problem else None
-        unready = rows.certificate_problem(self._around.security.report())
+        unready = rows.certificate_problem(self._around.security.report()) or self._around.relay.lasting_problem
         if self._starts_until and ((address and not unready) or self._clock() > self._starts_until):
             self._starts_until = None
-        can_dial, starting = bool(state and state.addresses), bool(self._starts_until) and not self.draining
-        return Beside(address, self._announcements.unsupported, unready, self._serving(), can_dial, starting)
+        return Readiness(address, unready, starting=bool(self._starts_until) and not self.draining)
 
-    def _serving(self) -> dict[Migration, Announcement]:
-        """Where targets listen, and where those of the daemon before do that have no plan yet."""
-        left = (one for one in self._adopted.values() if one.role is Role.TARGET)
-        found = {one.migration: left_listening(one.migration, one.inherited) for one in left}
-        proxies = (worker.proxy for worker in self._workers.values())
-        found |= {one.migration: one.announcement for one in proxies if isinstance(one, Target)}
-        return {migration: announcement for migration, announcement in found.items() if announcement}
-
-    def _note_bypassed(self, bypassed: Mapping[Key, Bypassed]) -> None:
+    def _note_bypassed(self, plan: Plan) -> None:
+        """Tells of what virt-handler alone serves: a target that is not announced, a source that stays out."""
+        bypassed = {(one.migration, one.role): one for one in plan.bypassed}
+        for source in plan.sources:
+            key = source.migration, source.role
+            out = source.beside.out_reason if source.beside else None
+            if (
+                source.beside
+                and source.beside.stays_out
+                and out not in (None, Reason.STARTING)
+                and not self._is_served(key)
+            ):
+                bypassed[key] = Bypassed(*key, out, source.beside.stays_out)
         for key, item in bypassed.items():
             if key not in self.bypassed:
-                self._mend(key)
-                worker = self._workers.get(key)
-                if item.reason is Reason.LATE and worker and worker.problem:
-                    reason = Reason.LATE if worker.was_overtaken else Reason.FAILED
-                    item = replace(item, reason=reason, why=f"{item.why}: {worker.problem}")
-                self.bypassed[key] = item
                 log.warning("migration goes by virt-handler", migration=str(key[0]), reason=item.reason, why=item.why)
                 if vmi := self._vmis.get(item.migration.vmi_uid):
                     self._inventory.note(vmi, BYPASSED, f"migration {item.role} on {self.options.name}: {item.why}")
-        for key in self.bypassed.keys() - bypassed.keys():
-            ended = rows.bypass(self.bypassed.pop(key)) | {"state": "ended"}
+        for key in self.bypassed.keys() - bypassed.keys() - {(one.migration, one.role) for one in plan.sources}:
+            ended = rows.bypass(self.bypassed[key]) | {"state": "ended"}
             self._ended.add(key, Ended(ended, Progress()))
+        self.bypassed = bypassed
 
-    def _mend(self, key: Key) -> None:
-        """Looks after a source that virt-handler serves, once: a daemon that was killed may have left its sockets."""
-        migration, role = key
-        vmi = self._vmis.get(migration.vmi_uid)
-        is_served = key in self._workers or (fingerprint(migration), role) in self._adopted
-        if role is Role.TARGET or not self.is_beside or is_served or vmi is None:
-            return
-        for item in make_plan([vmi], self.options.name, (), datetime.now(UTC)).sources:
-            try:
-                mend(self._around.launchers, item, self.options.socket_owner)
-            except (LauncherError, ProxyError) as error:
-                log.info(
-                    "cannot look for sockets of a daemon before this one", migration=str(migration), error=str(error)
-                )
+    def _is_served(self, key: Key) -> bool:
+        worker = self._workers.get(key)
+        is_in_path = worker is not None and isinstance(worker.proxy, Source) and worker.proxy.is_in_path
+        return is_in_path or (fingerprint(key[0]), key[1]) in self._adopted
 
     def _withdraw_void(self, plan: Plan) -> None:
         """Has every announcement removed that is of no use any more."""
@@ -379,11 +373,13 @@ class Node:
         for worker in self._workers.values():
             if isinstance(worker.proxy, Source) and not worker.is_active:
                 worker.proxy.give_back()
-        # Nobody may be sent to listeners that are about to close: what is announced goes before they do. What
-        # virt-handler has published meanwhile is served to its end.
+        # What is announced goes before its listeners do, if the API server takes it: a source that finds nobody there
+        # goes by virt-handler.
         self._replan()
-        while self._withdrawing:
-            await asyncio.wait(self._withdrawing.values())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_WITHDRAW_SECONDS):
+                while self._withdrawing:
+                    await asyncio.wait(self._withdrawing.values())
         await asyncio.sleep(_FIRST_RETRY)
 
     def _replan_at_next_start(self, now: datetime) -> None:
@@ -400,7 +396,7 @@ class Node:
         """Makes the proxy for a planned item; the caller closes it."""
         proxy: Source | Target
         if isinstance(item, SourceProxy):
-            folders = SharedFolder if self.is_beside else SocketFolder
+            folders = SharedFolder if item.beside else SocketFolder
             proxy = Source(item, self._around, self._watcher, self.options.socket_owner, folders)
         else:
             proxy = Target(item, self._around, self.options.ports, self.options.libvirt_socket)
@@ -538,7 +534,8 @@ class Node:
             # A proxy that is being made anew goes on with the counters that the one before left.
             reports[key] = {**reports.pop(key, {}), **worker.report()}
         for key, item in self.bypassed.items():
-            reports[key] = {**reports.pop(key, {}), **rows.bypass(item)}
+            if key not in self._workers or not self._workers[key].is_active:
+                reports[key] = {**reports.pop(key, {}), **rows.bypass(item)}
         left = [rows.adopted(one) for one in self._adopted.values()]
         return left + list(reversed(reports.values()))
 
@@ -563,7 +560,7 @@ class Node:
             "queue_depth": self.queue_depth,
             "watch": asdict(inventory.health) if isinstance(inventory, WatchReporter) else None,
             "tls": self._around.security.report(),
-            "beside": {"unsupported": self._announcements.unsupported} if self._announcements else None,
+            "beside": {} if self.is_beside else None,
             "migrations": held + self._report_ended_and_running(),
         }
 
@@ -575,14 +572,12 @@ class _Worker:
         wanted: The latest plan, None to end; however many came since, only the last one counts.
         proxy: What runs, None before the first attempt.
         problem: What keeps the proxy from being as wanted.
-        was_overtaken: Whether that is only that the VMI had changed.
     """
 
     def __init__(self, node: Node, key: Key, after: _Worker | None) -> None:
         self.wanted: Planned | None = None
         self.proxy: Source | Target | None = None
         self.problem: str | None = None
-        self.was_overtaken = False
         self._failing_since: float | None = None
         self._noted: str | None = None
         self._node = node
@@ -601,8 +596,6 @@ class _Worker:
         """Whether closing it would break a migration that has begun."""
         if self.wanted is None or self.proxy is None:
             return False
-        if isinstance(self.wanted, TargetProxy) and self.wanted.beside and not self.wanted.announce:
-            return True  # virt-handler has published it, and nobody takes that back
         return self.wanted.running or self.proxy.open_connections > 0
 
     def look_again(self) -> None:
@@ -644,7 +637,6 @@ class _Worker:
         try:
             await self._reconcile(item)
         except (LauncherError, ProxyError, PublishError) as error:
-            self.was_overtaken = isinstance(error, Overtaken)
             self._fail(str(error))
         except Exception as error:  # noqa: BLE001 - a defect of ours must not end another migration
             self._fail(f"unexpected {type(error).__name__}: {error}", unexpected=True)
@@ -683,11 +675,12 @@ class _Worker:
             return
         assert isinstance(self.proxy, Target)
         address = self._node.address
-        if item.beside and item.running and self.proxy.ports == item.published:
-            return  # where it listens it serves what is published, whatever becomes of virt-handler
-        if address is None or address.problem or not address.addresses:
-            raise ProxyError(f"no migration address to listen on: {address and address.problem}")
-        await self.proxy.apply(item, address.addresses[0])
+        where = item.published_address if item.beside else None
+        if where is None:
+            if address is None or address.problem or not address.addresses:
+                raise ProxyError(f"no migration address to listen on: {address and address.problem}")
+            where = address.addresses[0]
+        await self.proxy.apply(item, where)
         if not item.beside:
             await self._node.publish(self.proxy)
         elif self.wanted is item:
@@ -704,8 +697,7 @@ class _Worker:
         if proxy is not None:
             report |= rows.traffic(proxy)
         if proxy is not None and self._node.is_beside:
-            if isinstance(proxy, Source) and problem and not proxy.is_in_path:
-                report |= {"path": "virt-handler", "path_reason": str(Reason.FAILED), "path_why": problem}
-            else:
-                report |= {"path": "migproxy" if proxy.is_in_path else None, "path_reason": ""}
+            path = proxy.path if isinstance(proxy, Source) else ("migproxy", None, None)
+            if path:
+                report |= dict(zip(("path", "path_reason", "path_why"), (path[0], path[1] or "", path[2]), strict=True))
         return report

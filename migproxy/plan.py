@@ -1,11 +1,11 @@
 """What should run on a node: a pure function of the VMIs, the node's name and its migration addresses."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 
-from migproxy.announcement import Announcement, parse_announcement
+from migproxy.announcement import Announcement, AnnouncementError, parse_announcement, server_name
 from migproxy.portmap import (
     AddressError,
     Channel,
@@ -57,24 +57,65 @@ class Launcher:
     pods: tuple[str, ...]
 
 
+class Reason(StrEnum):
+    """Why a connection, or one side of a migration, goes by virt-handler's proxy: in status, metrics and the log."""
+
+    UNANNOUNCED = "unannounced"
+    VERSION = "version"
+    MALFORMED = "malformed"
+    CHANNEL = "channel"
+    STARTED = "started"
+    STARTING = "starting"
+    UNREADY = "unready"
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What concerns a source that stands beside virt-handler's.
+
+    Args:
+        why: for people: why its connections go by virt-handler's socket although they reach ours; None where the target
+            has announced where to.
+        reason: of `why`.
+        stays_out: why its sockets are not put over virt-handler's where they are not there already; None: they are.
+        out_reason: of `stays_out`.
+    """
+
+    why: str | None = None
+    reason: Reason | None = None
+    stays_out: str | None = None
+    out_reason: Reason | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SourceProxy:
     """Unix listeners at the source launcher, one per channel, each leading to the target's port.
 
     Args:
         key: in the sockets' names; safe in a path.
-        address, ports: what the target published.
+        channels: those to listen for.
+        address, ports: what the target published; beside virt-handler, what its migproxy announced, None and empty
+            where it has not.
         running: the migration has started.
         warnings: what will not work, although the proxy can run.
+        name: the TLS server name that tells the target which migration is meant; None where it knows it by another.
+        beside: None where the status alone tells where the target is.
     """
 
     migration: Migration
     launcher: Launcher
     key: str
-    address: IPAddress
+    channels: tuple[Channel, ...]
+    address: IPAddress | None
     ports: PortMap
     running: bool
     warnings: tuple[str, ...]
+    name: str | None = None
+    beside: Beside | None = None
 
     @property
     def role(self) -> Role:
@@ -93,10 +134,11 @@ class TargetProxy:
             one is.
         running: the migration has started: nothing may be published any more, and channels are exactly
             those of published.
-        publish_target_state: status.migrationState.targetState exists and wants the same values.
         warnings: what will not work, although the proxy can run.
-        beside: virt-handler publishes, not this daemon; it listens before the launcher is there, to be in time.
-        announce: virt-handler has not published yet: where this one listens is to be announced.
+        name: the TLS server name that a source sends; None where that is another's.
+        beside: virt-handler publishes, and this daemon announces; it listens before the launcher is there, to be in
+            time.
+        announce: the migration has not started yet: where this one listens is to be announced.
     """
 
     migration: Migration
@@ -106,8 +148,8 @@ class TargetProxy:
     published_address: IPAddress | None
     published: PortMap | None
     running: bool
-    publish_target_state: bool
     warnings: tuple[str, ...]
+    name: str | None = None
     beside: bool = False
     announce: bool = False
 
@@ -131,22 +173,9 @@ class Held:
     error: bool
 
 
-class Reason(StrEnum):
-    """Why a migration does not go through migproxy, beside virt-handler; a label of a metric."""
-
-    LATE = "late"
-    FAILED = "failed"
-    POLICY = "policy"
-    ADDRESS = "address"
-    CHANNELS = "channels"
-    UNSUPPORTED = "unsupported"
-    UNREADY = "unready"
-    STARTED = "started"
-
-
 @dataclass(frozen=True, slots=True)
 class Bypassed:
-    """A migration that virt-handler's own proxy serves on this node: nothing of ours is in its path.
+    """A target that virt-handler's own proxy serves alone: nothing is announced for it.
 
     Args:
         why: for people.
@@ -159,26 +188,23 @@ class Bypassed:
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
-    """What is known of the virt-handler that this daemon runs beside.
+class Readiness:
+    """Whether this daemon can serve beside virt-handler.
 
     Args:
-        address: that it will publish, as its network namespace has it now; None while that is not known.
-        unsupported: why the cluster cannot put what is announced into what virt-handler publishes; None if it can.
-        unready: why this daemon's connections would fail where virt-handler's would not; None if nothing says so.
-        serving: where this daemon listens, by migration: what is published of it stays served, whatever becomes of the
-            announcement.
-        can_dial: connections can be made from here, from an address known before where there is none now.
-        starting: this daemon has just been started: what is not known yet will be in a moment, and what the one before
-            it has announced stays.
+        address: where it listens; None while that is not known.
+        unready: why its connections would fail where virt-handler's would not; None if nothing says so.
+        starting: it has just been started: what is not known yet will be in a moment.
     """
 
     address: IPAddress | None = None
-    unsupported: str | None = None
     unready: str | None = None
-    serving: Mapping[Migration, Announcement] = field(default_factory=dict)
-    can_dial: bool = False
     starting: bool = False
+
+    @property
+    def why_not(self) -> str | None:
+        """Why virt-handler's proxy is to serve what has not begun; None where nothing is against ours."""
+        return self.unready or (None if self.address else "this node's migration address is not known")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +227,7 @@ def make_plan(
     node: str,
     own_addresses: Collection[IPAddress],
     now: datetime,
-    beside: Beside | None = None,
+    beside: Readiness | None = None,
 ) -> Plan:
     """Decide which proxies should run on a node. The order of the VMIs does not matter.
 
@@ -210,7 +236,7 @@ def make_plan(
         node: this node's name.
         own_addresses: every migration address that this node has had since the daemon started; may be empty.
         now: aware; a migration has started when its startTimestamp is not after it.
-        beside: where virt-handler publishes, and this daemon only announces; None where this daemon publishes.
+        beside: where virt-handler publishes, and this daemon announces; None where this daemon publishes.
     """
     planner = _Planner(node, own_addresses, now, beside)
     known = list(vmis)
@@ -231,22 +257,9 @@ def make_plan(
     )
 
 
-def sources_not_begun(vmi: VMI, node: str, now: datetime) -> list[SourceProxy]:
-    """The sources on a node whose migration has not started: what stands in the path may still be changed."""
-    return [one for one in make_plan([vmi], node, (), now).sources if not one.running]
-
-
-def is_forsaken(vmi: VMI, node: str) -> bool:
-    """Whether what is announced on a VMI is to go as a node's daemon is dead, whose duty it would have been.
-
-    What is published already stays to the migration's end: the next daemon is to serve it.
-    """
-    if vmi.announced is None:
-        return False
-    announced = _announced(vmi)
-    if vmi.is_done() or announced is None or vmi.migration is None:
-        return vmi.node_name == node or vmi.is_target_on(node)
-    return vmi.is_target_on(node) and not _is_published(vmi.migration, announced)
+def sources_on(vmi: VMI, node: str, now: datetime) -> tuple[SourceProxy, ...]:
+    """The sources of a VMI on a node, beside virt-handler: where sockets of ours may stand."""
+    return make_plan([vmi], node, (), now, Readiness()).sources
 
 
 def _by_migration(decision: SourceProxy | TargetProxy | Held | Bypassed) -> tuple[Migration, Role]:
@@ -268,7 +281,7 @@ class _Planner:
     node: str
     own_addresses: Collection[IPAddress]
     now: datetime
-    beside: Beside | None
+    beside: Readiness | None
 
     def decide(self, vmi: VMI) -> Iterator[SourceProxy | TargetProxy | Held | Bypassed]:
         if vmi.has_ended() or vmi.is_done():
@@ -287,7 +300,8 @@ class _Planner:
             return False
         if vmi.is_target_on(self.node) and not vmi.is_done():
             return True  # there is no proxy for it, or it would not have been asked
-        return vmi.node_name == self.node and (vmi.is_done() or _announced(vmi) is None)
+        # Another version's may be about this migration.
+        return vmi.node_name == self.node and (vmi.is_done() or _where_announced(vmi)[2] is Reason.UNANNOUNCED)
 
     def _proxy_or_held(self, vmi: VMI, role: Role) -> SourceProxy | TargetProxy | Held | Bypassed:
         try:
@@ -295,24 +309,52 @@ class _Planner:
                 raise _Hold("waiting for status.migrationState", error=False)
             if role is Role.SOURCE:
                 return self._source(vmi, vmi.migration)
-            return self._announced_target(vmi, vmi.migration) if self.beside else self._target(vmi, vmi.migration)
+            if self.beside:
+                return self._announced_target(vmi, vmi.migration, self.beside)
+            return self._target(vmi, vmi.migration)
         except _Hold as hold:
             return Held(_identity(vmi), role, str(hold), hold.error)
 
-    def _source(self, vmi: VMI, migration: MigrationState) -> SourceProxy | Bypassed:
+    def _source(self, vmi: VMI, migration: MigrationState) -> SourceProxy:
         launcher, key = self._launcher(vmi), _checked(vmi.source_key(), "the VMI's UID")
+        if self.beside:
+            return self._source_beside(vmi, migration, self.beside, launcher, key)
         address, ports, unknown = _published_to_source(vmi, migration)
-        beside = None if migration.start else self.beside
-        if beside and (why := self._unready(beside, beside.can_dial or beside.address is not None)):
-            return Bypassed(_identity(vmi), Role.SOURCE, Reason.UNREADY, why)
         return SourceProxy(
             migration=_identity(vmi),
             launcher=launcher,
             key=key,
+            channels=tuple(ports),
             address=address,
             ports=ports,
             running=vmi.is_running(self.now),
             warnings=(*_missing_channels(vmi, ports), *unknown),
+            name=_server_name(vmi),
+        )
+
+    def _source_beside(
+        self, vmi: VMI, migration: MigrationState, beside: Readiness, launcher: Launcher, key: str
+    ) -> SourceProxy:
+        """A source whose sockets stand over virt-handler's: those are made, in their time, for any channel."""
+        running = migration.start is not None
+        announced, why, reason = _where_announced(vmi)
+        stays_out = out_reason = None
+        if running:
+            stays_out, out_reason = "the migration had started when this node saw it", Reason.STARTED
+        elif beside.why_not:
+            # One that has just started leaves what stands there: it serves that by virt-handler until it is ready.
+            stays_out, out_reason = beside.why_not, Reason.STARTING if beside.starting else Reason.UNREADY
+        return SourceProxy(
+            migration=_identity(vmi),
+            launcher=launcher,
+            key=key,
+            channels=tuple(Channel),
+            address=announced.address if announced else None,
+            ports=announced.ports if announced else PortMap.of({}),
+            running=running,
+            warnings=(),
+            name=_server_name(vmi),
+            beside=Beside(why, reason, stays_out, out_reason),
         )
 
     def _target(self, vmi: VMI, migration: MigrationState) -> TargetProxy:
@@ -333,51 +375,43 @@ class _Planner:
             published_address=address,
             published=published,
             running=running,
-            publish_target_state=migration.target_state is not None,
             warnings=_missing_channels(vmi, channels),
+            name=_server_name(vmi),
         )
 
-    def _announced_target(self, vmi: VMI, migration: MigrationState) -> TargetProxy | Bypassed:
-        """A target beside virt-handler: announced before that publishes, kept if it published what was announced."""
-        assert self.beside
+    def _announced_target(self, vmi: VMI, migration: MigrationState, beside: Readiness) -> TargetProxy | Bypassed:
+        """A target beside virt-handler: announced before the start, and kept to the end."""
         if not migration.migration_uid:
             raise _Hold("waiting for the migration's UID", error=False)
-        # Whatever this node's clock says: from the start on, the admission policy leaves what is published alone.
-        running, announced = migration.start is not None, _announced(vmi)
-        address, published, is_settled = self.beside.address, None, False
-        if _is_settled(migration, running, address):
-            ours = (announced, self.beside.serving.get(_identity(vmi)))
-            kept = next((one for one in ours if one and _is_published(migration, one)), None)
-            if kept is None:
-                return Bypassed(_identity(vmi), Role.TARGET, *_why_bypassed(migration, announced))
-            address, published, is_settled = kept.address, kept.ports, True
-        elif self.beside.unsupported:
-            return Bypassed(_identity(vmi), Role.TARGET, Reason.UNSUPPORTED, self.beside.unsupported)
-        elif why := self._unready(self.beside, address is not None):
-            return Bypassed(_identity(vmi), Role.TARGET, Reason.UNREADY, why)
-        elif announced and announced.address == address:
-            published = announced.ports  # by a daemon before this one, whose word is kept
+        if _server_name(vmi) is None:
+            why = "the source is in another cluster, which does not see what is announced here"
+            return Bypassed(_identity(vmi), Role.TARGET, Reason.UNANNOUNCED, why)
+        # Whatever this node's clock says: from the start on, the admission policy lets nobody announce.
+        started, announced = migration.start is not None, _announced(vmi)
+        address = beside.address
+        if started and announced is None:
+            why = "the migration had started before this node could announce where it listens"
+            return Bypassed(_identity(vmi), Role.TARGET, Reason.STARTED, why)
+        if started and announced:
+            address = announced.address
+        elif beside.why_not and beside.starting:
+            raise _Hold(f"just started: {beside.why_not}", error=False)
+        elif beside.why_not:
+            return Bypassed(_identity(vmi), Role.TARGET, Reason.UNREADY, beside.why_not)
+        keeps = announced if announced and announced.address == address else None
         return TargetProxy(
             migration=_identity(vmi),
             launcher=self._launcher(vmi),
             key=_checked(vmi.target_key(), "the UID in the sockets' names"),
-            channels=tuple(published) if is_settled and published else channels_for(vmi.uses_block()),
+            channels=tuple(keeps.ports) if started and keeps else channels_for(vmi.uses_block()),
             published_address=address,
-            published=published,
-            running=running,
-            publish_target_state=False,
+            published=keeps.ports if keeps else None,
+            running=started,
             warnings=(),
+            name=_server_name(vmi),
             beside=True,
-            announce=not is_settled,
+            announce=not started,
         )
-
-    @staticmethod
-    def _unready(beside: Beside, has_address: bool) -> str | None:
-        """Why virt-handler's proxy is to serve what has not begun; None where nothing is against ours."""
-        why = beside.unready or (None if has_address else "virt-handler's migration address is not known")
-        if why and beside.starting:
-            raise _Hold(f"just started: {why}", error=False)
-        return why
 
     def _launcher(self, vmi: VMI) -> Launcher:
         pods = sorted(pod for pod, node in vmi.active_pods.items() if node == self.node)
@@ -418,53 +452,28 @@ class _Planner:
 
 def _announced(vmi: VMI) -> Announcement | None:
     """What is announced for the VMI's present migration."""
-    announced = parse_announcement(vmi.announced)
+    return _where_announced(vmi)[0]
+
+
+def _where_announced(vmi: VMI) -> tuple[Announcement | None, str | None, Reason | None]:
+    """What is announced for the VMI's present migration; else why nothing is."""
     current = vmi.migration.migration_uid if vmi.migration else None
-    return announced if announced and announced.migration_uid == current else None
-
-
-def _is_settled(migration: MigrationState, running: bool, address: IPAddress | None) -> bool:
-    """virt-handler has published for good: it does so again, before the start, only with another address."""
-    if running:
-        return True
-    if migration.target_ports is None or migration.target_node_address is None:
-        return False
-    return address is None or _same_address(migration.target_node_address, address)
-
-
-def _same_address(text: str | None, address: IPAddress) -> bool:
+    if vmi.announced is None:
+        return None, "no migproxy has announced that it listens on the target node", Reason.UNANNOUNCED
     try:
-        return text is not None and parse_address(text) == address
-    except AddressError:
-        return False
+        announced = parse_announcement(vmi.announced)
+    except AnnouncementError as error:
+        return None, str(error), Reason.VERSION if error.is_version else Reason.MALFORMED
+    if announced.migration_uid != current:
+        return None, "what is announced is of another migration", Reason.UNANNOUNCED
+    return announced, None, None
 
 
-def _is_published(migration: MigrationState, announced: Announcement) -> bool:
-    """The status has connections go to where the announcement says that this node listens."""
-    if not _same_address(migration.target_node_address, announced.address):
-        return False
-    try:
-        return parse_port_map(migration.target_ports) == announced.ports
-    except PortMapError:
-        return False
-
-
-def _why_bypassed(migration: MigrationState, announced: Announcement | None) -> tuple[Reason, str]:
-    if migration.target_ports is None:
-        return Reason.STARTED, "the migration has started, and the status has no ports: virt-handler deals with that"
-    if announced is None:
-        return Reason.LATE, "virt-handler had published its own ports when this node was ready to announce"
-    if not _same_address(migration.target_node_address, announced.address):
-        address = migration.target_node_address
-        return Reason.ADDRESS, f"virt-handler published {address}, and this node had announced {announced.address}"
-    published = salvage_port_map(migration.target_ports) or PortMap.of({})
-    if set(published) != set(announced.ports):
-        theirs, ours = (", ".join(channel.label for channel in one) for one in (published, announced.ports))
-        return Reason.CHANNELS, f"virt-handler published the channels {theirs}, and this node had announced {ours}"
-    return Reason.POLICY, (
-        "virt-handler's own ports were published although others had been announced: is the MutatingAdmissionPolicy "
-        "migproxy-target applied, with its binding?"
-    )
+def _server_name(vmi: VMI) -> str | None:
+    """None where the two sides are two VMIs, with UIDs of their own."""
+    if vmi.is_decentralized() or vmi.created_for_migration:
+        return None
+    return server_name(vmi.uid, (vmi.migration and vmi.migration.migration_uid) or "")
 
 
 def _identity(vmi: VMI) -> Migration:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,10 +26,11 @@ from migproxy.pauses import doubling
 from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel, IPAddress
 from migproxy.relay.client import Lease, RelayClient
+from migproxy.relay.protocol import Way
 from migproxy.sockets import TCPOptions, accept, ready, widen_unix
 from migproxy.state import ProxyState
 from migproxy.survival import Fate, LeftConnection, LeftListener, connection_name, listener_name, state_name
-from migproxy.tls import Security, Unfinished
+from migproxy.tls import Meeting, Security, Unfinished
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.traffic import Progress, Traffic
 from migproxy.transport import PLAINTEXT, Transport
@@ -71,6 +72,7 @@ class Surroundings:
             no launcher can use up the daemon's descriptors.
         max_handshakes: Unfinished TLS handshakes per channel of a migration.
         relay: Moves the connections, and keeps what is to outlive this process.
+        announces: Targets are announced, beside virt-handler, instead of published.
         measures: Where latencies and failures of the node are recorded.
     """
 
@@ -82,6 +84,7 @@ class Surroundings:
     max_connections: int
     max_handshakes: int
     relay: RelayClient
+    announces: bool = False
     measures: Measures = field(default_factory=Measures)
 
 
@@ -171,6 +174,10 @@ class Proxy(ABC):
     def retriable(self) -> tuple[type[Exception], ...]:
         """The errors of `_dial` that another try may mend."""
 
+    def meeting(self, channel: Channel) -> Meeting:
+        """What this end and the other node's know of each other."""
+        return Meeting()
+
     @abstractmethod
     def peer(self, channel: Channel) -> str:
         """Where the other leg of a channel is, for people."""
@@ -228,15 +235,30 @@ class Proxy(ABC):
     async def _go_on_setting_up(self, left: LeftConnection) -> None:
         security = self.around.security
         try:
-            await security.settled()
-            fate = left.fate(encrypts=security.encrypts)
+            await self._settled()
+            fate = left.fate(encrypts=security.encrypts, announced=self.around.announces)
         except BaseException:
             left.close()
             raise
+        channel = left.name.channel
         if fate is Fate.SET_UP:
-            await self._connection(left.accepted, left.name.channel, left.lease, left.dialled)
-        else:
+            await self._connection(left.accepted, channel, left.lease, left.dialled)
+        elif fate is Fate.ABANDON:
             self.abandon(left)
+        elif connection := self.revive(left):
+            self._begin(connection, channel)
+            await self._relay(connection, left.lease, channel, self.log.bind(channel=channel.label))
+
+    def revive(self, left: LeftConnection) -> RelayedConnection | None:
+        """Makes a connection of one that was ready to be relayed; None where no descriptors are left for it."""
+        assert left.dialled
+        way = Way.KTLS if self.around.security.encrypts else Way.SPLICED
+        try:
+            return RelayedConnection(left.lease, left.dialled, Transport(left.accepted, way=way))
+        except OSError as error:
+            self.log.error("connection cannot be relayed", channel=left.name.channel.label, error=error.strerror)
+            left.close()
+            return None
 
     def abandon(self, connection: LeftConnection) -> None:
         """Ends a connection whose handshake died with an earlier daemon: the other node sees a reset."""
@@ -279,6 +301,7 @@ class Proxy(ABC):
             role=self.role,
             began=self.progress.began,
             channels={channel.label: one.state() for channel, one in self.traffic.items()},
+            paths=[(*path, count) for path, count in self.progress.paths.items()],
         )
 
     def note(self, *over: Lease, at_once: bool = False) -> None:
@@ -299,7 +322,7 @@ class Proxy(ABC):
             channel: The channel that it serves.
         """
         slots = self._open(channel)
-        await self.around.security.settled()  # until then whoever connects is safest in the listener's queue
+        await self._settled()  # until then whoever connects is safest in the listener's queue
         while True:
             if slots.locked():
                 self.log.warning(
@@ -331,6 +354,11 @@ class Proxy(ABC):
             accepted = socket.socket(fileno=fd)
             self.follow(self._connection(accepted, channel, lease), lease, accepted)
 
+    async def _settled(self) -> None:
+        """Returns once it is known how connections are to be protected, or a connection has another way."""
+        if self.role is Role.TARGET or not self.around.announces:
+            await self.around.security.settled()
+
     def _open(self, channel: Channel) -> asyncio.Semaphore:
         """Makes what the connections of a channel share; returns their slots."""
         self._unfinished.setdefault(channel, Unfinished(self.around.max_handshakes))
@@ -354,20 +382,19 @@ class Proxy(ABC):
         self, accepted: socket.socket, channel: Channel, lease: Lease, dialled: socket.socket | None = None
     ) -> None:
         remote = _remote(accepted)
-        log = self.log.bind(channel=channel.label, peer=self.peer(channel), remote=remote)
+        log = self.log.bind(channel=channel.label, remote=remote)
         slots = self._open(channel)
         async with AsyncExitStack() as slot:
             legs = [accepted] + ([dialled] if dialled else [])
             try:
-                if accepted.family == socket.AF_UNIX:
+                if self.role is Role.SOURCE:
                     await slot.enter_async_context(slots)
                     await self._drop_unusable(legs, lease)
-                    unix, transport = accepted, await self._to_network(channel, legs, lease)
+                    unix, transport = accepted, await self.to_network(channel, legs, lease)
                 else:
                     with self._turns[channel].take(remote) as turn:
-                        transport = await self._from_network(remote, channel, legs)
+                        transport = await self._from_network(remote, channel, legs, slot)
                         await turn()
-                        await slot.enter_async_context(slots)
                         await self._drop_unusable(legs, lease)
                         if len(legs) == 1:
                             legs.append(await self._reach(channel, lease, self._deadline()))
@@ -377,7 +404,7 @@ class Proxy(ABC):
             except (DialError, ProxyError, OSError) as error:
                 told = self._fail(channel, error, "dial")
                 if self._failed_lines.admits((channel, told.get("reason", ""))):
-                    log.error("connection failed", **told)
+                    log.error("connection failed", peer=self.peer(channel), **told)
                 self.note(lease, at_once=True)
                 for leg in legs:
                     reset(leg)
@@ -387,7 +414,7 @@ class Proxy(ABC):
                 for leg in legs:
                     reset(leg)
                 raise
-            log = log.bind(security=transport.label)
+            log = log.bind(peer=self.peer(channel), security=transport.label)
             log.info("connection opened")
             self._begin(connection, channel)
             await self._relay(connection, lease, channel, log)
@@ -412,14 +439,14 @@ class Proxy(ABC):
             leg.close()
             raise
 
-    async def _to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
+    async def to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
         if len(legs) == 1:
             legs.append(await self._reach(channel, lease, self._deadline()))
         dialled = legs[-1]
         try:
             # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
-            transport = await self._secure(dialled, server=False, commit=lease.drop)
+            transport = await self._secure(dialled, self.meeting(channel), server=False, commit=lease.drop)
         except TLSError as error:
             # No second attempt: KubeVirt's target dials its launcher for each connection that it accepts, and QEMU
             # counts them.
@@ -457,16 +484,36 @@ class Proxy(ABC):
             info = tcpinfo.read(tcp)
         return info is not None and info.state == tcpinfo.ESTABLISHED
 
-    async def _from_network(self, remote: str, channel: Channel, legs: list[socket.socket]) -> Transport:
-        """Protects what was accepted: nothing is dialled for a peer that has not shown who it is."""
+    async def _from_network(
+        self, remote: str, channel: Channel, legs: list[socket.socket], slot: AsyncExitStack
+    ) -> Transport:
+        """Protects what was accepted: nothing is dialled for a peer that has not shown who it is.
+
+        Args:
+            slot: Is given one of the channel's: for a source that has another way, before it gives that up.
+        """
+        meeting, slots = self.meeting(channel), self._slots[channel]
+
+        async def ready() -> None:
+            assert meeting.greet
+            await meeting.greet()
+            if slots.locked():
+                raise DialError(f"the channel is full: {self.around.max_connections} connections (--max-connections)")
+            await slot.enter_async_context(slots)
+
         async with self._unfinished[channel].place(remote):
-            transport = await self._secure(legs[0], server=True)
+            met = replace(meeting, greet=ready) if meeting.greet else meeting
+            transport = await self._secure(legs[0], met, server=True)
+        if meeting.greet is None:
+            await slot.enter_async_context(slots)
         legs[0] = transport.tcp
         return transport
 
-    async def _secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
+    async def _secure(
+        self, tcp: socket.socket, meeting: Meeting, *, server: bool, commit: Callable[[], None] | None = None
+    ) -> Transport:
         began = time.monotonic()
-        transport = await self.around.security.secure(tcp, server=server, commit=commit)
+        transport = await self.around.security.secure(tcp, server=server, meeting=meeting, commit=commit)
         if transport.label != PLAINTEXT:
             self.around.measures.handshakes.labels(self.role).observe(time.monotonic() - began)
         return transport

@@ -61,8 +61,12 @@ def traffic(proxy: Source | Target | AdoptedProxy) -> dict[str, Any]:
     """What a proxy adds to its migration's row."""
     sent, received = proxy.rate
     return {
-        "peer": str(proxy.plan.address) if isinstance(proxy, Source) else None,
+        "peer": str(proxy.plan.address or "virt-handler") if isinstance(proxy, Source) else None,
         "last_error": proxy.progress.last_error,
+        "paths": [
+            {"path": path, "reason": reason, "connections": count}
+            for (path, reason), count in sorted(proxy.progress.paths.items())
+        ],
         "began": proxy.progress.began,
         "age_seconds": round(time.time() - proxy.progress.began, 3),
         "history": proxy.history,

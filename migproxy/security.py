@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from migproxy.settings import KUBEVIRT_VERSIONS, Settings
-from migproxy.tls import MutualTLS, Plaintext, Security, SecurityError, TLSOptions, parse_ciphers
+from migproxy.tls import (
+    UNKNOWN,
+    Meeting,
+    MutualTLS,
+    Plaintext,
+    Security,
+    SecurityError,
+    TLSOptions,
+    parse_ciphers,
+)
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
 from migproxy.verify import Peers
@@ -98,10 +107,12 @@ class OptionsSecurity:
     async def settled(self) -> None:
         """See Security: it is."""
 
-    async def secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
+    async def secure(
+        self, tcp: socket.socket, *, server: bool, meeting: Meeting = UNKNOWN, commit: Callable[[], None] | None = None
+    ) -> Transport:
         if self._current is None:
             raise TLSError(Reason.NO_CREDENTIALS, str(self.problem))
-        return await self._current.secure(tcp, server=server, commit=commit)
+        return await self._current.secure(tcp, server=server, meeting=meeting, commit=commit)
 
     def report(self) -> dict[str, Any]:
         errors = {str(reason): count for reason, count in self.errors.items()}
@@ -156,7 +167,7 @@ class ClusterSecurity(OptionsSecurity):
             except SecurityError as error:
                 self.problem = f"KubeVirt's settings are not known yet, and the options alone do not suffice: {error}"
             else:
-                if settings.beside_virt_handler:  # whose proxy knows them, and serves until this daemon does
+                if settings.is_beside:  # whose proxy knows them, and serves until this daemon does
                     self.problem = "KubeVirt's settings are not known yet"
         self._settings = settings
 

@@ -132,10 +132,11 @@ class Settings(BaseModel):
         description="The migration address where the interface does not exist. Also read from MY_POD_IP.",
         json_schema_extra={"env": "MY_POD_IP"},
     )
-    beside_virt_handler: bool = Field(
+    publish_status: bool = Field(
         False,
-        description="Run beside an unmodified virt-handler: announce where targets listen, for an admission policy to "
-        "publish, and put the source's sockets over virt-handler's.",
+        description="In a cluster: publish in the VMIs' status where targets listen, instead of virt-handler, whose "
+        "migration proxy must be switched off or patched away, as an account that KubeVirt lets write it. Without it, "
+        "migproxy runs beside virt-handler, which goes on publishing.",
     )
     port_range: Annotated[tuple[int, int] | None, BeforeValidator(_port_range)] = Field(
         None, description="LOW-HIGH: ports that targets listen on. Default: the kernel's choice."
@@ -291,8 +292,8 @@ class Settings(BaseModel):
             raise ValueError("--tls-cert and --tls-key belong together: give both, or a folder of both")
         if (self.http_tls_cert is None) != (self.http_tls_key is None):
             raise ValueError("--http-tls-cert and --http-tls-key are given together, or neither")
-        if self.beside_virt_handler and self.vmi_dir is not None:
-            raise ValueError("--beside-virt-handler needs a cluster, whose virt-handler publishes: not with --vmi-dir")
+        if self.publish_status and self.vmi_dir is not None:
+            raise ValueError("--publish-status is about a cluster: with --vmi-dir, the status is always published")
         return self
 
     @field_validator("kubeconfig")
@@ -314,6 +315,11 @@ class Settings(BaseModel):
     def _known_placeholders(cls, value: str) -> str:
         Launchers(pattern=value, pods="/")
         return value
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether virt-handler publishes, and this daemon announces."""
+        return self.vmi_dir is None and not self.publish_status
 
     @property
     def relay_path(self) -> str:

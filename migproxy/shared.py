@@ -1,13 +1,12 @@
 """The migrationproxy folder that virt-handler puts its own sockets into: ours stand over them, and step aside.
 
 virt-handler removes a path, listens there, and only then asks the launcher to migrate; when it is done it removes
-whatever stands at the path. Both sockets lead to the same target, so that whoever's is there may serve. What holds at
-every moment, whatever either does:
+whatever stands at the path. Both sockets lead to the same launcher, so that whoever's is there may serve, and ours
+hands over to virt-handler's what cannot go by migproxy. What holds at every moment, whatever either does:
 
 - virt-handler's present socket is never unlinked by us. renameat2(2) exchanges it with ours in one step, and it is kept
   beside until ours goes; then they are exchanged again. Between the two the path always leads to a listener.
-- A missing path is virt-handler's to fill, as it may be about to: nothing is put there before it has been missing for
-  longer than remove-and-listen takes, or virt-handler would find its path in use.
+- A missing path is virt-handler's to fill: nothing of ours is put where nothing of virt-handler's stands.
 - A socket of ours is told from any other by its mode: the sticky bit, which means nothing on a socket and is there from
   the file's first moment on. So a daemon that was killed leaves nothing that the next one could mistake for
   virt-handler's.
@@ -15,25 +14,23 @@ every moment, whatever either does:
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import errno
 import os
+import socket
 import stat
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from typing import Final
 
-from migproxy.launcher import Launchers, RunDir
+from migproxy.launcher import LauncherError, Launchers, connecting
 from migproxy.plan import SourceProxy
 from migproxy.portmap import source_socket_name
 from migproxy.proxy import ProxyError
 from migproxy.source import SocketFile, SocketFolder, temporary_name
 
-PATIENCE: Final = 0.25
-"""Seconds that a path is left to virt-handler when nothing stands there: it fills it within microseconds."""
-
-_RENAME_NOREPLACE: Final = 1  # linux/fs.h
-_RENAME_EXCHANGE: Final = 2
+_RENAME_EXCHANGE: Final = 2  # linux/fs.h
+_RENAME_NOREPLACE: Final = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,37 +46,26 @@ class SharedFolder(SocketFolder):
     mode = 0o1660
     is_shared = True
     longest_pause = 0.02  # virt-handler makes its sockets anew, one after the other, and then asks the launcher
-    patience = PATIENCE + 0.001  # a tick of the event loop's clock more than `invites` asks for
-
-    def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:
-        super().__init__(run, owner)
-        self._missing_since: dict[str, float] = {}
 
     def invites(self, name: str) -> bool:
-        if self._mode_of(name) is not None:
-            self._missing_since.pop(name, None)
-            return True
-        now = self._now()
-        return now - self._missing_since.setdefault(name, now) >= PATIENCE
+        return self._mode_of(name) is not None
 
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+    def kept(self, name: str) -> AbstractContextManager[Callable[[socket.socket], None]]:
+        for candidate in (_aside(name), name):  # where ours has stepped aside, it is at its own name again
+            try:
+                node = os.open(candidate, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+            except FileNotFoundError:
+                continue
+            if not _is_ours(os.stat(node).st_mode):  # the pod may have linked it: a connection to itself never ends
+                return connecting(node, f"{self.path}/{candidate}")
+            os.close(node)
+        raise LauncherError(f"{self.path}/{name}: No such file of virt-handler's")
 
     def _put(self, temporary: str, name: str) -> bool:
-        while True:
-            try:
-                self._rename(temporary, name, _RENAME_EXCHANGE)
-                break
-            except FileNotFoundError:
-                if not self.invites(name):  # virt-handler has removed it in this very moment, to listen there anew
-                    return False
-                with suppress(FileNotFoundError):  # of a virt-handler that has ended since: it would only refuse
-                    self._unlink(_aside(name))
-                with suppress(FileExistsError):  # virt-handler has filled it meanwhile
-                    self._rename(temporary, name, _RENAME_NOREPLACE)
-                    self._missing_since.pop(name, None)
-                    return True
-        self._missing_since.pop(name, None)
+        try:
+            self._rename(temporary, name, _RENAME_EXCHANGE)
+        except FileNotFoundError:  # virt-handler has removed it in this very moment
+            return False
         try:
             self._keep(temporary, name)
         except (OSError, ProxyError):
@@ -185,7 +171,7 @@ def mend(launchers: Launchers, source: SourceProxy, owner: tuple[int, int] | Non
     with launchers.open(source.launcher) as run:
         folder = SharedFolder(run, owner)
     try:
-        return [name for channel in source.ports if folder.mend(name := source_socket_name(source.key, channel))]
+        return [name for channel in source.channels if folder.mend(name := source_socket_name(source.key, channel))]
     finally:
         folder.close()
 

@@ -7,24 +7,37 @@ import hashlib
 import os
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from enum import StrEnum
 
 from asyncinotify import Mask
 
-from migproxy.fds import quench
-from migproxy.launcher import LauncherError, RunDir
-from migproxy.plan import Role, SourceProxy
+from migproxy.fds import quench, reset
+from migproxy.greeting import Greet
+from migproxy.launcher import LauncherError, RunDir, new_unix
+from migproxy.pauses import doubling
+from migproxy.plan import Reason, Role, SourceProxy
 from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
-from migproxy.proxy import Proxy, ProxyError, Surroundings
+from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
 from migproxy.relay.client import Lease
 from migproxy.sockets import BACKLOG, connect_tcp, new_tcp
+from migproxy.tls import Meeting
+from migproxy.tlserrors import Reason as TLSReason
+from migproxy.tlserrors import TLSError
+from migproxy.transport import Transport
 from migproxy.watch import Subscription, Watcher
 
 _FOLDER_CHANGES = (
     Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MOVE_SELF | Mask.DELETE_SELF | Mask.ONLYDIR
 )
 _KEPT = 3  # listeners of one channel: an earlier daemon may have left two, and each may have somebody waiting
+_ANNOUNCED_SECONDS = 0.45  # connecting, TLS and the target's word: half a second more than without us, in all
+_REMAKE_SECONDS = 0.25  # that virt-handler may take to make its sockets anew
+_BY_VIRT_HANDLER = "virt-handler's"
+_PASSING = {Reason.UNANNOUNCED, Reason.VERSION, Reason.MALFORMED, Reason.CHANNEL}  # known before anything is tried
+_LONGEST_PAUSE = 1.0  # seconds between two times that what has failed is tried
 _CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
 
 
@@ -55,7 +68,6 @@ class SocketFolder:
         mode: Of a socket file: its owner's and group's alone.
         is_shared: Whether somebody else puts sockets there by right, so that replacing one is no surprise.
         longest_pause: Seconds between two times that a socket file is put back, when somebody insists.
-        patience: Seconds after which a name is looked at again that `invites` said no to; None: it never does.
 
     Args:
         run: The launcher's /var/run.
@@ -69,7 +81,6 @@ class SocketFolder:
     mode = 0o660
     is_shared = False
     longest_pause = 1.0
-    patience: float | None = None
 
     def __init__(self, run: RunDir, owner: tuple[int, int] | None) -> None:
         self.path = f"{run.path}/{MIGRATION_PROXY_DIR}"
@@ -191,6 +202,10 @@ class SocketFolder:
             with suppress(OSError):
                 os.unlink(name, dir_fd=self.fd)
 
+    def kept(self, name: str) -> AbstractContextManager[Callable[[socket.socket], None]]:
+        """Finds the socket that stood at a name before ours; see `RunDir.find`."""
+        raise LauncherError(f"{self.path}/{name}: there was none before ours")
+
     def mend(self, name: str) -> bool:
         """Clears what a daemon left at a name that was killed, where no socket file of this one's is put.
 
@@ -208,6 +223,25 @@ def temporary_name(name: str) -> str:
     return ".migproxy-" + hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
+class Path(StrEnum):
+    """How a connection gets to the other node, beside virt-handler."""
+
+    MIGPROXY = "migproxy"
+    VIRT_HANDLER = "virt-handler"
+
+
+class _NoWay(Exception):
+    """A path is closed to a connection.
+
+    Attributes:
+        reason: Why.
+    """
+
+    def __init__(self, reason: Reason, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
 class _Place:
     """One channel's socket file, with the listener that its name leads to and the one before.
 
@@ -221,8 +255,17 @@ class _Place:
         self.file: SocketFile | None = None
         self._accepting: list[_Accepting] = []
 
+    def take_over(self, folder: SocketFolder, proxy: Proxy) -> None:
+        """Accepts from what an earlier daemon left."""
+        for inherited in proxy.inherit(self.channel):
+            file = SocketFile(inherited.socket, inherited.identity)
+            # Whatever stands at the name by now: who had connected to this one is served.
+            self._accept(file, inherited.lease, proxy)
+            if folder.holds(self.name, file):
+                self.file = file
+
     async def put(self, folder: SocketFolder, proxy: Proxy) -> bool:
-        """Puts a new socket file in place and accepts from it; where an earlier daemon's stands, that one.
+        """Puts a new socket file in place, unless one of ours stands there, and accepts from it.
 
         Returns:
             Whether it is in place: not where the name does not invite it any more.
@@ -230,12 +273,6 @@ class _Place:
         Raises:
             ProxyError: It cannot be put there; what was accepting goes on.
         """
-        for inherited in proxy.inherit(self.channel):
-            file = SocketFile(inherited.socket, inherited.identity)
-            # Whatever stands at the name by now: who had connected to this one is served.
-            self._accept(file, inherited.lease, proxy)
-            if folder.holds(self.name, file):
-                self.file = file
         if self.file is not None and folder.holds(self.name, self.file):
             return True
         placed = folder.place(self.name)
@@ -254,6 +291,7 @@ class _Place:
         """Takes the file away, if it is ours; what arrives by it already is still accepted."""
         if self.file is not None:
             folder.remove(self.name, self.file)
+            self.file = None
         else:
             with suppress(ProxyError):  # it has only refused whoever came by it
                 folder.mend(self.name)
@@ -262,7 +300,6 @@ class _Place:
         """Takes the file away, if it is ours, and stops accepting."""
         if folder is not None:
             self.leave(folder)
-        self.file = None
         await self._close(self._accepting)
 
     async def _close(self, accepting: list[_Accepting]) -> None:
@@ -306,7 +343,10 @@ class Source(Proxy):
         self._places: dict[Channel, _Place] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._change = asyncio.Lock()
-        self._is_placed = False
+        # Of a migration, not of a connection: what has failed once is not tried first again.
+        self._paths = [Path.MIGPROXY, Path.VIRT_HANDLER]
+        self._why: str | None = None
+        self._reason: Reason | None = None
 
     async def apply(self, plan: SourceProxy) -> None:
         """Makes the listeners equal to the plan; connections that are open go on as they are.
@@ -319,19 +359,19 @@ class Source(Proxy):
         """
         moved = (plan.address, plan.ports) != (self.plan.address, self.plan.ports)
         self.plan = plan
-        self.inherit_only([*plan.ports])
+        self.inherit_only(plan.channels)
         async with self._change:
             await self._settle(self._open_folder())
-            for channel in [known for known in self._places if known not in plan.ports]:
+            for channel in [known for known in self._places if known not in plan.channels]:
                 await self._places.pop(channel).remove(self._folder)
-            for channel in plan.ports:
+            for channel in plan.channels:
                 if channel not in self._places:
                     self._places[channel] = _Place(source_socket_name(plan.key, channel), channel)
             placed = await self._put_back()
         if placed or moved:
             for warning in plan.warnings:
                 self.log.warning(warning)
-            for channel in plan.ports:
+            for channel in filter(self.listening, plan.channels):
                 self.log.info(
                     "listening",
                     channel=channel.label,
@@ -344,15 +384,18 @@ class Source(Proxy):
 
     @property
     def is_in_path(self) -> bool:
-        """Whether connections are led here: each channel's socket file has been put in place."""
-        return self._is_placed
+        """Whether connections are led here: a channel's socket file has been put in place."""
+        return any(place.file for place in self._places.values())
 
     def listening(self, channel: Channel) -> str | None:
         """Where a channel's connections are accepted, for people; None while they are not."""
-        return f"{self._folder.path}/{source_socket_name(self.plan.key, channel)}" if self._folder else None
+        place = self._places.get(channel)
+        return f"{self._folder.path}/{place.name}" if self._folder and place and place.file else None
 
     def peer(self, channel: Channel) -> str:
         port = self.plan.ports.get(channel)
+        if self.plan.address is None or port is None:
+            return "virt-handler's socket"
         host = f"[{self.plan.address}]" if self.plan.address.version == 6 else str(self.plan.address)
         return f"{host}:{port}"
 
@@ -376,13 +419,22 @@ class Source(Proxy):
         if self._gives_back:
             return []
         assert self._folder is not None
+        if self.plan.beside and self.plan.beside.out_reason is Reason.UNREADY:
+            for place in self._places.values():
+                place.leave(self._folder)
         missing = self._missing(self._folder)
         placed = []
-        for place in [place for place in missing if self._folder.invites(place.name)]:
-            if not self._gives_back and await place.put(self._folder, self):
+        for place in missing:
+            place.take_over(self._folder, self)
+            if place.file is None and self.plan.beside and self.plan.beside.stays_out:
+                self._folder.mend(place.name)  # it may be a dead daemon's that stands there
+            elif not self._gives_back and self._folder.invites(place.name) and await place.put(self._folder, self):
                 placed.append(place.name)
-        self._is_placed = self._is_placed or len(placed) == len(missing)
         return placed
+
+    def _may_put(self, place: _Place) -> bool:
+        stays_out = self.plan.beside and self.plan.beside.stays_out and place.file is None
+        return self._folder is not None and not stays_out and self._folder.invites(place.name)
 
     def _missing(self, folder: SocketFolder) -> list[_Place]:
         return [p for p in self._places.values() if p.file is None or not folder.holds(p.name, p.file)]
@@ -401,15 +453,16 @@ class Source(Proxy):
                 if self.problem != str(error):
                     self.log.error("sockets are not in place", error=str(error))
                 self.problem = str(error)
+                pause = min(max(pause * 2, 0.01), _LONGEST_PAUSE)
             else:
                 self.problem = None
-                if not put_back:
-                    continue
-                if self._folders.is_shared:
+                if put_back and self._folders.is_shared:
                     self.log.info("socket files put over virt-handler's", names=put_back)
-                else:
+                elif put_back:
                     self.log.warning("socket files put back that somebody removed or replaced", names=put_back)
-            pause = min(max(pause * 2, 0.01), self._folders.longest_pause) if loop.time() - began < _CALM else 0.0
+                # Whoever changes the folder again and again slows this down, and nobody else.
+                is_calm = loop.time() - began >= _CALM
+                pause = 0.0 if is_calm else min(max(pause * 2, 0.01), self._folders.longest_pause)
             await asyncio.sleep(pause)
 
     async def _await_change(self) -> None:
@@ -417,12 +470,9 @@ class Source(Proxy):
         if self.problem is not None or self._folder is None or self._folder.identity is None:
             return
         with self._watcher.watch(f"/proc/self/fd/{self._folder.fd}", _FOLDER_CHANGES) as changes:
-            missing = self._missing(self._folder)
-            if any(self._folder.invites(place.name) for place in missing):
+            if any(self._may_put(place) for place in self._missing(self._folder)):
                 return
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._folder.patience if missing else None):
-                    await self._named_change(changes)
+            await self._named_change(changes)
 
     async def _named_change(self, changes: Subscription) -> None:
         async for change in changes:
@@ -445,21 +495,132 @@ class Source(Proxy):
                 place.leave(self._folder)
 
     async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:
-        address, port = self.plan.address, self.plan.ports.get(channel)
-        if port is None:
-            raise OSError(f"the target publishes no port for channel {channel.label}")
-        local = self.around.local_address(address.version)
+        sock = self._new_tcp(channel)
+        async with self.stored(sock, lease):
+            await self._connect(sock, channel)
+        return sock
+
+    def _new_tcp(self, channel: Channel) -> socket.socket:
+        if self.plan.address is None or channel not in self.plan.ports:
+            raise OSError(f"the target has no port for channel {channel.label}")
+        local = self.around.local_address(self.plan.address.version)
         try:
-            sock = new_tcp(local, self.around.tcp)
+            return new_tcp(local, self.around.tcp)
         except OSError as error:
             raise OSError(f"cannot connect from {local}: {error.strerror}") from error
+
+    async def _connect(self, sock: socket.socket, channel: Channel) -> None:
+        assert self.plan.address
         try:
-            async with self.stored(sock, lease):
-                await connect_tcp(sock, address, port)
+            await connect_tcp(sock, self.plan.address, self.plan.ports[channel])
         except OSError as error:
-            why = os.strerror(error.errno) if error.errno else str(error)  # the loop's own words repeat the address
-            raise OSError(f"{self.peer(channel)}: {why}") from error
-        return sock
+            raise OSError(f"{self.peer(channel)}: {error.strerror}") from error
+
+    def meeting(self, channel: Channel) -> Meeting:
+        """See Proxy."""
+        return Meeting(self.plan.name)
+
+    # Beside virt-handler
+
+    async def to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
+        """See Proxy; beside virt-handler by the first path that works: ours, or virt-handler's socket."""
+        if self.plan.beside is None:
+            return await super().to_network(channel, legs, lease)
+        if len(legs) > 1:  # virt-handler has taken it already, from the daemon before this one
+            return self._took(Path.VIRT_HANDLER, Transport(legs[-1], _BY_VIRT_HANDLER), channel)
+        with self._turns[channel].take("launcher") as turn:
+            first, tried = self._paths[0], []
+
+            async def go() -> None:
+                await turn()
+                if first is Path.MIGPROXY and self._paths[0] is not first:
+                    raise _NoWay(self._reason or Reason.REFUSED, f"one before it goes by virt-handler: {self._why}")
+
+            for path in [*self._paths]:
+                try:
+                    if path is Path.VIRT_HANDLER:
+                        await turn()
+                        legs.append(await self._to_virt_handler(channel, lease))
+                        return self._took(path, Transport(legs[-1], _BY_VIRT_HANDLER), channel)
+                    transport = await self._to_announced(channel, go)
+                    legs.append(transport.tcp)
+                    return self._took(path, transport, channel)
+                except _NoWay as error:
+                    tried.append(str(error))
+                    if path is Path.MIGPROXY:
+                        self._why, self._reason = str(error), error.reason
+                    if error.reason not in _PASSING:
+                        self._paths.remove(path)
+                        self._paths.append(path)
+            raise DialError("; ".join(tried))
+
+    def _took(self, path: Path, transport: Transport, channel: Channel) -> Transport:
+        reason = str(self._reason or "") if path is Path.VIRT_HANDLER else ""
+        self.progress.paths[path, reason] += 1
+        if path is Path.VIRT_HANDLER:
+            self.log.info("connection goes by virt-handler", channel=channel.label, reason=reason, why=self._why)
+        return transport
+
+    async def _to_announced(self, channel: Channel, go: Greet) -> Transport:
+        """Connects to where the target's migproxy has announced that it listens, as far as that can be taken back."""
+        assert self.plan.beside
+        if self.plan.beside.reason:
+            raise _NoWay(self.plan.beside.reason, str(self.plan.beside.why))
+        if channel not in self.plan.ports:
+            raise _NoWay(Reason.CHANNEL, f"the target's migproxy announces no port for channel {channel.label}")
+        try:
+            async with asyncio.timeout(_ANNOUNCED_SECONDS):
+                sock = self._new_tcp(channel)
+                try:
+                    await self._connect(sock, channel)
+                    return await self._secure(sock, Meeting(self.plan.name, go), server=False)
+                except BaseException:
+                    reset(sock)
+                    raise
+        except TimeoutError:
+            why, reason = f"{self.peer(channel)}: not ready within {_ANNOUNCED_SECONDS:g} s", Reason.TIMEOUT
+        except TLSError as error:
+            self.around.security.errors[error.reason] += 1
+            why, reason = f"{self.peer(channel)}: {error}", Reason.REFUSED
+            if error.reason is TLSReason.NO_CREDENTIALS:
+                reason = Reason.UNREADY
+        except ProxyError as error:
+            why, reason = str(error), Reason.UNREADY
+        except OSError as error:
+            why, reason = str(error), Reason.UNREACHABLE
+        raise _NoWay(reason, why)
+
+    async def _to_virt_handler(self, channel: Channel, lease: Lease) -> socket.socket:
+        """Connects to virt-handler's own socket, as the launcher would have without us."""
+        deadline, pauses = asyncio.get_running_loop().time() + _REMAKE_SECONDS, doubling(0.005, 0.05)
+        while True:
+            try:
+                if self._folder is None:
+                    raise LauncherError("the launcher's folder is gone")
+                with self._folder.kept(source_socket_name(self.plan.key, channel)) as connect:
+                    async with self.stored(new_unix(), lease) as sock:
+                        connect(sock)
+                        return sock
+            except LauncherError as error:  # it may be making its sockets anew
+                if asyncio.get_running_loop().time() > deadline:
+                    raise _NoWay(Reason.FAILED, f"virt-handler's socket: {error}") from error
+            await asyncio.sleep(next(pauses))
+
+    @property
+    def path(self) -> tuple[Path, Reason | None, str | None] | None:
+        """By which way the next connection goes, and why not by migproxy; None where only one way is known."""
+        beside = self.plan.beside
+        if beside is None:
+            return None
+        if self.problem:
+            return Path.VIRT_HANDLER, Reason.FAILED, self.problem
+        if not self.is_in_path:
+            return (Path.VIRT_HANDLER, beside.out_reason, beside.stays_out) if beside.out_reason else None
+        if beside.reason:
+            return Path.VIRT_HANDLER, beside.reason, beside.why
+        if self._paths[0] is Path.VIRT_HANDLER:
+            return Path.VIRT_HANDLER, self._reason, self._why
+        return Path.MIGPROXY, None, None
 
     async def close(self) -> None:
         """Removes the socket files that are ours, and ends every connection."""

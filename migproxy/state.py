@@ -53,6 +53,7 @@ class ProxyState(_Record):
     Attributes:
         began: When it was first made (`time.time`).
         channels: By label.
+        paths: See `traffic.Progress`; the path, and the reason if there is one.
     """
 
     namespace: str
@@ -62,6 +63,7 @@ class ProxyState(_Record):
     role: Side
     began: float
     channels: dict[Label, ChannelState] = {}
+    paths: list[tuple[str, str, int]] = []
 
 
 def read(words: str) -> ProxyState:

@@ -34,8 +34,8 @@ def render(report: Mapping[str, Any]) -> str:
     lines += [f"  {name}: {problem}" for name, problem in report["problems"].items()]
     if cluster := report.get("cluster"):
         lines += _cluster(cluster)
-    if beside := report.get("beside"):
-        lines.append(f"beside virt-handler: {beside['unsupported'] or 'source and target side'}")
+    if (beside := report.get("beside")) is not None:
+        lines.append("beside virt-handler")
         if not beside["failsafe"]:
             lines.append(
                 "  no failsafe runs: a daemon that is killed, and not started anew, would stay in virt-handler's way"
@@ -50,10 +50,17 @@ def render(report: Mapping[str, Any]) -> str:
         if migration.get("path"):
             why = f": {migration['path_why']}" if migration.get("path_why") else ""
             lines.append(f"{_name(migration)} ({migration['role']}): goes by {migration['path']}{why}")
+        if paths := migration.get("paths"):
+            told = ", ".join(f"{one['connections']} by {one['path']}{_because(one['reason'])}" for one in paths)
+            lines.append(f"{_name(migration)} ({migration['role']}): connections {told}")
         for label in ("error", "last_error"):
             if migration.get(label):
                 lines.append(f"{_name(migration)} ({migration['role']}): {migration[label]}")
     return "\n".join(lines)
+
+
+def _because(reason: str) -> str:
+    return f" ({reason})" if reason else ""
 
 
 def _relay(relay: Mapping[str, Any]) -> Iterator[str]:

@@ -141,20 +141,22 @@ class LeftConnection:
     accepted: socket.socket
     dialled: socket.socket | None = None
 
-    def fate(self, *, encrypts: bool | None) -> Fate:
+    def fate(self, *, encrypts: bool | None, announced: bool) -> Fate:
         """Decides what becomes of it.
 
         Args:
             encrypts: Whether connections between the nodes are encrypted, None while that is not known.
+            announced: It is one of an announced target's: the launcher is dialled when the source has said GO, and not
+                before (`greeting`); a source that has not said it goes another way.
 
         Returns:
             RELAY to begin to relay it; SET_UP where the rest can be done anew, as far as is known; ABANDON where it
             cannot, and the other node sees a reset.
         """
-        if self.name.role is Role.SOURCE or encrypts is False:
+        if self.name.role is Role.SOURCE or (encrypts is False and not announced):
             return Fate.SET_UP
         # A target dials the launcher for nobody who has not authenticated.
-        is_secured = offloaded(self.accepted) == (True, True)
+        is_secured = encrypts is False or offloaded(self.accepted) == (True, True)
         if is_secured and self.dialled and is_connected(self.dialled):
             return Fate.RELAY
         return Fate.SET_UP if encrypts is None else Fate.ABANDON

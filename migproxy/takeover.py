@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from contextlib import AsyncExitStack
 
 import structlog
@@ -12,10 +13,8 @@ from migproxy.plan import Migration
 from migproxy.portmap import Channel
 from migproxy.proxy import Proxy, Surroundings
 from migproxy.relay.client import Contents, Lease
-from migproxy.relay.protocol import Way
 from migproxy.survival import Fate, Inheritance, Key, LeftConnection, RelayedLeft, sort
 from migproxy.traffic import Progress, Traffic
-from migproxy.transport import Transport
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +42,8 @@ class AdoptedProxy(Proxy):
         self.inherited = inheritance.listeners
         if known:
             traffic = {_LABELS[label]: Traffic.restore(one) for label, one in known.channels.items()}
-            self.resume(Progress(began=known.began, traffic=traffic))
+            paths = Counter({(path, reason): count for path, reason, count in known.paths})
+            self.resume(Progress(began=known.began, traffic=traffic, paths=paths))
         for relayed in inheritance.relayed:
             self._go_on(relayed)
         for connection in inheritance.connections:
@@ -55,19 +55,13 @@ class AdoptedProxy(Proxy):
     def _find_fate(self, left: LeftConnection) -> None:
         channel = left.name.channel
         self._open(channel)
-        fate = left.fate(encrypts=self.around.security.encrypts)
+        fate = left.fate(encrypts=self.around.security.encrypts, announced=self.around.announces)
         if fate is Fate.SET_UP:
             self.begun.append(left)
-        elif fate is Fate.ABANDON or left.dialled is None:
+        elif fate is Fate.ABANDON:
             self.abandon(left)
-        else:
-            try:
-                connection = RelayedConnection(left.lease, left.dialled, Transport(left.accepted, way=Way.KTLS))
-            except OSError as error:
-                self.log.error("connection cannot be relayed", channel=channel.label, error=error.strerror)
-                left.close()
-            else:
-                self._follow(connection, left.lease, channel)
+        elif connection := self.revive(left):
+            self._follow(connection, left.lease, channel)
 
     def _go_on(self, relayed: RelayedLeft) -> None:
         """Goes on with a connection that the relay moves, or counts one that it has moved to its end."""

@@ -15,6 +15,7 @@ from typing import Final
 MOVED: Final = 0
 FILLED: Final = 1
 END: Final = 2
+PREFACE: Final = 3
 _WORDS: Final = 4
 _BYTES: Final = 2 * _WORDS * 8
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -44,6 +45,11 @@ class Tally:
     @moved.setter
     def moved(self, value: int) -> None:
         self.words[MOVED] = value
+
+    @property
+    def carried(self) -> int:
+        """Bytes that were delivered, without the preface: what the peer was told before the first of them."""
+        return max(0, int(self.words[MOVED]) - int(self.words[PREFACE]))
 
     @property
     def end(self) -> int:

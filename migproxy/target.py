@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from migproxy.announcement import Announcement
 from migproxy.fds import quench
 from migproxy.launcher import LauncherError, Untrusted, new_unix
-from migproxy.plan import Migration, Role, TargetProxy
+from migproxy.plan import Role, TargetProxy
 from migproxy.portmap import Channel, IPAddress, PortMap, target_socket_path
 from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
 from migproxy.relay.client import Lease
 from migproxy.sockets import PortTaken, listen_tcp
 from migproxy.survival import LeftListener
+from migproxy.tls import Meeting
 
 
 @dataclass(slots=True)
@@ -130,14 +131,21 @@ class Target(Proxy):
                 self.log.warning(warning)
 
     @property
-    def is_in_path(self) -> bool:
-        """Whether connections are led here: where it listens is published, not only announced."""
-        return not self.plan.announce
-
-    @property
     def _is_promised(self) -> bool:
-        """virt-handler has published what was announced, by this daemon or the one before it."""
+        """What was announced stands, by this daemon or the one before it: the migration has started."""
         return self.plan.beside and not self.plan.announce
+
+    def meeting(self, channel: Channel) -> Meeting:
+        """See Proxy."""
+        return Meeting(self.plan.name, (lambda: self._be_ready(channel)) if self.plan.beside else None)
+
+    async def _be_ready(self, channel: Channel) -> None:
+        """Raises DialError where the launcher could not be dialled: the source goes by virt-handler at once."""
+        try:
+            with self.around.launchers.open(self.plan.launcher) as run, run.find(self._socket(channel)):
+                pass
+        except LauncherError as error:
+            raise DialError(str(error)) from error
 
     def _listens_right(self, channel: Channel) -> bool:
         listener = self._listeners.get(channel)
@@ -190,13 +198,10 @@ class Target(Proxy):
                 try:
                     return listen_tcp(address, port, tcp)
                 except PortTaken as error:
-                    if self.plan.running or self._is_promised:
-                        since = (
-                            "the migration has started with it" if self.plan.running else "virt-handler published it"
-                        )
+                    if self.plan.running:
                         raise ProxyError(
-                            f"channel {channel.label}: {error.strerror}, and {since}: end whatever "
-                            f"listens there (ss -ltnp sport = {port})"
+                            f"channel {channel.label}: {error.strerror}, and the migration has started with it: end "
+                            f"whatever listens there (ss -ltnp sport = {port})"
                         ) from error
                     self.log.warning("published port is taken, choosing another", channel=channel.label, port=port)
             for candidate in self._range.candidates():
@@ -243,14 +248,6 @@ class Target(Proxy):
         for listener in listeners.values():
             await listener.close()
         await super().close()
-
-
-def left_listening(migration: Migration, listeners: Iterable[LeftListener]) -> Announcement | None:
-    """Where the listeners are that an earlier daemon left of a target, as it had announced them; None without any."""
-    names = {one.name.channel: one.socket.getsockname() for one in listeners}
-    ports = PortMap.of({channel: name[1] for channel, name in names.items()})
-    address = next((ip_address(name[0]) for name in names.values()), None)
-    return Announcement(migration.migration_uid, ports, address) if address else None
 
 
 def _identity(sock: socket.socket) -> tuple[int, int]:

@@ -12,16 +12,17 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import structlog
 from OpenSSL import SSL
 
 from migproxy import credentials, offload
 from migproxy.credentials import Credentials, CredentialsError, Loaded
+from migproxy.greeting import GO, Greet, PlainWire, SecureWire, greet
 from migproxy.handshake import Handshake, Refused, Secured, prepare
 from migproxy.pki import Files
 from migproxy.relay.protocol import Way
@@ -52,12 +53,42 @@ _SUITES_1_3 = ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20
 
 _OLD = re.compile(r"_CBC_|_RC4_|^TLS_RSA_|3DES|-SHA\d*$|^(AES|RC4|DES)")
 _CHECK_SECONDS = 60.0
+_GREETING_SECONDS = 10.0
 _THREADS = 2  # a step of a handshake takes a millisecond or less
 _MOST_AT_ONCE = 128  # reads of half a record before other handshakes have their turn
 
 
 class SecurityError(Exception):
     """The connections between the nodes cannot be protected as demanded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What the two ends of a connection know of each other beyond their certificates.
+
+    Attributes:
+        name: The TLS server name that carries the migration; None where the ends have no common one.
+        greet: Of a connection to an announced target, see `greeting.greet`; None of one to a published target, which
+            may be KubeVirt's.
+    """
+
+    name: str | None = None
+    greet: Greet | None = None
+
+    def admits(self, sent: str | None) -> None:
+        """Looks at the server name that a source has sent.
+
+        KubeVirt's sends none. An announced target is there for migproxies alone, which do.
+
+        Raises:
+            TLSError: It means another migration.
+        """
+        if self.name is None or sent == self.name or (sent is None and self.greet is None):
+            return
+        raise TLSError(Reason.OTHER_MIGRATION, f"the source means {sent or 'no migration by name'}, not {self.name}")
+
+
+UNKNOWN: Final = Meeting()
 
 
 class Security(Protocol):
@@ -77,12 +108,15 @@ class Security(Protocol):
     async def settled(self) -> None:
         """Returns once it is known how connections are to be protected, or nobody will tell soon."""
 
-    async def secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
+    async def secure(
+        self, tcp: socket.socket, *, server: bool, meeting: Meeting = UNKNOWN, commit: Callable[[], None] | None = None
+    ) -> Transport:
         """Does what the peers must do first, and returns the connection to relay.
 
         Args:
             tcp: The connected socket, not blocking; owned by whoever gets the result.
             server: Whether this end accepted the connection (the target does).
+            meeting: What the two ends know of each other.
             commit: Is called before a client says what lets the server take the connection for made.
 
         Raises:
@@ -107,8 +141,17 @@ class Plaintext:
     async def settled(self) -> None:
         """See Security: it is."""
 
-    async def secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
-        return Transport(tcp)
+    async def secure(
+        self, tcp: socket.socket, *, server: bool, meeting: Meeting = UNKNOWN, commit: Callable[[], None] | None = None
+    ) -> Transport:
+        if meeting.greet is None:
+            return Transport(tcp)
+        try:
+            async with asyncio.timeout(_GREETING_SECONDS):
+                await greet(PlainWire(tcp), meeting.greet, server=server)
+        except TimeoutError as error:
+            raise TLSError(Reason.TIMEOUT, f"the peer said nothing for {_GREETING_SECONDS:g} s") from error
+        return Transport(tcp, preface=b"" if server else GO)
 
     def report(self) -> dict[str, Any]:
         return {"mode": "plaintext", "errors": {}}
@@ -273,15 +316,19 @@ class MutualTLS:
             ],
         }
 
-    async def secure(self, tcp: socket.socket, *, server: bool, commit: Callable[[], None] | None = None) -> Transport:
+    async def secure(
+        self, tcp: socket.socket, *, server: bool, meeting: Meeting = UNKNOWN, commit: Callable[[], None] | None = None
+    ) -> Transport:
         timeout = self._options.handshake_timeout
         try:
             async with asyncio.timeout(timeout):
-                return await self._secure(tcp, None if server else commit, server=server)
+                return await self._secure(tcp, None if server else commit, meeting, server=server)
         except TimeoutError as error:
             raise TLSError(Reason.TIMEOUT, f"the TLS handshake was not finished within {timeout:g} s") from error
 
-    async def _secure(self, tcp: socket.socket, commit: Callable[[], None] | None, *, server: bool) -> Transport:
+    async def _secure(
+        self, tcp: socket.socket, commit: Callable[[], None] | None, meeting: Meeting, *, server: bool
+    ) -> Transport:
         credentials = self._server if server else self._client
         peers = self._options.sources if server else self._options.targets
 
@@ -292,12 +339,16 @@ class MutualTLS:
                 server=server,
                 check=lambda leaf: peers.check(leaf, loaded.authorities, client=server),
                 follows=not self.kernel,  # this relay does not ask the kernel to follow, which Linux 6.14 can
+                name=meeting.name,
+                admits=meeting.admits if server else None,
             )
             return handshake, handshake.begin()
 
         try:
             handshake, said = await self._step(begin)
             secured = await self._shake_hands(tcp, handshake, said, commit)
+            if meeting.greet:
+                await _greet(tcp, secured, meeting.greet, server=server)
         except Refused as refused:
             with suppress(OSError):
                 tcp.send(refused.last)
@@ -307,7 +358,7 @@ class MutualTLS:
         except OSError as error:
             why = error.strerror or error
             raise TLSError(Reason.CLOSED, f"the connection broke during the TLS handshake: {why}") from error
-        return self._transport(tcp, secured, server=server)
+        return self._transport(tcp, secured, GO if meeting.greet and not server else b"", server=server)
 
     async def _shake_hands(
         self, tcp: socket.socket, handshake: Handshake, said: bytes, commit: Callable[[], None] | None
@@ -324,14 +375,14 @@ class MutualTLS:
         await loop.sock_sendall(tcp, said)
         return secured
 
-    def _transport(self, tcp: socket.socket, secured: Secured, *, server: bool) -> Transport:
+    def _transport(self, tcp: socket.socket, secured: Secured, preface: bytes, *, server: bool) -> Transport:
         label = f"{secured.version} {secured.suite} with {secured.who}"
         try:
             if self.kernel and offload.install(tcp, secured.sealing, secured.opening):
-                return Transport(tcp, f"{label}, in the kernel", Way.KTLS)
+                return Transport(tcp, f"{label}, in the kernel", Way.KTLS, preface=preface)
             if self._options.ktls == "on":
                 raise TLSError(Reason.NOT_OFFLOADED, f"the kernel did not take over {label}: use --ktls auto")
-            keys = pack(secured.sealing, secured.opening, is_client=not server, renews=secured.renews)
+            keys = pack(secured.sealing, secured.opening, is_client=not server, renews=secured.renews, preface=preface)
             return Transport(tcp, f"{label}, in user space", Way.TLS, keys)
         finally:
             secured.sealing.wipe()
@@ -350,6 +401,16 @@ class MutualTLS:
             running.exception()  # looked at: nobody else will
             raise cancelled
         return running.result()
+
+
+async def _greet(tcp: socket.socket, secured: Secured, ready: Greet, *, server: bool) -> None:
+    try:
+        with closing(SecureWire(tcp, secured, is_client=not server)) as wire:
+            await greet(wire, ready, server=server)
+    except BaseException:
+        secured.sealing.wipe()
+        secured.opening.wipe()
+        raise
 
 
 def _answer(tcp: socket.socket, handshake: Handshake) -> bytes:

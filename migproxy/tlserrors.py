@@ -24,6 +24,7 @@ class Reason(StrEnum):
     CA_AS_LEAF = "ca_as_leaf"
     WRONG_USAGE = "wrong_usage"
     WRONG_NAME = "wrong_name"
+    OTHER_MIGRATION = "other_migration"
     BAD_CERTIFICATE = "bad_certificate"
     REFUSED_BY_PEER = "refused_by_peer"
     NO_CREDENTIALS = "no_credentials"
@@ -56,6 +57,7 @@ class Alert(IntEnum):
     INTERNAL_ERROR = 80
     USER_CANCELED = 90
     NO_RENEGOTIATION = 100
+    UNRECOGNIZED_NAME = 112
     CERTIFICATE_REQUIRED = 116
 
 

@@ -118,9 +118,11 @@ class Progress:
         opened: When its first connection was relayed (`time.monotonic`), None before that.
         traffic: What each channel has carried.
         last_error: The latest connection's failure, for people.
+        paths: Beside virt-handler, the connections that went by migproxy, and by virt-handler: by path and reason.
     """
 
     began: float = field(default_factory=time.time)
     opened: float | None = None
     traffic: dict[Channel, Traffic] = field(default_factory=dict)
     last_error: str | None = None
+    paths: Counter[tuple[str, str]] = field(default_factory=Counter)

@@ -359,6 +359,13 @@ class VirtHandler:
             for channel in listeners.servers:
                 self.remove(key, channel)
 
+    def die(self) -> None:
+        """Ends as one that is killed: what stands at its paths leads to nobody."""
+        for listeners in (*self.sources.values(), *self.targets.values()):
+            _stop(listeners)
+        self.sources.clear()
+        self.targets.clear()
+
     async def close(self) -> None:
         """Ends: the kernel closes everything."""
         for key in list(self.sources):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from migproxy.doctor.finding import Finding, Level
 from migproxy.doctor.host import check_clock
@@ -82,7 +84,7 @@ async def _check(kubeconfig: str | None, context: str | None, kubevirt: str, *, 
             if skew is not None:
                 findings.append(check_clock(skew, "the API server"))
             if beside:
-                findings.append(await _announcing(api))
+                findings.append(_announcing(version))
             return [*findings, *[await _permission(api, wanted, kubevirt) for wanted in PERMISSIONS]]
     except (ApiError, ConfigurationError, TimeoutError, KeyError, TypeError) as error:
         why = f"no answer within {_TIMEOUT:g} s" if isinstance(error, TimeoutError) else str(error)
@@ -104,12 +106,17 @@ def _skew(date: str | None, began: datetime) -> float | None:
     return (parsedate_to_datetime(date) - middle).total_seconds() + 0.5
 
 
-async def _announcing(api: ApiServer) -> Finding:
-    from migproxy.inventory.announcements import Announcements
-
-    if unsupported := await Announcements(api).discover():
-        return Finding("target side", Level.WARN, unsupported, "upgrade Kubernetes, or be content with the source side")
-    return Finding("target side", Level.OK, "the API server has MutatingAdmissionPolicy v1")
+def _announcing(version: Mapping[str, Any]) -> Finding:
+    """Whether tokens name their node, without which the admission policies let nobody announce."""
+    running = tuple(int(re.sub(r"[^0-9].*", "", str(version[part])) or 0) for part in ("major", "minor"))
+    if running < (1, 30):
+        return Finding(
+            "announcing",
+            Level.WARN,
+            f"Kubernetes {version['gitVersion']} puts no node's name into tokens: no target can be announced",
+            "upgrade to Kubernetes 1.30; until then migrations go by virt-handler's own proxy",
+        )
+    return Finding("announcing", Level.OK, "tokens name their node")
 
 
 async def _permission(api: ApiServer, wanted: Permission, kubevirt: str) -> Finding:

@@ -108,7 +108,7 @@ def _findings(request: Request) -> Iterator[Finding]:
     settings = request.settings
     if api.is_configured(settings.kubeconfig):
         yield from api.check_api(
-            settings.kubeconfig, settings.context, settings.kubevirt_namespace, beside=settings.beside_virt_handler
+            settings.kubeconfig, settings.context, settings.kubevirt_namespace, beside=settings.is_beside
         )
     address = _address(settings)
     yield from host.examine(
@@ -121,7 +121,7 @@ def _findings(request: Request) -> Iterator[Finding]:
             {} if settings.disable_tls else request.certificates,
             settings.relay_path,
             settings.relay_externally_managed,
-            settings.failsafe_lock if settings.beside_virt_handler else None,
+            settings.failsafe_lock if settings.is_beside and api.is_configured(settings.kubeconfig) else None,
         ),
         address,
     )

@@ -403,7 +403,7 @@ def check_failsafe(lock: str) -> Finding:
         "failsafe",
         Level.WARN,
         "none runs: a daemon that is killed, and not started anew, would stay in virt-handler's way",
-        "run `migproxy failsafe` with the daemon's --control-socket (a container in deploy/beside-virt-handler)",
+        "run `migproxy failsafe` with the daemon's --control-socket (a container in daemonset.yaml)",
     )
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 from migproxy.portmap import IPAddress, PortMap
 from migproxy.vmi import VMI
 
-__all__ = ["BYPASSED", "FAILED", "Inventory", "InventoryError", "Overtaken", "PublishError"]
+__all__ = ["BYPASSED", "FAILED", "Inventory", "InventoryError", "PublishError"]
 
 FAILED = "MigrationProxyFailed"
 BYPASSED = "MigrationProxyBypassed"
@@ -19,10 +19,6 @@ class InventoryError(Exception):
 
 class PublishError(Exception):
     """A target's address and ports could not be published; the message says why and what to do."""
-
-
-class Overtaken(PublishError):
-    """They could not, because the VMI is not what it was thought to be: the inventory is about to tell."""
 
 
 class Inventory(Protocol):

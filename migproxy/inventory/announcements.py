@@ -1,30 +1,15 @@
-"""Where targets listen, announced on their VMIs: what the admission policy beside virt-handler acts on."""
+"""Where targets listen, announced on their VMIs, for the sources' migproxies to read."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
-import structlog
-
 from migproxy.announcement import TARGET_ANNOTATION, Announcement
-from migproxy.inventory import Overtaken, PublishError
+from migproxy.inventory import PublishError
 from migproxy.kube.api import JSON_PATCH, ApiError, ApiServer
 from migproxy.vmi import VMI, InvalidVMI, parse
-
-log = structlog.get_logger(__name__)
-
-UNSUPPORTED: Final = (
-    "the API server has no MutatingAdmissionPolicy v1 (Kubernetes 1.36 has): virt-handler's own proxy serves the "
-    "migrations to this node, migproxy those from it"
-)
-
-_DISCOVERY: Final = "/apis/admissionregistration.k8s.io/v1"
-_POLICIES: Final = "mutatingadmissionpolicies"
-_DISCOVERY_SECONDS: Final = 300.0  # a cluster is upgraded while the daemon runs
-_RETRY_SECONDS: Final = 5.0
 
 _ANNOTATIONS: Final = "/metadata/annotations"
 _ANNOTATION: Final = f"{_ANNOTATIONS}/{TARGET_ANNOTATION.replace('~', '~0').replace('/', '~1')}"
@@ -34,70 +19,24 @@ _MIGRATION: Final = "/status/migrationState"
 class Announcements:
     """Writes one annotation of VMIs, and nothing else.
 
-    Every patch tests that the VMI still has what the decision was made on, its published ports above all: a late
-    announcement must never stand beside ports that virt-handler has published.
-
-    Attributes:
-        unsupported: Why announcing is of no use in this cluster; None where it is, or as long as that is not known.
+    Every patch tests that the VMI still has what the decision was made on.
 
     Args:
         api: The API server.
     """
 
     def __init__(self, api: ApiServer) -> None:
-        self.unsupported: str | None = None
         self._api = api
-
-    async def run(self, changed: Callable[[], None]) -> None:
-        """Follows whether the API server has the kind of policy that is needed, until cancelled.
-
-        Args:
-            changed: Called when `unsupported` has changed.
-        """
-        while True:
-            try:
-                unsupported = await self.discover()
-            except ApiError as error:
-                log.info("cannot ask for MutatingAdmissionPolicy, trying again", error=str(error))
-                await asyncio.sleep(_RETRY_SECONDS)
-                continue
-            if unsupported != self.unsupported:
-                self.unsupported = unsupported
-                if unsupported:
-                    log.warning("only the source side is served", reason=unsupported)
-                else:
-                    log.info("the target side is served as well: there is MutatingAdmissionPolicy v1 now")
-                changed()
-            await asyncio.sleep(_DISCOVERY_SECONDS)
-
-    async def discover(self) -> str | None:
-        """Asks once why announcing is of no use in this cluster; None where it is.
-
-        Raises:
-            ApiError: That cannot be told.
-        """
-        try:
-            found = await self._api.request("GET", _DISCOVERY)
-        except ApiError as error:
-            if error.status == 404:
-                return UNSUPPORTED
-            raise
-        try:
-            names = [one["name"] for one in found["resources"]]
-        except (KeyError, TypeError) as error:
-            raise ApiError(0, f"the answer is no list of resources: {error!r}") from error
-        return None if _POLICIES in names else UNSUPPORTED
 
     async def announce(self, vmi: VMI, announcement: Announcement) -> None:
         """Announces where this node listens for the VMI's migration, instead of what is announced there now.
 
         Args:
-            vmi: As the inventory told it; virt-handler has not published for its migration.
+            vmi: As the inventory told it; its migration has not started.
             announcement: What to announce.
 
         Raises:
-            Overtaken: The VMI is not what it was thought to be, which the inventory is about to tell.
-            PublishError: It could not be, or nobody knows whether it was.
+            PublishError: It could not be, or nobody knows whether it was; the VMI may not be what it was thought to be.
         """
         patch = [*_tests(vmi), {"op": "add", "path": _ANNOTATION, "value": str(announcement)}]
         # Beside a change, a VMI without any annotation refuses: nothing can be added to what is not there.
@@ -113,7 +52,7 @@ class Announcements:
         except ApiError as error:
             who = f"VMI {vmi.namespace}/{vmi.name}"
             if error.is_conflict:
-                raise Overtaken(f"{who}: it changed while this node was about to announce: {error}") from error
+                raise PublishError(f"{who}: it changed while this node was about to announce: {error}") from error
             raise PublishError(f"{who}: cannot announce: {_remedied(error)}") from error
 
     async def withdraw(self, vmi: VMI, is_void: Callable[[VMI], bool]) -> VMI | None:
@@ -156,10 +95,7 @@ def _tests(vmi: VMI, *, annotated: bool = True) -> list[dict[str, Any]]:
     """What must still be so when the patch is applied; a test for null holds where the field is absent too."""
     values: dict[str, Any] = {"/metadata/uid": vmi.uid}
     if vmi.migration:
-        ports = vmi.migration.target_ports
         values[f"{_MIGRATION}/migrationUid"] = vmi.migration.migration_uid
-        values[f"{_MIGRATION}/targetDirectMigrationNodePorts"] = dict(ports) if isinstance(ports, Mapping) else ports
-        values[f"{_MIGRATION}/targetNodeAddress"] = vmi.migration.target_node_address
         if vmi.migration.start is None:
             values[f"{_MIGRATION}/startTimestamp"] = None
     if annotated:
@@ -169,5 +105,5 @@ def _tests(vmi: VMI, *, annotated: bool = True) -> list[dict[str, Any]]:
 
 def _remedied(error: Exception) -> str:
     if isinstance(error, ApiError) and error.status == 403:
-        return f"{error} (apply deploy/beside-virt-handler again: its ClusterRole and policy allow it)"
+        return f"{error} (apply daemonset.yaml again: its ClusterRole and policy allow it)"
     return str(error)

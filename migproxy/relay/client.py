@@ -184,6 +184,7 @@ class RelayClient:
         self._number = 0
         self._relays = 0
         self._refused: str | None = None
+        self._well_until: float | None = None  # the last time that it was; None before the first
         self._started: subprocess.Popen[bytes] | None = None
 
     # Names
@@ -537,7 +538,15 @@ class RelayClient:
             return
         log.warning("the relay is gone: connections go on with the next one", error=why, connections=self._moving)
         self.problem = f"the relay is gone: {why}"
+        self._well_until = asyncio.get_running_loop().time()
         self._lost.set()
+
+    @property
+    def lasting_problem(self) -> str | None:
+        """`problem`, where it has lasted for longer than the next relay takes to be there."""
+        if self.problem is None or self._well_until is None:
+            return None
+        return self.problem if asyncio.get_running_loop().time() - self._well_until > _NOTED_AFTER else None
 
     @property
     def is_idle(self) -> bool:

@@ -548,7 +548,8 @@ def connection(fds: Sequence[int]) -> tuple[socket.socket, socket.socket]:
             raise ValueError("a pipe's end is of another kind")
     unix = _stream(fds[0], "launcher's socket", socket.AF_UNIX)
     try:
-        return unix, _stream(fds[1], "other node's socket", socket.AF_INET, socket.AF_INET6)
+        # Beside virt-handler, the way to the other node may be virt-handler's own socket.
+        return unix, _stream(fds[1], "other node's socket", socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
     except ValueError:
         unix.detach()
         raise

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 MOST_BYTES: Final = 1 << 16
 """In one message; a unix socket takes more than that at once."""

@@ -117,6 +117,11 @@ class Keys:
         key = _expand(cipher, secret, b"key", cipher.key_length)
         return cls(Version.TLS_1_3, cipher, key, _expand(cipher, secret, b"iv", 12), sequence, bytearray(secret))
 
+    def copy(self) -> Keys:
+        """Makes the same ones again, for a while: whoever gets them wipes them."""
+        parts = (bytearray(self.key), bytearray(self.iv))
+        return Keys(self.version, self.cipher, *parts, self.sequence, bytearray(self.secret))
+
     def next(self) -> Keys:
         """Makes those that come after these (RFC 8446, 7.2), which are wiped."""
         secret = _expand(self.cipher, self.secret, b"traffic upd", len(self.secret))
@@ -242,6 +247,10 @@ class Sealer(_Direction):
         self._aead.encrypt_into(nonce, body, aad, wire[start:end])
         self._sequence = sequence + 1
         return end - at
+
+    def data(self, data: bytes) -> bytes:
+        """Makes the record of a few bytes of data."""
+        return self._record(_DATA, memoryview(bytearray(data + b"\0")))
 
     def _record(self, kind: int, body: memoryview) -> bytes:
         wire = memoryview(bytearray(len(body) + MOST_ADDED))
@@ -458,8 +467,12 @@ class Opener(_Direction):
         self._renew()
 
 
-def pack(sealing: Keys, opening: Keys, *, is_client: bool, renews: bool) -> bytearray:
-    """Writes down what `Sealer` and `Opener` of a connection take, for the process that is to move it."""
+def pack(sealing: Keys, opening: Keys, *, is_client: bool, renews: bool, preface: bytes = b"") -> bytearray:
+    """Writes down what `Sealer` and `Opener` of a connection take, for the process that is to move it.
+
+    Args:
+        preface: What is sent before anything else, a few bytes.
+    """
     packed = bytearray(MOST_KEYS)  # at once: what grows leaves copies behind
     packed[:2], at = bytes((is_client, renews)), 2
     for keys in (sealing, opening):
@@ -469,10 +482,12 @@ def pack(sealing: Keys, opening: Keys, *, is_client: bool, renews: bool) -> byte
             packed[at] = len(part)
             packed[at + 1 : at + 1 + len(part)] = part
             at += 1 + len(part)
+    packed[at] = len(preface)
+    packed[at + 1 : at + 1 + len(preface)] = preface
     return packed
 
 
-def unpack(packed: memoryview) -> tuple[Sealer, Opener]:
+def unpack(packed: memoryview) -> tuple[Sealer, Opener, bytes]:
     """Reads what `pack` wrote.
 
     Raises:
@@ -491,6 +506,8 @@ def unpack(packed: memoryview) -> tuple[Sealer, Opener]:
                 at = end
             both.append(Keys(Version(version), _CIPHERS[cipher], parts[0], parts[1], sequence, parts[2]))
         sealing, opening = both
-        return Sealer(sealing, renews=bool(renews)), Opener(opening, is_client=bool(is_client), renews=bool(renews))
+        sealer = Sealer(sealing, renews=bool(renews))
+        opener = Opener(opening, is_client=bool(is_client), renews=bool(renews))
+        return sealer, opener, bytes(packed[at + 1 : at + 1 + packed[at]])
     except (ValueError, IndexError, struct.error):
         raise ValueError("no keys of a connection") from None

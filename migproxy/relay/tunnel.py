@@ -42,6 +42,7 @@ class Tunnel:
     Args:
         unix: The launcher's socket.
         tcp: The other node's.
+        preface: What the other node is told before anything of the launcher's; not counted.
 
     Attributes:
         is_over: Nothing is moved any more: to be closed, after an error as soon as `is_delivered`.
@@ -56,13 +57,14 @@ class Tunnel:
         opener: Opener,
         tallies: Tallies,
         buffers: Buffers,
+        preface: bytes = b"",
     ) -> None:
         self.unix, self.tcp = unix, tcp
         self.is_over = False
         self.error: OSError | None = None
         self._sealer, self._opener, self._tallies, self._buffers = sealer, opener, tallies, buffers
         self._to_network, self._to_launcher = tallies.to_network, tallies.to_launcher
-        self._sealed = _NOTHING  # to the network, and not taken yet
+        self._sealed = memoryview(sealer.data(preface)) if preface else _NOTHING  # to the network, and not taken yet
         self._holds = 0  # bytes of data in it
         self._opened = _NOTHING  # to the launcher
         self._kept = b""  # the beginning of a record

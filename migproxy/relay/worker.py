@@ -105,14 +105,14 @@ class Worker:
             os.set_blocking(fds[3], False)  # an empty one is to hold nobody up
             count = os.readv(fds[3], [keys])
             with memoryview(keys) as whole, whole[:count] as packed:  # let go of, or the keys cannot be wiped
-                sealer, opener = unpack(packed)
+                sealer, opener, preface = unpack(packed)
         finally:
             wipe(keys)
         tallies = Tallies(fds[2])
         os.close(fds.pop())
         unix, tcp = (socket.socket(fileno=fd) for fd in fds[:2])
         fds.clear()  # they have owners now
-        tunnel = self._tunnels[move.name] = Tunnel(unix, tcp, sealer, opener, tallies, self._buffers)
+        tunnel = self._tunnels[move.name] = Tunnel(unix, tcp, sealer, opener, tallies, self._buffers, preface)
         for sock, is_tcp in ((unix, False), (tcp, True)):
             self._sides[sock.fileno()] = move.name, tunnel, is_tcp
         self._watched[move.name] = 0, 0

@@ -10,13 +10,14 @@ import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from demo import guest as vm
-from demo.guest import Guest
+from demo.guest import Guest, Move
 from demo.lab import MIGPROXY, LabError, Node, end, until
 from migproxy.announcement import TARGET_ANNOTATION
 from migproxy.pki import CLIENT_NAMES, OLDER_CLIENT_NAME
@@ -124,7 +125,7 @@ class BesideLab(KubeLab):
 
     def _node(self, number: int) -> Node:
         node = super()._node(number)
-        node.proxy.arguments += ("--beside-virt-handler", "--http-listen", "off")
+        node.proxy.arguments += ("--http-listen", "off")
         return node
 
     @classmethod
@@ -142,7 +143,6 @@ class BesideLab(KubeLab):
                     node.proxy.arguments += ["--tls-client-names", ",".join((*CLIENT_NAMES, OLDER_CLIENT_NAME))]
             lab.old_style = old_style
             lab.handler_token = await lab.kubernetes.kubevirt_token("kubevirt-handler")
-            await lab.kubernetes.install_beside()
             lab.virt_handlers = {node.name: StandIn(lab, node) for node in lab.nodes}
             for node in lab.nodes:
                 stack.push_async_callback(lab.virt_handlers[node.name].stop)
@@ -161,7 +161,7 @@ class BesideLab(KubeLab):
         """While this file is there, no virt-handler publishes."""
         return self.directory / "hold"
 
-    kubevirt_webhook = True
+    publishes = False
     virt_handlers: dict[str, StandIn]
     handler_token: str
     old_style: bool
@@ -224,21 +224,34 @@ def is_ours(source: Node) -> bool:
     return len(modes) >= 2 and all(mode & stat.S_ISVTX for mode in modes)
 
 
-async def migrate(lab: BesideLab, guest: Guest, source: Node, target: Node, *, ours: tuple[Node, ...]) -> None:
-    """Migrates the guest, and sees by whom each node's connections were relayed."""
+async def migrate(lab: BesideLab, guest: Guest, source: Node, target: Node, *, by: str, why: str = "") -> None:
+    """Migrates the guest, and sees which path its connections took.
+
+    Args:
+        by: The path, "migproxy" or "virt-handler".
+        why: The reason for the latter, where the source's migproxy tells it.
+    """
     before = {node.name: lab.relayed(node) for node in lab.nodes}
     move = await guest.migrate(source, target)
     await assert_runs_only_on(target, lab)
     await assert_heartbeat_goes_on(guest, *await guest.handover(source, target))
-    for node in lab.nodes:
-        theirs = lab.relayed(node) - before[node.name]
-        assert (theirs == 0) is (node in ours), f"{theirs} connections by {node.name}'s virt-handler"
-        if node in ours:
-            (report,) = [one for one in (await node.proxy.status())["migrations"] if one["migration_uid"] == move.uid]
-            assert (report["state"], report["path"]) == ("ended", "migproxy")
-            assert not any(one["failures"] for one in report["channels"])
-            moved = {one["channel"]: one["bytes_sent"] + one["bytes_received"] for one in report["channels"]}
-            assert moved["direct"] >= move.job["memory_processed"] * 0.95
+    theirs = {node.name: lab.relayed(node) - before[node.name] for node in lab.nodes}
+    assert [count > 0 for count in theirs.values()] == [by == "virt-handler"] * 2, f"by virt-handlers: {theirs}"
+    for node in (source, target) if by == "migproxy" else ():
+        await assert_carried(node, move, by)
+    if why:
+        await assert_carried(source, move, by, why)
+
+
+async def assert_carried(node: Node, move: Move, path: str, reason: str = "") -> None:
+    """A node's migproxy has carried the whole migration, and says by which path."""
+    (report,) = [one for one in (await node.proxy.status())["migrations"] if one["migration_uid"] == move.uid]
+    assert report["state"] == "ended"
+    if report["role"] == "source":
+        assert {(one["path"], one["reason"]) for one in report["paths"]} == {(path, reason)}
+    assert not any(one["failures"] for one in report["channels"])
+    moved = {one["channel"]: one["bytes_sent"] + one["bytes_received"] for one in report["channels"]}
+    assert moved["direct"] >= move.job["memory_processed"] * 0.95
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -252,7 +265,7 @@ async def test_two_migproxies_migrate_it() -> None:
         here, there = lab.nodes
         async with Guest.boot(lab, here) as guest:
             await lab.use(here, there)
-            await migrate(lab, guest, here, there, ours=(here, there))
+            await migrate(lab, guest, here, there, by="migproxy")
 
 
 @pytest.mark.parametrize(
@@ -262,59 +275,110 @@ async def test_every_mix_of_the_two_migrates(tls: bool, old_style: bool) -> None
     async with BesideLab.prepare(tls=tls, old_style=old_style) as lab:
         here, there = lab.nodes
         async with Guest.boot(lab, here) as guest:
-            await lab.use(here)
-            await migrate(lab, guest, here, there, ours=(here,))
-            await migrate(lab, guest, there, here, ours=(here,))
+            await lab.use(here)  # the source alone
+            await migrate(lab, guest, here, there, by="virt-handler", why="unannounced")
+            await migrate(lab, guest, there, here, by="virt-handler")  # the target alone
             await lab.use(here, there)
-            await migrate(lab, guest, here, there, ours=(here, there))
+            await migrate(lab, guest, here, there, by="migproxy")
             await lab.use()
-            await migrate(lab, guest, there, here, ours=())
+            await migrate(lab, guest, there, here, by="virt-handler")
             assert lab.announced() is None
 
 
-async def test_migproxies_may_be_killed_at_any_moment_of_the_hand_over() -> None:
-    async with BesideLab.prepare(tls=False) as lab:
+@pytest.mark.parametrize("tls", [True, False], ids=["tls", "plaintext"])
+async def test_migproxies_may_be_killed_at_any_moment_before_the_start(tls: bool) -> None:
+    async with BesideLab.prepare(tls=tls) as lab:
         here, there = lab.nodes
 
-        async def killed(*nodes: Node) -> None:
+        async def kill(*nodes: Node) -> None:
             for node in nodes:
                 await node.proxy.stop(signal.SIGKILL)
 
-        async def restarted() -> None:
-            await killed(here, there)
+        async def restart() -> None:
+            await kill(here, there)
             await lab.use(here, there)
-            await until(lambda: is_ours(here if here.name == source_of(lab) else there), "the successor in the path")
 
-        async def announced_then_killed() -> None:
-            await killed(here, there)
-            await lab.use(here, there)
+        async def restart_in_path() -> None:
+            await restart()
+            await until(lambda: is_ours(here if here.name == source_of(lab) else there), "the successor in the path")
 
         async with Guest.boot(lab, here) as guest:
             # Before anything is handed over, and for good: it is as if there never had been a migproxy.
             await lab.use(here, there)
-            await killed(here, there)
-            await migrate(lab, guest, here, there, ours=())
+            await kill(here, there)
+            await migrate(lab, guest, here, there, by="virt-handler")
 
             # While a target has announced and virt-handler has not published: the next one keeps its word.
             await lab.use(here, there)
-            lab.begun = announced_then_killed
-            await migrate(lab, guest, there, here, ours=(here, there))
+            lab.begun = restart
+            await migrate(lab, guest, there, here, by="migproxy")
             lab.begun = None
 
             # Once both are in the path.
-            lab.prepared = restarted
-            await migrate(lab, guest, here, there, ours=(here, there))
+            lab.prepared = restart_in_path
+            await migrate(lab, guest, here, there, by="migproxy")
 
             # A source that is told to stop there gives virt-handler's sockets back.
-            async def stopped() -> None:
+            async def stop_source() -> None:
                 await there.proxy.stop()
                 assert not is_ours(there)
 
-            lab.prepared = stopped
-            await migrate(lab, guest, there, here, ours=(here,))
+            lab.prepared = stop_source
+            await migrate(lab, guest, there, here, by="virt-handler")
+
+            # A target that is told to stop withdraws what it has announced.
+            async def stop_target() -> None:
+                await there.proxy.stop()
+                assert lab.announced() is None
+
+            await lab.use(here, there)
+            lab.prepared = stop_target
+            await migrate(lab, guest, here, there, by="virt-handler", why="unannounced")
+
+            # One that is killed for good keeps its listeners, at its relay, and accepts nobody.
+            await lab.use(here, there)
+            lab.prepared = partial(kill, here)
+            await migrate(lab, guest, there, here, by="virt-handler", why="timeout")
+
+            # And one whose relay is gone as well refuses.
+            async def kill_both() -> None:
+                await kill(there)
+                await there.relay.stop(signal.SIGKILL)
+
+            await lab.use(here, there)
+            lab.prepared = kill_both
+            await migrate(lab, guest, here, there, by="virt-handler", why="unreachable")
 
 
-async def test_what_migproxies_leave_that_are_killed_for_good_is_cleared_away() -> None:
+@pytest.mark.parametrize("tls", [True, False], ids=["tls", "plaintext"])
+async def test_target_that_a_firewall_hides_is_gone_round(tls: bool) -> None:
+    async with BesideLab.prepare(tls=tls) as lab:
+        here, there = lab.nodes
+        async with Guest.boot(lab, here) as guest:
+            await lab.use(here, there)
+            lab.prepared = partial(hide, lab, there, "blackhole")
+            await migrate(lab, guest, here, there, by="virt-handler", why="timeout")
+            lab.prepared = partial(hide, lab, here, "prohibit")
+            await migrate(lab, guest, there, here, by="virt-handler", why="unreachable")
+
+
+async def hide(lab: BesideLab, target: Node, how: str) -> None:
+    """Keeps what arrives from the target's announced ports, and from no others.
+
+    Args:
+        how: "blackhole" drops it, "prohibit" tells the sender (ip-rule(8)).
+    """
+    announced = lab.announced()
+    assert announced
+    await target.exec("sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")  # else nobody is told
+    await target.exec("ip", "rule", "add", "pref", "10", "lookup", "local")
+    for pair in announced.split(" ")[2].split(","):
+        port = pair.partition(":")[0]
+        await target.exec("ip", "rule", "add", "pref", "5", "ipproto", "tcp", "dport", port, how)
+    await target.exec("ip", "rule", "del", "pref", "0")
+
+
+async def test_sockets_of_a_source_that_is_killed_for_good_are_given_back() -> None:
     async with BesideLab.prepare(tls=False) as lab, AsyncExitStack() as stack:
         here, there = lab.nodes
         await lab.use(here, there)
@@ -324,23 +388,14 @@ async def test_what_migproxies_leave_that_are_killed_for_good_is_cleared_away() 
             stack.push_async_callback(failsafe.stop)
             stack.push_async_callback(node.proxy.stop)
 
-        async def announced_then_killed() -> None:
+        async def kill_both() -> None:
             for node in lab.nodes:
                 await node.proxy.stop(signal.SIGKILL)
-            await until(lambda: lab.announced() is None, "the end of the announcement")
-
-        async def prepared_then_killed() -> None:
-            await there.proxy.stop(signal.SIGKILL)
-            await until(lambda: not is_ours(there), "virt-handler's sockets")
+            await until(lambda: not is_ours(here), "virt-handler's sockets")
 
         async with Guest.boot(lab, here) as guest:
-            lab.begun = announced_then_killed
-            await migrate(lab, guest, here, there, ours=())
-            lab.begun = None
-
-            await lab.use(here, there)
-            lab.prepared = prepared_then_killed
-            await migrate(lab, guest, there, here, ours=(here,))
+            lab.prepared = kill_both
+            await migrate(lab, guest, here, there, by="virt-handler")
 
 
 async def test_migration_goes_on_though_its_migproxies_are_killed_while_it_runs() -> None:

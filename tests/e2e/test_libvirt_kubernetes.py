@@ -68,16 +68,17 @@ class KubeLab(Lab):
     Attributes:
         kubernetes: The cluster.
         door: What the daemons reach it through.
-        kubevirt_webhook: Whether the cluster has KubeVirt's webhooks for VMIs.
+        publishes: Its migproxies publish themselves, with virt-handler's rights, and there is no virt-handler.
     """
 
     kubernetes: Cluster
     door: Gate
-    kubevirt_webhook = False
+    publishes = True
 
     def _node(self, number: int) -> Node:
         name = f"node0{number}"
         options = ["--kubeconfig", str(self.directory / f"{name}.kubeconfig"), "--socket-owner", "0:0"]
+        options += ["--publish-status"] if self.publishes else []
         if self.tls:
             options += ["--tls-dir", self._certificates]
         return Node(name, f"10.1.1.{number}", self.directory / name, *options)
@@ -100,13 +101,15 @@ class KubeLab(Lab):
         async with self, AsyncExitStack() as stack:
             await run("ip", "address", "add", f"{SERVER}/24", "dev", "migration")
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kube-", dir="/run")))
-            made = cluster(folder, separate=True, kubevirt_webhook=self.kubevirt_webhook)
+            made = cluster(folder, separate=True)
             self.kubernetes = await stack.enter_async_context(made)
             self.door = await stack.enter_async_context(gate(self.kubernetes.url, self.kubernetes.tls, SERVER))
             configuration = {"migrations": {} if self.tls else {"disableTLS": True}}
             await self.kubernetes.request("POST", KUBEVIRTS, kubevirt(configuration))
             controller = await self.kubernetes.kubevirt_token("kubevirt-controller")
             self.vmi = ApiVMI(self.vmi.path, self.kubernetes, controller)
+            if self.publishes:
+                await self.kubernetes.use_handlers_token()
             for node in self.nodes:
                 self.kubernetes.kubeconfig(self.directory, node.name, self.door.url)
             yield

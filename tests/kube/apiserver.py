@@ -2,10 +2,10 @@
 
 Lists with paging, resourceVersions and label and field selectors; watches with bookmarks, timeouts and 410 in both
 forms; whole objects, JSON and merge patches, with conflicts and no-op writes; Events like any object; bearer tokens
-bound to a pod, RBAC, MutatingAdmissionPolicies of JSON patches and ValidatingAdmissionPolicies, all read from the
-objects themselves. Any resource may be created. Custom resources can be left to Kubernetes' own server for them
-(policyserver/), with the admission of every write; the double then authenticates and authorizes, as kube-aggregator
-does. KubeVirt's own webhooks for VMIs can be switched on.
+bound to a pod, RBAC and ValidatingAdmissionPolicies, all read from the objects themselves. Any resource may be
+created. Custom resources can be left to Kubernetes' own server for them (policyserver/), with the admission of every
+write; the double then authenticates and authorizes, as kube-aggregator does. An update of a VMI passes what virt-api's
+webhooks do.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import celpy
 import lark
 from aiohttp import web
 from celpy import InterpretedRunner, celtypes
-from celpy.adapter import CELJSONEncoder, json_to_cel
+from celpy.adapter import json_to_cel
 from celpy.evaluation import CELEvalError, Evaluator
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -55,7 +55,7 @@ KUBEVIRT_ACCOUNTS = [
     f"system:serviceaccount:kubevirt:kubevirt-{name}"
     for name in ("apiserver", "controller", "handler", "synchronization-controller")
 ]
-"""Who may write a VMI's status, where KubeVirt's webhooks are on."""
+"""Who may write a VMI's status."""
 
 KINDS = {
     "serviceaccounts": "ServiceAccount",
@@ -65,8 +65,6 @@ KINDS = {
     "rolebindings": "RoleBinding",
     "validatingadmissionpolicies": "ValidatingAdmissionPolicy",
     "validatingadmissionpolicybindings": "ValidatingAdmissionPolicyBinding",
-    "mutatingadmissionpolicies": "MutatingAdmissionPolicy",
-    "mutatingadmissionpolicybindings": "MutatingAdmissionPolicyBinding",
     "daemonsets": "DaemonSet",
     "services": "Service",
     "customresourcedefinitions": "CustomResourceDefinition",
@@ -160,13 +158,11 @@ class Faults:
         gone_as_event: 410 is told as an ERROR event of an accepted watch, not as an HTTP status.
         bookmark_seconds: between two bookmarks.
         conflicts: how many of the next writes are refused with 409.
-        older: a server before Kubernetes 1.36, which has no MutatingAdmissionPolicy.
     """
 
     gone_as_event: bool = False
     bookmark_seconds: float = 60.0
     conflicts: int = 0
-    older: bool = False
 
 
 @dataclass(slots=True)
@@ -175,11 +171,11 @@ class ApiDouble:
 
     Args:
         custom: URL of a server that has the custom resources in the double's place.
-        kubevirt_webhook: An update of a VMI passes KubeVirt's webhooks, which are virt-api's.
+        has_virt_api: An update of a VMI passes KubeVirt's webhooks.
     """
 
     custom: str = ""
-    kubevirt_webhook: bool = False
+    has_virt_api: bool = True
     faults: Faults = field(default_factory=Faults)
     users: dict[str, User] = field(default_factory=lambda: {ADMIN_TOKEN: User("admin", ("system:masters",))})
     _stores: dict[str, dict[Key, Object]] = field(default_factory=dict)
@@ -331,14 +327,12 @@ class ApiDouble:
 
     def _admission_resources(self) -> list[Object]:
         names = ["validatingadmissionpolicies", "validatingadmissionpolicybindings"]
-        if not self.faults.older:
-            names += ["mutatingadmissionpolicies", "mutatingadmissionpolicybindings"]
         return [{"name": name, "namespaced": False} for name in names]
 
-    def _policies_for(self, kind: str, target: Target) -> list[tuple[Object, str]]:
-        """The policies of a kind that are about such a request, each with the name of its binding."""
-        policies = self._stores.get(f"{ADMISSION}/{kind}admissionpolicies", {})
-        bindings = self._stores.get(f"{ADMISSION}/{kind}admissionpolicybindings", {})
+    def _policies_for(self, target: Target) -> list[tuple[Object, str]]:
+        """The policies that are about such a request, each with the name of its binding."""
+        policies = self._stores.get(f"{ADMISSION}/validatingadmissionpolicies", {})
+        bindings = self._stores.get(f"{ADMISSION}/validatingadmissionpolicybindings", {})
         bound = {one["spec"]["policyName"]: one["metadata"]["name"] for one in bindings.values()}
         return [
             (policy, bound[name])
@@ -347,32 +341,15 @@ class ApiDouble:
             and any(_matches(rule, target) for rule in policy["spec"]["matchConstraints"]["resourceRules"])
         ]
 
-    def _mutate(self, user: User, target: Target, before: Object, after: Object) -> Object:
-        """Applies what mutating policies have to change; with Ignore, a mutation that fails is left out."""
-        for policy, _ in [] if self.faults.older else self._policies_for("mutating", target):
-            try:
-                values = self._values(policy, user, before, after)
-            except Refusal:
-                assert policy["spec"]["failurePolicy"] == "Ignore"
-                continue
-            for mutation in policy["spec"]["mutations"] if values else ():
-                assert values
-                values["object"] = json_to_cel(after)
-                try:
-                    patch = _expression(mutation["jsonPatch"]["expression"])(values)
-                    after = apply_json_patch(after, json.loads(json.dumps(patch, cls=CELJSONEncoder)))
-                except Refusal:
-                    assert policy["spec"]["failurePolicy"] == "Ignore"
-        return after
-
     def _admit(self, user: User, target: Target, before: Object, after: Object) -> None:
-        for policy, binding in self._policies_for("validating", target):
+        for policy, binding in self._policies_for(target):
             self._evaluate(policy, user, before, after, binding)
 
     def _values(self, policy: Object, user: User, before: Object, after: Object) -> dict[str, Any] | None:
         """What a policy's expressions are about; None where it does not apply."""
-        extra = {"authentication.kubernetes.io/node-name": [user.node]} if user.node else {}
-        request = {"userInfo": {"username": user.name, "groups": list(user.groups), "extra": extra}}
+        # Without anything in it, the field is missing (seen with Kubernetes 1.36).
+        extra = {"extra": {"authentication.kubernetes.io/node-name": [user.node]}} if user.node else {}
+        request = {"userInfo": {"username": user.name, "groups": list(user.groups), **extra}}
         variables = celtypes.MapType()
         plain = {"object": after, "oldObject": before, "request": request}
         values = {"variables": variables, **{name: json_to_cel(value) for name, value in plain.items()}}
@@ -506,8 +483,7 @@ class ApiDouble:
                 f'Operation cannot be fulfilled on {target.full_resource} "{target.name}": the object has been '
                 "modified; please apply your changes to the latest version and try again",
             )
-        after = self._mutate(user, target, before, after)
-        if self.kubevirt_webhook and target.resource == "virtualmachineinstances":
+        if self.has_virt_api and target.resource == "virtualmachineinstances":
             after = _virt_api(user, before, after)
         self._admit(user, target, before, after)
         if after == before:
@@ -527,15 +503,6 @@ class ApiDouble:
         async with self._changed:
             self._changed.notify_all()
         return after or {}
-
-
-class _JSONPatch(celtypes.MapType):
-    """The API server's type of one operation of a JSON patch."""
-
-
-def _split(text: celtypes.StringType, separator: celtypes.StringType) -> celtypes.ListType:
-    """Of Kubernetes' own extensions of CEL."""
-    return celtypes.ListType([celtypes.StringType(part) for part in str(text).split(str(separator))])
 
 
 class _Evaluator(Evaluator):
@@ -561,15 +528,15 @@ _OPERATORS = {"conditionalor", "conditionaland", "relation", "addition", "multip
 class _Expression:
     """A compiled CEL expression."""
 
-    _environment = celpy.Environment(annotations={"JSONPatch": _JSONPatch}, runner_class=_Runner)
+    _environment = celpy.Environment(runner_class=_Runner)
 
     def __init__(self, text: str) -> None:
         tree = _flat(self._environment.compile(text))
-        self._program = self._environment.program(tree, functions={"split": _split})
+        self._program = self._environment.program(tree)
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         try:
-            result = self._program.evaluate({**values, "JSONPatch": _JSONPatch})
+            result = self._program.evaluate(dict(values))
         except CELEvalError as error:
             raise Refusal(422, "Invalid", f"expression failed: {error}") from error
         return bool(result) if isinstance(result, celpy.celtypes.BoolType) else result
@@ -635,10 +602,12 @@ def _whole(target: Target, before: Object, body: Object) -> Object:
 def _virt_api(user: User, before: Object, after: Object) -> Object:
     """What KubeVirt's webhooks make of an update of a VMI: of its status too, which is no subresource.
 
+    The administrator stands for KubeVirt's components in the tests.
+
     Raises:
         Refusal: It changes what only KubeVirt may change.
     """
-    if user.name in KUBEVIRT_ACCOUNTS:
+    if user.name in (*KUBEVIRT_ACCOUNTS, "admin"):
         return after
     labels = [
         {name: value for name, value in (one["metadata"].get("labels") or {}).items() if name in _RESERVED_LABELS}
@@ -652,7 +621,8 @@ def _virt_api(user: User, before: Object, after: Object) -> Object:
     if told:
         webhook = "virtualmachineinstances-update-validator.kubevirt.io"
         raise Refusal(422, "Invalid", f'admission webhook "{webhook}" denied the request: {told}')
-    return {**after, "status": before["status"]}
+    kept = {"status": before["status"]} if "status" in before else {}
+    return {**{name: value for name, value in after.items() if name != "status"}, **kept}
 
 
 def _verb(method: str, target: Target, watch: bool) -> str:
@@ -823,11 +793,10 @@ async def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--kubevirt-webhook", action="store_true")
     options = parser.parse_args()
     done = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
-    double = ApiDouble(kubevirt_webhook=options.kubevirt_webhook)
+    double = ApiDouble()
     async with serve(double, options.host, options.port) as url:
         print(url, flush=True)
         await done.wait()

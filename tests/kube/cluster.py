@@ -29,7 +29,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from tests.kube.apiserver import ADMIN_TOKEN, KINDS, ApiDouble, certificate, serve, server_tls
 
 MANIFESTS = Path(__file__).parents[2] / "daemonset.yaml"
-BESIDE = MANIFESTS.parent / "deploy/beside-virt-handler"
 NODES = ("node01", "node02")
 NAMESPACE = "kubevirt"
 VMIS = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstances"
@@ -107,20 +106,6 @@ class Cluster:
             self._tokens[node] = await self._issue_token(node)
         await self._until_served()
 
-    async def install_beside(self, *, policy: bool = True) -> None:
-        """Applies what deploy/beside-virt-handler adds and changes.
-
-        Args:
-            policy: The mutating one too.
-        """
-        (rules,) = documents(BESIDE / "rules.yaml")
-        group, kind = rules["apiVersion"], _PLURALS[rules["kind"]]
-        merged = f"/apis/{group}/{kind}/{rules['metadata']['name']}"
-        await self.request("PATCH", merged, {"spec": rules["spec"]}, MERGE_PATCH)
-        for name in ("policy.yaml", "guard.yaml") if policy else ("guard.yaml",):
-            for document in documents(BESIDE / name):
-                await self.create(document)
-
     def token(self, node: str) -> str:
         """The token of migproxy on a node."""
         return self._tokens[node]
@@ -129,15 +114,25 @@ class Cluster:
         """Has migproxy on a node use a token of its ServiceAccount that no pod holds."""
         self._tokens[node] = await self._request_token("migproxy", {})
 
+    async def use_handlers_token(self) -> None:
+        """Has migproxy run as virt-handler does, whom KubeVirt lets write a VMI's status."""
+        await self.kubevirt_token("kubevirt-handler")
+        self._tokens = {node: await self._request_token("kubevirt-handler", {}) for node in NODES}
+
     async def kubevirt_token(self, account: str) -> str:
-        """A token of one of KubeVirt's ServiceAccounts, with the right to do what it likes to VMIs.
+        """A token of one of KubeVirt's ServiceAccounts, with the right to do what it likes to VMIs and Events.
 
         Args:
             account: Its name, such as kubevirt-handler.
         """
         group, name = "rbac.authorization.k8s.io", {"name": account}
         verbs = ["get", "list", "watch", "create", "update", "patch", "delete"]
-        rules = [{"apiGroups": ["kubevirt.io"], "resources": ["virtualmachineinstances"], "verbs": verbs}]
+        rules = [
+            {"apiGroups": ["kubevirt.io"], "resources": ["virtualmachineinstances"], "verbs": verbs},
+            {"apiGroups": ["kubevirt.io"], "resources": ["kubevirts"], "verbs": verbs[:3]},
+            {"apiGroups": [""], "resources": ["events"], "verbs": verbs},
+            {"apiGroups": [""], "resources": ["configmaps"], "verbs": verbs[:3]},
+        ]
         account_object = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {**name, "namespace": NAMESPACE}}
         role = {"apiVersion": f"{group}/v1", "kind": "ClusterRole", "metadata": name, "rules": rules}
         binding = {
@@ -239,13 +234,12 @@ def resource_definition(kind: str) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def cluster(folder: Path, *, separate: bool = False, kubevirt_webhook: bool = False) -> AsyncIterator[Cluster]:
+async def cluster(folder: Path, *, separate: bool = False) -> AsyncIterator[Cluster]:
     """A cluster with migproxy's objects in it.
 
     Args:
         folder: For the files of a real one.
         separate: The double is a process of its own, as a real one always is.
-        kubevirt_webhook: The double has KubeVirt's webhooks for VMIs; a real one has none.
     """
     assets, policy_server = os.environ.get("KUBEBUILDER_ASSETS"), os.environ.get("MIGPROXY_POLICY_SERVER")
     tls = ssl._create_unverified_context() if assets or policy_server else False
@@ -256,9 +250,9 @@ async def cluster(folder: Path, *, separate: bool = False, kubevirt_webhook: boo
         elif policy_server:
             url = await stack.enter_async_context(_policy_server(Path(policy_server), folder))
         elif separate:
-            url = await stack.enter_async_context(_double("--kubevirt-webhook") if kubevirt_webhook else _double())
+            url = await stack.enter_async_context(_double())
         else:
-            double = ApiDouble(kubevirt_webhook=kubevirt_webhook)
+            double = ApiDouble()
             url = await stack.enter_async_context(serve(double))
         connector = aiohttp.TCPConnector(ssl=tls, limit=0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, read_bufsize=2**21))
@@ -269,8 +263,8 @@ async def cluster(folder: Path, *, separate: bool = False, kubevirt_webhook: boo
 
 
 @asynccontextmanager
-async def _double(*options: str) -> AsyncIterator[str]:
-    command = [sys.executable, "-m", "tests.kube.apiserver", *options]
+async def _double() -> AsyncIterator[str]:
+    command = [sys.executable, "-m", "tests.kube.apiserver"]
     process = await asyncio.create_subprocess_exec(*command, cwd=MANIFESTS.parent, stdout=asyncio.subprocess.PIPE)
     try:
         assert process.stdout

@@ -1,14 +1,14 @@
-"""A model of a target beside virt-handler: every order of the steps of the two.
+"""A model of a migration beside virt-handler: every order of everybody's steps, with kills at each.
 
-The decisions are the daemon's own (`make_plan`), so are its requests (`Announcements`), and the API server is the
-double with deploy/beside-virt-handler's policies in force. Each state is visited once, until there is no new one. The
-daemon's steps are as small as they can be told apart: it hears of the VMI, it looks at its namespace, it acts on what
-it knows by then, it is killed and started anew.
+The decisions are the daemons' own (`make_plan`), so are their requests (`Announcements`), and the API server is the
+double with daemonset.yaml's policies in force. Each state is visited once, until there is no new one. A daemon's steps
+are as small as they can be told apart: it hears of the VMI, it acts on what it knows by then, it is killed and started
+anew. What becomes of a connection is what tests/kube/test_beside_paths.py shows of real ones.
 """
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -19,28 +19,43 @@ import pytest
 import yaml
 
 from migproxy import vmi as instances
-from migproxy.announcement import TARGET_ANNOTATION, Announcement, parse_announcement
+from migproxy.announcement import TARGET_ANNOTATION, Announcement
 from migproxy.inventory import PublishError
 from migproxy.inventory.announcements import Announcements
 from migproxy.kube.api import ApiError
-from migproxy.plan import Beside, Migration, Plan, TargetProxy, is_forsaken, make_plan
-from migproxy.portmap import Channel, IPAddress, PortMap
+from migproxy.plan import Plan, Readiness, make_plan
+from migproxy.portmap import Channel, PortMap
 from tests.kube.apiserver import ApiDouble, Object, Refusal, Target, User, apply_json_patch
-from tests.kube.cluster import BESIDE, MANIFESTS, begin, end, start, vmi
+from tests.kube.cluster import MANIFESTS, NODES, begin, end, start, vmi
 from tests.virt_handler import published
 
 pytestmark = pytest.mark.tier("gate")
 
-HERE = "node02"
-ADDRESSES = ("10.1.1.2", "10.1.1.3")
-DEPTH = 40  # the last new state comes long before
-STEPS = ["listen", "publish", "move", "begin", "hear", "look", "act", "kill", "revive", "retreat", "strip"]
+SOURCE, TARGET = NODES
+ADDRESS = ip_address("10.1.1.2")
+STEPS = (
+    *("publish", "listen", "start", "end", "strip"),
+    *("target_hears", "target_acts", "target_is_killed", "target_is_started"),
+    *("source_hears", "source_acts", "source_is_killed", "source_is_started", "failsafe"),
+)
 
 VMI = Target("kubevirt.io", "v1", "virtualmachineinstances", "default", "one", "")
-MIGRATION = Migration("default", "one", "uid-of-one", "first")
-VIRT_HANDLER = User("system:serviceaccount:kubevirt:kubevirt-handler", ())
 SOMEBODY = User("somebody", ())
-MIGPROXY = User("system:serviceaccount:kubevirt:migproxy", (), HERE)
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """One of ours.
+
+    Attributes:
+        alive: Whether it runs.
+        known: The VMI as it has heard of it, in JSON; None before.
+        lives: How many there have been on the node.
+    """
+
+    alive: bool = True
+    known: str | None = None
+    lives: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,24 +64,19 @@ class World:
 
     Attributes:
         vmi: As the API server has it, in JSON.
-        moves: How often virt-handler has been started anew in another namespace, at another address.
-        theirs: virt-handler's ports, None before it listens.
-        alive: Whether a daemon of ours runs.
-        known: The VMI as that one has heard of it, in JSON; None before.
-        address: virt-handler's address as that one knows it.
-        ours: Where that one listens: how often virt-handler had moved by then, and the ports.
-        lives: How many daemons of ours there have been.
-        stripped: Whether somebody else has taken the announcement away.
+        source, target: The two nodes' daemons.
+        theirs: virt-handler's socket stands at the source's path, or is kept behind ours.
+        ours: Ours stands there.
+        listens: Where the target's relay listens, whether a daemon accepts there or not.
+        stripped: Whether somebody has taken the announcement away.
     """
 
     vmi: str
-    moves: int = 0
-    theirs: tuple[int, int] | None = None
-    alive: bool = True
-    known: str | None = None
-    address: str | None = None
-    ours: tuple[int, PortMap] | None = None
-    lives: int = 1
+    source: Daemon = Daemon()
+    target: Daemon = Daemon()
+    theirs: bool = False
+    ours: bool = False
+    listens: PortMap | None = None
     stripped: bool = False
 
     @property
@@ -78,24 +88,23 @@ class World:
         return dict(self.document["status"]["migrationState"])
 
     @property
-    def their_address(self) -> str:
-        return ADDRESSES[self.moves]
+    def announced(self) -> str | None:
+        found = self.document["metadata"]["annotations"].get(TARGET_ANNOTATION)
+        return str(found) if found else None
 
     @property
-    def published(self) -> dict[str, int] | None:
-        ports = self.state.get("targetDirectMigrationNodePorts")
-        return dict(ports) if ports else None
-
-    @property
-    def leads_to(self) -> str:
-        """Whose listeners the status leads to: "us", "virt-handler", or "nobody"."""
-        if self.state.get("targetNodeAddress") != self.their_address or self.published is None:
-            return "nobody"
-        if self.theirs and self.published == as_published(self.theirs):
+    def path(self) -> str:
+        """Where a connection goes that the launcher makes now."""
+        if not self.theirs:
+            return "nowhere yet"
+        if not self.ours:
             return "virt-handler"
-        if self.alive and self.ours and self.ours[0] == self.moves and self.published == self.ours[1].published():
-            return "us"
-        return "nobody"
+        if not self.source.alive:
+            return "a dead daemon's queue"
+        plan = plan_of(self.source.known, SOURCE)
+        ports = plan.sources[0].ports if plan and plan.sources else None
+        serves = self.target.alive and self.listens and self.target.known
+        return "migproxy" if ports and serves and ports == self.listens else "virt-handler"
 
 
 @cache
@@ -109,36 +118,23 @@ def parsed(text: str) -> instances.VMI:
     return instances.parse(loaded(text))
 
 
-def as_published(ports: tuple[int, int]) -> dict[str, int]:
-    return {str(ports[0]): 0, str(ports[1]): 49152}
+@cache
+def plan_of(known: str | None, node: str) -> Plan | None:
+    return make_plan([parsed(known)], node, (), datetime.now(UTC), Readiness(ADDRESS)) if known else None
 
 
 class Server:
-    """The double, whose one VMI is whatever a world says; stands in for the daemon's connection to it, too."""
+    """The double, whose one VMI is whatever a world says."""
 
-    def __init__(self, *, policy: bool, guard: bool) -> None:
+    def __init__(self) -> None:
         self.double = ApiDouble()
         self._answers: dict[tuple[str, str, str], Object | Refusal] = {}
-        documents = [
-            *(yaml.safe_load_all((BESIDE / "guard.yaml").read_text()) if guard else ()),
-            *(yaml.safe_load_all((BESIDE / "policy.yaml").read_text()) if policy else ()),
-            *(one for one in yaml.safe_load_all(MANIFESTS.read_text()) if one["kind"].startswith("Validating")),
-        ]
-        for document in documents:
-            plural = document["kind"].lower().replace("policy", "policies").replace("policiesbinding", "policybindings")
-            if document["metadata"]["name"] == "migproxy" and "spec" in document and "validations" in document["spec"]:
-                document["spec"] |= yaml.safe_load((BESIDE / "rules.yaml").read_text())["spec"]
-            where = Target("admissionregistration.k8s.io", "v1", plural, "", document["metadata"]["name"], "")
-            self.run(self.double._write(where, None, document))
-
-    @staticmethod
-    def run(coroutine: Any) -> Any:
-        """Runs what never waits."""
-        try:
-            coroutine.send(None)
-        except StopIteration as result:
-            return result.value
-        raise AssertionError("it waits")
+        for document in yaml.safe_load_all(MANIFESTS.read_text()):
+            if document["kind"].startswith("Validating"):
+                plural = document["kind"].lower().replace("policy", "policies").replace("policiesb", "policyb") + "s"
+                plural = plural.removesuffix("s") if plural.endswith("policiess") else plural
+                where = Target("admissionregistration.k8s.io", "v1", plural, "", document["metadata"]["name"], "")
+                run(self.double._write(where, None, document))
 
     def patch(self, user: User, document: Object, patch: list[Object]) -> Object:
         """What the API server makes of a patch.
@@ -146,21 +142,10 @@ class Server:
         Raises:
             Refusal: It refuses it.
         """
-        return self._answer(user, document, json.dumps(patch), lambda: apply_json_patch(document, patch))
-
-    def put(self, user: User, document: Object, after: Object) -> Object:
-        """What the API server makes of a whole object.
-
-        Raises:
-            Refusal: It refuses it.
-        """
-        return self._answer(user, document, dump(after), lambda: after)
-
-    def _answer(self, user: User, document: Object, body: str, wanted: Callable[[], Object]) -> Object:
-        asked = (user.name, dump(document), body)
+        asked = (user.name + (user.node or ""), dump(document), json.dumps(patch))
         if asked not in self._answers:
             try:
-                after = self.double._mutate(user, VMI, document, wanted())
+                after = apply_json_patch(document, patch)
                 self.double._admit(user, VMI, document, after)
                 self._answers[asked] = after
             except Refusal as refusal:
@@ -171,12 +156,21 @@ class Server:
         return answer
 
 
-class Connection:
-    """The daemon's connection to the server, for one request on one world."""
+def run(coroutine: Any) -> Any:
+    """Runs what never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as result:
+        return result.value
+    raise AssertionError("it waits")
 
-    def __init__(self, server: Server, document: Object) -> None:
+
+class Connection:
+    """A daemon's connection to the server, for one request on one world."""
+
+    def __init__(self, server: Server, document: Object, node: str) -> None:
         self.document = document
-        self._server = server
+        self._server, self._user = server, User("system:serviceaccount:kubevirt:migproxy", (), node)
 
     async def request(
         self, _method: str, _path: str, _query: Any = None, body: Any = None, _content_type: str = ""
@@ -184,7 +178,7 @@ class Connection:
         if body is None:
             return self.document
         try:
-            self.document = self._server.patch(MIGPROXY, self.document, body)
+            self.document = self._server.patch(self._user, self.document, body)
         except Refusal as refusal:
             raise ApiError(refusal.code, str(refusal)) from refusal
         return self.document
@@ -193,175 +187,152 @@ class Connection:
 class Model:
     """The steps that are possible, and what must hold."""
 
-    def __init__(self, *, policy: bool, guard: bool = True) -> None:
-        self.server = Server(policy=policy, guard=guard)
-        self.policy = policy
-        self.outcomes: set[str] = set()
-        self._visited: dict[World, int] = {}
-        self._settled: set[World] = set()
+    def __init__(self) -> None:
+        self.server = Server()
+        self.outcomes: set[tuple[str, bool]] = set()
+        self.visited: set[World] = set()
 
-    def explore(self, world: World, depth: int) -> None:
+    def explore(self, first: World) -> None:
         """Takes every step from a world, and from what comes of it."""
-        if self._visited.get(world, -1) >= depth:
-            return
-        self._visited[world] = depth
-        if world not in self._settled:
-            self._settled.add(world)
-            (self._check_settled if world.alive else self._check_left_alone)(world)
-        if depth:
-            for name in STEPS:
-                after = getattr(self, name)(world)
-                if after is not None and after != world:
-                    self.explore(after, depth - 1)
+        pending = [first]
+        while pending:
+            world = pending.pop()
+            if world in self.visited:
+                continue
+            self.visited.add(world)
+            self._check(world)
+            steps: list[World | None] = [getattr(self, name)(world) for name in STEPS]
+            pending += [after for after in steps if after is not None and after != world]
 
-    @property
-    def states(self) -> int:
-        """How many it has visited."""
-        return len(self._visited)
-
-    # virt-handler, and the source
-
-    def listen(self, world: World) -> World | None:
-        port = 1000 + 100 * world.moves
-        return replace(world, theirs=(port, port + 1)) if world.theirs is None else None
+    # KubeVirt
 
     def publish(self, world: World) -> World | None:
-        state = world.state
-        if world.theirs is None or "startTimestamp" in state or state.get("targetNodeAddress") == world.their_address:
+        if "targetNodeAddress" in world.state or "endTimestamp" in world.state:
             return None
-        written = published(world.document, world.their_address, as_published(world.theirs))
-        after = replace(world, vmi=dump(self.server.put(VIRT_HANDLER, world.document, written)))
-        announced = parse_announcement(world.document["metadata"]["annotations"].get("migproxy.io/target"))
-        in_time = announced is not None and str(announced.address) == world.their_address and self.policy
-        assert after.published == (announced.ports.published() if in_time and announced else as_published(world.theirs))
-        return after
+        written = published(world.document, str(ADDRESS), {"1000": 0, "1001": 49152})
+        return replace(world, vmi=dump(written))
 
-    def move(self, world: World) -> World | None:
-        if world.moves + 1 == len(ADDRESSES) or "startTimestamp" in world.state:
+    def listen(self, world: World) -> World | None:
+        """virt-handler removes what is at the path, ours too, and listens there."""
+        if "targetNodeAddress" not in world.state or "startTimestamp" in world.state or "endTimestamp" in world.state:
             return None
-        return replace(world, moves=world.moves + 1, theirs=None)
+        return replace(world, theirs=True, ours=False) if not world.theirs else None
 
-    def begin(self, world: World) -> World | None:
-        if world.leads_to == "nobody" or "startTimestamp" in world.state:
+    def start(self, world: World) -> World | None:
+        if not world.theirs or "startTimestamp" in world.state:
             return None
-        self.outcomes.add(world.leads_to)
+        self.outcomes.add((world.path, world.stripped))
         return replace(world, vmi=dump(merge(world.document, start())))
 
+    def end(self, world: World) -> World | None:
+        if "endTimestamp" in world.state or "startTimestamp" not in world.state:
+            return None
+        return replace(world, vmi=dump(merge(world.document, end())), theirs=False, ours=False)
+
     def strip(self, world: World) -> World | None:
-        """Somebody takes the announcement away, once, where the guard lets them."""
-        if world.stripped or announced(world) is None:
+        """Somebody takes the announcement away, once."""
+        if world.stripped or world.announced is None:
             return None
         path = f"/metadata/annotations/{TARGET_ANNOTATION.replace('/', '~1')}"
-        try:
-            after = self.server.patch(SOMEBODY, world.document, [{"op": "remove", "path": path}])
-        except Refusal:
-            return None
+        after = self.server.patch(SOMEBODY, world.document, [{"op": "remove", "path": path}])
         return replace(world, vmi=dump(after), stripped=True)
 
-    # Us
+    # The target's node
 
-    def hear(self, world: World) -> World | None:
-        return replace(world, known=world.vmi) if world.alive else None
+    def target_hears(self, world: World) -> World | None:
+        return replace(world, target=replace(world.target, known=world.vmi)) if world.target.alive else None
 
-    def look(self, world: World) -> World | None:
-        return replace(world, address=world.their_address) if world.alive else None
+    def target_is_killed(self, world: World) -> World | None:
+        """Its relay keeps the listeners."""
+        return replace(world, target=Daemon(alive=False)) if world.target.alive and world.target.lives == 1 else None
 
-    def kill(self, world: World) -> World | None:
-        return replace(world, alive=False, known=None, address=None, ours=None) if world.lives == 1 else None
+    def target_is_started(self, world: World) -> World | None:
+        return None if world.target.alive else replace(world, target=Daemon(lives=2))
 
-    def revive(self, world: World) -> World | None:
-        return None if world.alive else replace(world, alive=True, lives=world.lives + 1)
-
-    def retreat(self, world: World) -> World | None:
-        """What the failsafe does when the daemon is dead."""
-        known = parsed(world.vmi)
-        if world.alive or not is_forsaken(known, HERE):
-            return None
-        connection = Connection(self.server, world.document)
-        announcements = Announcements(connection)  # type: ignore[arg-type]
-        self.server.run(announcements.withdraw(known, lambda now: is_forsaken(now, HERE)))
-        return replace(world, vmi=dump(connection.document))
-
-    def act(self, world: World) -> World | None:
+    def target_acts(self, world: World) -> World | None:
         """Makes its listeners as the plan has them, then announces or withdraws."""
-        if not world.alive or world.known is None:
+        plan = plan_of(world.target.known, TARGET) if world.target.alive else None
+        if plan is None:
             return None
-        known = parsed(world.known)
-        address = ip_address(world.address) if world.address else None
-        plan = self._plan(world, known, address)
         item = next(iter(plan.targets), None)
-        world = replace(world, ours=self._listeners(world, item) if item or not plan.held else world.ours)
-        connection = Connection(self.server, world.document)
+        started_without = any(one.role == "target" for one in plan.bypassed) and world.listens is not None
+        if item:
+            ports = item.published or world.listens or PortMap.of({Channel.LIBVIRT: 2000, Channel.DIRECT: 2001})
+            world = replace(world, listens=ports)
+        elif not plan.held and not started_without:
+            world = replace(world, listens=None)
+        known = parsed(str(world.target.known))
+        connection = Connection(self.server, world.document, TARGET)
         announcements = Announcements(connection)  # type: ignore[arg-type]
         try:
-            if item and item.announce and world.ours and address:
-                announcement = Announcement(item.migration.migration_uid, world.ours[1], address)
+            if item and item.announce and world.listens:
+                announcement = Announcement(item.migration.migration_uid, world.listens, ADDRESS)
                 if known.announced != str(announcement):
-                    self.server.run(announcements.announce(known, announcement))
+                    run(announcements.announce(known, announcement))
             elif plan.stale:
-                self.server.run(announcements.withdraw(known, lambda now: bool(self._plan(world, now, address).stale)))
+                run(announcements.withdraw(known, lambda now: bool(stale(now, TARGET))))
         except PublishError:
             pass
         after = replace(world, vmi=dump(connection.document))
-        assert after.published == world.published, "an announcement has changed what is published"
+        assert after.document["status"] == world.document["status"], "what virt-handler publishes has been changed"
         return after
 
-    @staticmethod
-    def _plan(world: World, known: instances.VMI, address: IPAddress | None) -> Plan:
-        serving = {}
-        if world.ours:
-            place, ports = world.ours
-            serving[MIGRATION] = Announcement(MIGRATION.migration_uid, ports, ip_address(ADDRESSES[place]))
-        return make_plan([known], HERE, (), datetime.now(UTC), Beside(address, serving=serving))
+    # The source's node
 
-    @staticmethod
-    def _listeners(world: World, item: TargetProxy | None) -> tuple[int, PortMap] | None:
-        """Where it listens from now on: at the address that it has looked at last."""
-        if item is None:
+    def source_hears(self, world: World) -> World | None:
+        return replace(world, source=replace(world.source, known=world.vmi)) if world.source.alive else None
+
+    def source_is_killed(self, world: World) -> World | None:
+        return replace(world, source=Daemon(alive=False)) if world.source.alive and world.source.lives == 1 else None
+
+    def source_is_started(self, world: World) -> World | None:
+        return None if world.source.alive else replace(world, source=Daemon(lives=2))
+
+    def source_acts(self, world: World) -> World | None:
+        plan = plan_of(world.source.known, SOURCE) if world.source.alive else None
+        if plan is None:
             return None
-        if item.running and world.ours:
-            return world.ours
-        place = ADDRESSES.index(world.address) if world.address else world.moves
-        if item.published is not None:
-            return place, item.published
-        if world.ours and world.ours[0] == place:
-            return world.ours
-        port = 2000 + 100 * place + 10 * world.lives
-        return place, PortMap.of({Channel.LIBVIRT: port, Channel.DIRECT: port + 1})
+        if plan.sources and plan.sources[0].beside:
+            enters = not plan.sources[0].beside.stays_out
+            return replace(world, ours=world.theirs and (world.ours or enters))
+        return replace(world, ours=False)
+
+    def failsafe(self, world: World) -> World | None:
+        """What it does when the source's daemon is dead."""
+        return None if world.source.alive else replace(world, ours=False)
 
     # What must hold
 
-    def _check_settled(self, world: World) -> None:
-        """Once everybody has done what is due, the status leads to a listener."""
-        for _ in range(4):
-            for name in ("listen", "publish", "look", "hear", "act"):
+    def _check(self, world: World) -> None:
+        if world.path == "a dead daemon's queue":
+            after = self.failsafe(world)
+            assert after
+            assert after.path == "virt-handler"
+            return
+        assert world.path in ("migproxy", "virt-handler", "nowhere yet")
+        is_open = not {"startTimestamp", "endTimestamp"} & world.state.keys()
+        if is_open and world.source.alive and world.target.alive:
+            settled = self._settle(world, "publish", "listen")
+            assert settled.path == "migproxy", f"both are in time, and it goes elsewhere: {settled}"
+        if "startTimestamp" in world.state and world.path == "migproxy" and world.announced:
+            assert self._settle(world).path == "migproxy", f"what runs goes on elsewhere: {world}"
+        if "endTimestamp" in world.state:
+            settled = self._settle(world)
+            if world.target.alive:
+                assert (settled.listens, settled.announced) == (None, None)
+            if world.source.alive:
+                assert not settled.ours
+
+    def _settle(self, world: World, *more: str) -> World:
+        """Everybody who is there does what is due."""
+        for _ in range(3):
+            for name in (*more, "target_hears", "target_acts", "source_hears", "source_acts"):
                 world = getattr(self, name)(world) or world
-        if "startTimestamp" not in world.state:
-            assert world.leads_to in ("us", "virt-handler"), world
-        if world.leads_to != "us":
-            assert world.ours is None, f"listens, and nothing leads there: {world}"
-            assert announced(world) is None, f"announces, and nothing leads there: {world}"
-        ended = replace(world, vmi=dump(merge(world.document, end())))
-        for name in ("hear", "act", "hear", "act"):
-            ended = getattr(self, name)(ended) or ended
-        assert (ended.ours, announced(ended)) == (None, None)
-
-    def _check_left_alone(self, world: World) -> None:
-        """Though no daemon follows: all but what is published already is as if there had never been one."""
-        for _ in range(2):
-            for name in ("retreat", "listen", "publish"):
-                world = getattr(self, name)(world) or world
-        text = parse_announcement(announced(world))
-        if text is not None:
-            assert world.published == text.ports.published(), f"announces, and nobody listens: {world}"
-            self.outcomes.add("left behind")
-        elif "startTimestamp" not in world.state:
-            assert world.leads_to == "virt-handler", world
+        return world
 
 
-def announced(world: World) -> str | None:
-    text = world.document["metadata"]["annotations"].get("migproxy.io/target")
-    return str(text) if text else None
+def stale(now: instances.VMI, node: str) -> tuple[str, ...]:
+    return make_plan([now], node, (), datetime.now(UTC), Readiness(ADDRESS)).stale
 
 
 def merge(document: Object, patch: Mapping[str, Any]) -> Object:
@@ -380,29 +351,11 @@ def dump(document: Object) -> str:
     return json.dumps(document, sort_keys=True)
 
 
-def first_world() -> World:
+def test_every_order_of_steps_leaves_a_path_that_works() -> None:
     document = merge(vmi("one"), begin("first"))
     document["metadata"] |= {"uid": "uid-of-one", "resourceVersion": "1"}
-    return World(dump(document))
-
-
-def test_every_order_of_steps_leads_to_a_listener() -> None:
-    model = Model(policy=True)
-    model.explore(first_world(), DEPTH)
-    assert model.outcomes == {"us", "virt-handler", "left behind"}
-    assert model.states > 500
-
-
-def test_what_is_published_stays_served_though_somebody_takes_the_announcement_away_without_the_guard() -> None:
-    model = Model(policy=True, guard=False)
-    model.explore(
-        replace(first_world(), lives=2), DEPTH
-    )  # the successor of one that is killed could not know its ports
-    assert model.outcomes == {"us", "virt-handler"}
-
-
-@pytest.mark.tier("soak")
-def test_without_the_policy_every_order_leads_to_virt_handler() -> None:
-    model = Model(policy=False)
-    model.explore(first_world(), DEPTH)
-    assert model.outcomes == {"virt-handler"}
+    model = Model()
+    model.explore(World(dump(document)))
+    paths = {path for path, _ in model.outcomes}
+    assert paths == {"migproxy", "virt-handler", "a dead daemon's queue"}
+    assert len(model.visited) > 1000

@@ -163,6 +163,7 @@ async def test_final_state_is_what_the_plan_says(
     print(f"seed {seed}: repeat with MIGPROXY_CHAOS_SEEDS={seed}")
     chance = random.Random(seed)
     nodes = [LocalNode(name, address, tmp_path) for name, address in ADDRESSES.items()]
+    await kubernetes.use_handlers_token()
     async with AsyncExitStack() as stack:
         for node, door in zip(nodes, doors, strict=True):
             kubeconfig = kubernetes.kubeconfig(tmp_path, node.name, door.url)

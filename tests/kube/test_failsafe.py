@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import AsyncExitStack, closing
 from itertools import pairwise
@@ -10,30 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 from structlog.testing import capture_logs
 
+from migproxy import failsafe, shared
+from migproxy.announcement import TARGET_ANNOTATION
 from migproxy.failsafe import Failsafe
 from migproxy.inventory import BYPASSED
 from migproxy.kube.api import ApiServer
-from migproxy.launcher import Launchers
+from migproxy.launcher import LauncherError, Launchers
 from migproxy.lifeline import Lifeline
 from migproxy.shared import SharedFolder
 from tests.clock import Clock, eventually
-from tests.kube.cluster import NODES, VMIS, Cluster, begin, start, vmi
+from tests.kube.beside_source import SourceScene, Targets, targets
+from tests.kube.cluster import MERGE_PATCH, NODES, VMIS, Cluster, begin, start, vmi
 from tests.kube.gate import Gate
-from tests.kube.test_beside_source import Scene
-from tests.kube.test_beside_target import (
-    THEIRS,
-    announced,
-    change,
-    path,
-    policy_in_force,
-    publish,
-    published,
-    until_announced,
-    until_withdrawn,
-)
 from tests.kube.world import LocalNode
 
 pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
@@ -44,7 +33,7 @@ PATIENCE = pytest.approx(1.0, abs=0.26)
 """Seconds that a daemon has been dead when something is done about it: looked at four times in each."""
 
 
-class Guarded(Scene):
+class Guarded(SourceScene):
     """A node with a daemon and a failsafe, and a VMI that migrates from it, or to it.
 
     Attributes:
@@ -53,8 +42,8 @@ class Guarded(Scene):
         ending: Tells it to end.
     """
 
-    def __init__(self, kubernetes: Cluster, node: LocalNode, uid: str, target: socket.socket, url: str) -> None:
-        super().__init__(kubernetes, node, uid, target)
+    def __init__(self, kubernetes: Cluster, node: LocalNode, uid: str, far: Targets, url: str) -> None:
+        super().__init__(kubernetes, node, uid, far)
         folder = node.launchers.parent
         self.logs: list[MutableMapping[str, Any]] = []
         self.failsafe: asyncio.Task[None]
@@ -101,21 +90,19 @@ class Guarded(Scene):
 @pytest.fixture
 async def scene(kubernetes: Cluster, tmp_path: Path, door: Gate) -> AsyncIterator[Guarded]:
     """The daemon and the failsafe run."""
-    await kubernetes.install_beside()
-    await policy_in_force(kubernetes)
     uid = (await kubernetes.request("POST", VMIS, vmi("one")))["metadata"]["uid"]
     node = LocalNode(HERE, ADDRESS, tmp_path)
     node.boot_launcher(uid)
-    with socket.create_server(("127.77.0.3", 0)) as target, capture_logs() as logs:
-        target.setblocking(False)
-        made = Guarded(kubernetes, node, uid, target, door.url)
-        made.logs = logs
-        made.failsafe = asyncio.create_task(made.watch_over())
-        await made.start()
-        yield made
-        await made.kill()
-        await made.complete()
-        await made.virt_handler.close()
+    async with targets() as far:
+        with capture_logs() as logs:
+            made = Guarded(kubernetes, node, uid, far, door.url)
+            made.logs = logs
+            made.failsafe = asyncio.create_task(made.watch_over())
+            await made.start()
+            yield made
+            await made.kill()
+            await made.complete()
+            await made.virt_handler.close()
 
 
 async def test_killed_daemons_sources_go_by_virt_handler_again_until_there_is_another_daemon(
@@ -153,55 +140,48 @@ async def test_daemon_that_is_started_anew_at_once_finds_its_sockets_where_they_
     assert not scene.told("the daemon does not run")
 
 
-async def test_killed_daemons_announcement_goes_before_virt_handler_publishes(scene: Guarded, clock: Clock) -> None:
-    await scene.change(begin("first", source=THERE, target=HERE))
-    await until_announced(scene.kubernetes)
-
-    death = clock()
-    await scene.kill()
-    await until_withdrawn(scene.kubernetes)
-    assert clock() - death == PATIENCE
-    await publish(scene.kubernetes, targetNodeAddress=ADDRESS)
-    assert (await published(scene.kubernetes))["ports"] == THEIRS
-
-
-async def test_what_is_published_or_runs_is_left_to_the_next_daemon(scene: Guarded) -> None:
+async def test_sockets_of_a_migration_that_runs_are_given_back_too(scene: Guarded) -> None:
+    """Whoever connects from then on goes by virt-handler, which leads to the same launcher."""
     await scene.source_in_path()
     await scene.change(start())
-    await scene.kubernetes.request("POST", VMIS, vmi("two", node=THERE))
-    await change(scene.kubernetes, begin("second", source=THERE, target=HERE), "two")
-    await until_announced(scene.kubernetes, "two")
-    await publish(scene.kubernetes, "two", targetNodeAddress=ADDRESS)
-    ports = (await published(scene.kubernetes, "two"))["ports"]
-    assert ports != THEIRS
-
+    await eventually(lambda: scene.node.migration("one")["state"] == "running", "the start")
     await scene.kill()
-    await scene.complete()
-
-    assert scene.is_ours()
-    assert await announced(scene.kubernetes, "two")
-    assert (await published(scene.kubernetes, "two"))["ports"] == ports
-    await scene.start()
-    await eventually(lambda: path(scene.node) == ("migproxy", ""), "the sockets to lead to it")
+    await eventually(scene.is_given_back, "virt-handler's sockets")
     await scene.connect()
-    assert not scene.virt_handler.relayed
+    assert scene.virt_handler.relayed == {"source": 1}
+    await scene.start()
+    await asyncio.sleep(60)
+    assert scene.is_given_back(), "a daemon that comes after the start stays out"
 
 
-async def test_what_cannot_be_given_back_at_once_is_tried_again(scene: Guarded, door: Gate, clock: Clock) -> None:
+async def test_announcement_of_a_killed_daemon_stays_as_nobody_needs_it(scene: Guarded) -> None:
     await scene.change(begin("first", source=THERE, target=HERE))
-    await until_announced(scene.kubernetes)
-    tries: list[float] = []
-
-    def refuse(request: web.Request) -> int | None:
-        if request.method != "PATCH" or "virtualmachineinstances" not in request.path:
-            return None
-        tries.append(clock())
-        return 500 if len(tries) < 7 else None
-
-    door.refuse = refuse
+    path = f"{VMIS}/one"
+    async with asyncio.timeout(20):
+        while TARGET_ANNOTATION not in (await scene.kubernetes.request("GET", path))["metadata"]["annotations"]:
+            await asyncio.sleep(0.01)
     await scene.kill()
-    await eventually(lambda: len(tries) == 7, "the last try")
-    await until_withdrawn(scene.kubernetes)
+    await eventually(lambda: scene.told("the daemon does not run") > 0, "the failsafe to see it")
+    await asyncio.sleep(60)
+    assert TARGET_ANNOTATION in (await scene.kubernetes.request("GET", path))["metadata"]["annotations"]
+
+
+async def test_what_cannot_be_given_back_at_once_is_tried_again(
+    scene: Guarded, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await scene.source_in_path()
+    tries: list[float] = []
+    give_back = shared.mend
+
+    def refuse(*arguments: Any) -> list[str]:
+        tries.append(clock())
+        if len(tries) < 7:
+            raise LauncherError("its folder is away")
+        return give_back(*arguments)
+
+    monkeypatch.setattr(failsafe, "mend", refuse)
+    await scene.kill()
+    await eventually(scene.is_given_back, "virt-handler's sockets")
     assert scene.told("cannot give back, trying again") == 1
     pauses = [later - earlier for earlier, later in pairwise(tries)]
     assert pauses == pytest.approx([0.25, 0.5, 1, 2, 2, 2])
@@ -233,48 +213,18 @@ async def test_daemon_that_lives_too_short_to_be_seen_is_cleared_away_after(scen
     await eventually(scene.is_given_back, "virt-handler's sockets again")
 
 
-async def test_request_that_nobody_answers_keeps_no_other_vmi_from_being_looked_after_nor_the_end(
-    scene: Guarded, door: Gate, clock: Clock
+async def test_vmi_that_cannot_be_mended_keeps_neither_another_waiting_nor_the_end(
+    scene: Guarded, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await scene.source_in_path()
-    for number in range(3):
-        name = f"target-{number}"
-        await scene.kubernetes.request("POST", VMIS, vmi(name, node=THERE))
-        await change(scene.kubernetes, begin(name, source=THERE, target=HERE), name)
-        await until_announced(scene.kubernetes, name)
-
-    door.hold = lambda request: request.method == "PATCH" and "virtualmachineinstances" in request.path
+    await scene.kubernetes.request("POST", VMIS, vmi("two"))
+    await scene.kubernetes.request("PATCH", f"{VMIS}/two", begin("second"), MERGE_PATCH)
     await scene.kill()
     await eventually(scene.is_given_back, "virt-handler's sockets")
-    await eventually(lambda: door.held == 3, "the requests that are not answered")
+    await eventually(lambda: scene.told("cannot give back, trying again") == 1, "the launcher that is not there")
     told = clock()
     await scene.complete()
     assert 10 <= clock() - told <= 10.5
-
-
-async def test_announcements_of_a_daemon_that_lives_again_stay(scene: Guarded, door: Gate) -> None:
-    await scene.change(begin("first", source=THERE, target=HERE))
-    await until_announced(scene.kubernetes)
-    answer = asyncio.Event()
-    is_asked = asyncio.Event()
-
-    def looks(request: web.Request) -> int | None:
-        """It has not been answered yet when the next daemon lives."""
-        if request.method == "GET" and request.path == f"{VMIS}/one" and not answer.is_set():
-            is_asked.set()
-            return 500
-        return None
-
-    door.refuse = looks
-    await scene.kill()
-    await is_asked.wait()
-    await scene.start()
-    ours = await until_announced(scene.kubernetes)
-    await eventually(lambda: scene.told("a daemon has been started") > 0, "the failsafe to see it")
-    answer.set()
-    await asyncio.sleep(60)
-    assert await until_announced(scene.kubernetes) == ours
-    assert not scene.told("nothing is announced any more")
 
 
 async def test_failsafe_that_is_told_to_end_waits_for_a_daemon_that_drains(scene: Guarded) -> None:

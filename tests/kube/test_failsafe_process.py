@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -13,10 +12,9 @@ import pytest
 from demo.lab import MIGPROXY, end, until
 from migproxy import control
 from migproxy.status import render
+from tests.kube.beside_source import SourceScene, Targets, targets, through
 from tests.kube.cluster import NODES, VMIS, Cluster, begin, vmi
 from tests.kube.gate import Gate
-from tests.kube.test_beside_source import Scene, through
-from tests.kube.test_beside_target import policy_in_force
 from tests.kube.world import LocalNode
 from tests.net.nodes import Daemon
 
@@ -62,7 +60,7 @@ sys.stdin.read()
 """
 
 
-class Protected(Scene):
+class Protected(SourceScene):
     """A node whose daemon and whose failsafe are processes, and a VMI that migrates from it, or to it.
 
     Attributes:
@@ -71,13 +69,13 @@ class Protected(Scene):
         log: The failsafe's.
     """
 
-    def __init__(self, kubernetes: Cluster, node: LocalNode, uid: str, target: socket.socket, url: str) -> None:
-        super().__init__(kubernetes, node, uid, target)
+    def __init__(self, kubernetes: Cluster, node: LocalNode, uid: str, far: Targets, url: str) -> None:
+        super().__init__(kubernetes, node, uid, far)
         self.folder_of_node = node.launchers.parent
         kubeconfig = kubernetes.kubeconfig(self.folder_of_node, HERE, url)
         self.options = ["--kubeconfig", str(kubeconfig), "--launcher-run-dir", f"{node.launchers}/{{uid}}"]
         self.options += ["--socket-owner", f"{os.getuid()}:{os.getgid()}"]
-        beside = ["--beside-virt-handler", "--migration-address", ADDRESS]
+        beside = ["--migration-address", ADDRESS]
         self.daemon = Daemon(HERE, ADDRESS, self.folder_of_node / "daemon", *self.options, *beside)
         self.log = self.folder_of_node / "failsafe.log"
         self.failsafe: asyncio.subprocess.Process
@@ -132,14 +130,11 @@ class Protected(Scene):
 
 @pytest.fixture
 async def killable(kubernetes: Cluster, tmp_path: Path, door: Gate) -> AsyncIterator[Protected]:
-    await kubernetes.install_beside()
-    await policy_in_force(kubernetes)
     uid = (await kubernetes.request("POST", VMIS, vmi("one")))["metadata"]["uid"]
     node = LocalNode(HERE, ADDRESS, tmp_path)
     node.boot_launcher(uid)
-    with socket.create_server(("127.77.0.3", 0)) as target:
-        target.setblocking(False)
-        made = Protected(kubernetes, node, uid, target, door.url)
+    async with targets() as far:
+        made = Protected(kubernetes, node, uid, far, door.url)
         await made.watch_over()
         try:
             yield made
@@ -167,6 +162,19 @@ async def test_killed_daemons_sources_go_by_virt_handler_again_until_there_is_an
     await until(scene.is_ours, "our sockets again")
     await scene.connect()
     assert scene.virt_handler.relayed == {"source": 1}
+
+
+async def test_daemon_that_is_there_and_cannot_do_anything_yet_is_none(killable: Protected) -> None:
+    scene = killable
+    await scene.daemon.start()
+    await scene.source_in_path()
+    await scene.kill()
+    await scene.daemon.relay.stop(signal.SIGKILL)
+    await scene.daemon.spawn(start_relay=False)
+    await until(scene.answers, "the next daemon")
+    await until(scene.is_given_back, "virt-handler's sockets")
+    await scene.daemon.relay.start()
+    await until(scene.is_ours, "our sockets again")
 
 
 async def test_daemon_waits_for_a_failsafe_that_is_in_a_folder(killable: Protected) -> None:

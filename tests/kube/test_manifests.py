@@ -1,6 +1,5 @@
 """daemonset.yaml is valid, and fits the program that it starts."""
 
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import yaml
 
 from migproxy import settings as options
 from migproxy.announcement import TARGET_ANNOTATION
-from migproxy.inventory import kube
 from migproxy.pki import CLIENT_DIR, SERVER_DIR
 from migproxy.settings import Settings
 
@@ -20,18 +18,18 @@ pytestmark = pytest.mark.tier("gate")
 ROOT = Path(__file__).parents[2]
 FILES = sorted([ROOT / "daemonset.yaml", ROOT / "kustomization.yaml", *(ROOT / "deploy").rglob("*.yaml")])
 DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "daemonset.yaml").read_text()))
-VERSIONS = ("1.32", "1.34", "1.37")
+VERSIONS = ("1.30", "1.34", "1.37")
 TLS_FOLDERS = (SERVER_DIR, CLIENT_DIR)
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
-def document(kind: str) -> dict[str, Any]:
-    (found,) = [one for one in DOCUMENTS if one["kind"] == kind]
+def document(kind: str, name: str = "") -> dict[str, Any]:
+    (found,) = [one for one in DOCUMENTS if one["kind"] == kind and name in ("", one["metadata"]["name"])]
     return found
 
 
 POD = document("DaemonSet")["spec"]["template"]["spec"]
-RELAY, CONTAINER = POD["containers"]
+RELAY, CONTAINER, FAILSAFE = POD["containers"]
 
 
 def flags() -> dict[str, str | None]:
@@ -109,8 +107,7 @@ def test_the_token_is_only_where_the_api_is_asked() -> None:
     assert POD["automountServiceAccountToken"] is False
     (token,) = [one for one in POD["volumes"] if "projected" in one]
     assert token["name"] not in {one["name"] for one in RELAY["volumeMounts"]}
-    _, failsafe = containers_beside()
-    for container in (CONTAINER, failsafe):
+    for container in (CONTAINER, FAILSAFE):
         (mount,) = [one for one in container["volumeMounts"] if one["name"] == token["name"]]
         assert mount["mountPath"] == TOKEN_FOLDER
         assert mount["readOnly"] is True
@@ -255,10 +252,24 @@ def test_everything_is_in_one_namespace_and_bound_to_one_account() -> None:
             {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
         ]
     assert POD["serviceAccountName"] == account["name"]
-    policy = document("ValidatingAdmissionPolicy")
+    policy = document("ValidatingAdmissionPolicy", "migproxy")
     (condition,) = policy["spec"]["matchConditions"]
     assert f":{account['name']}$" in condition["expression"]
-    assert document("ValidatingAdmissionPolicyBinding")["spec"]["policyName"] == policy["metadata"]["name"]
+    (validation,) = document("ValidatingAdmissionPolicy", "migproxy-announcements")["spec"]["validations"]
+    assert f"'system:serviceaccount:{account['namespace']}:{account['name']}'" in validation["expression"]
+
+
+@pytest.mark.parametrize("name", ["migproxy", "migproxy-announcements"])
+def test_every_policy_is_bound_and_reads_the_annotation(name: str) -> None:
+    binding = document("ValidatingAdmissionPolicyBinding", name)["spec"]
+    assert binding == {"policyName": name, "validationActions": ["Deny"]}
+    assert f"'{TARGET_ANNOTATION}'" in str(document("ValidatingAdmissionPolicy", name)["spec"])
+
+
+def test_kubernetes_1_30_has_every_object() -> None:
+    """Only what is generally available there: the policies since 1.30."""
+    groups = {one["apiVersion"] for one in DOCUMENTS}
+    assert groups == {"v1", "apps/v1", "rbac.authorization.k8s.io/v1", "admissionregistration.k8s.io/v1"}
 
 
 def test_rules_are_the_requests_that_are_made() -> None:
@@ -279,107 +290,30 @@ def test_rules_are_the_requests_that_are_made() -> None:
     assert config_maps["resourceNames"] == ["kubevirt-ca"]
 
 
-def test_policy_names_the_fields_that_are_published() -> None:
-    text = (ROOT / "daemonset.yaml").read_text()
-    for pair in kube.SIDE_FIELDS.items():
-        for field in pair:
-            assert f"'{field}'" in text
-
-
 def test_kustomization_changes_what_is_there() -> None:
     kustomization = yaml.safe_load((ROOT / "kustomization.yaml").read_text())
     assert kustomization["resources"] == ["daemonset.yaml"]
     assert kustomization["images"][0]["name"] == CONTAINER["image"].partition(":")[0]
-    assert kustomization["components"] == ["deploy/exclusive"]
-    (patch,) = yaml.safe_load((ROOT / "deploy/exclusive/kustomization.yaml").read_text())["patches"]
-    assert patch["target"]["kind"] == "DaemonSet"
-    (operation,) = yaml.safe_load(patch["patch"])
-    parts = [part.replace("~1", "/") for part in operation["path"].split("/")[1:]]
-    found: Any = document("DaemonSet")
-    for part in parts:
-        found = found[part]
-    assert isinstance(found, str)
-
-
-# deploy/beside-virt-handler
-
-
-def beside(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((ROOT / "deploy/beside-virt-handler" / name).read_text()))
-
-
-def test_component_names_what_is_in_its_folder_and_the_overlay_can_take_it() -> None:
-    (component,) = beside("kustomization.yaml")
-    assert component["kind"] == "Component"
-    named = {*component["resources"], *(one["path"] for one in component["patches"])}
-    assert named | {"kustomization.yaml"} == {path.name for path in (ROOT / "deploy/beside-virt-handler").iterdir()}
-    assert "deploy/beside-virt-handler" in (ROOT / "kustomization.yaml").read_text()
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_every_object_beside_virt_handler_is_valid(number: int) -> None:
-    found = [*beside("policy.yaml"), *beside("guard.yaml")][number]
-    kubernetes_validate.validate(found, "1.37", strict=True)
-
-
-def test_rules_replace_those_of_the_policy_that_is_there() -> None:
-    (rules,) = beside("rules.yaml")
-    policy = document("ValidatingAdmissionPolicy")
-    assert (rules["kind"], rules["metadata"]["name"]) == (policy["kind"], policy["metadata"]["name"])
-    whole = {**policy, "spec": {**policy["spec"], **rules["spec"]}}
-    kubernetes_validate.validate(whole, "1.37", strict=True)
-
-
-def containers_beside() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The daemon's, as far as it is another than without virt-handler, and the failsafe's."""
-    (patch,) = beside("daemonset.yaml")
-    container, failsafe = patch["spec"]["template"]["spec"]["containers"]
-    assert (container["name"], failsafe["name"]) == (CONTAINER["name"], "failsafe")
-    return container, failsafe
-
-
-def test_daemon_beside_virt_handler_has_the_flags_and_rights_it_needs_and_no_others() -> None:
-    container, _ = containers_beside()
-    added = set(container["args"]) - set(CONTAINER["args"])
-    assert set(CONTAINER["args"]) <= set(container["args"])
-    assert added == {"--beside-virt-handler"}
-    capabilities, usual = (one["securityContext"]["capabilities"]["add"] for one in (container, CONTAINER))
-    assert set(capabilities) == set(usual)
+    for patch in kustomization["patches"]:
+        (operation,) = yaml.safe_load(patch["patch"])
+        found: Any = document(**patch["target"])
+        for part in operation["path"].split("/")[1:]:
+            part = part.replace("~1", "/")
+            found = found[int(part) if isinstance(found, list) else part]
+        assert found == operation["value"], "as it stands, it changes nothing"
 
 
 def test_failsafe_reaches_what_the_daemon_reaches_and_has_no_other_rights() -> None:
-    container, failsafe = containers_beside()
-    command, *arguments = failsafe["args"]
+    command, *arguments = FAILSAFE["args"]
     assert command == "failsafe"
-    assert set(arguments) <= set(container["args"])
-    assert failsafe["image"] == CONTAINER["image"]
-    assert failsafe["env"] == [environment()["MIGPROXY_NODE_NAME"]]
-    assert all(one in CONTAINER["volumeMounts"] for one in failsafe["volumeMounts"])
+    assert set(arguments) <= set(CONTAINER["args"])
+    assert FAILSAFE["image"] == CONTAINER["image"]
+    assert FAILSAFE["env"] == [environment()["MIGPROXY_NODE_NAME"]]
+    assert all(one in CONTAINER["volumeMounts"] for one in FAILSAFE["volumeMounts"])
     locks = Path(Settings(control_socket=str(effective("control_socket"))).daemon_lock).parent
-    assert str(locks) in {one["mountPath"] for one in failsafe["volumeMounts"]}
+    assert str(locks) in {one["mountPath"] for one in FAILSAFE["volumeMounts"]}
     usual = CONTAINER["securityContext"] | {"capabilities": None}
-    assert failsafe["securityContext"] | {"capabilities": None} == usual
-    capabilities = failsafe["securityContext"]["capabilities"]
+    assert FAILSAFE["securityContext"] | {"capabilities": None} == usual
+    capabilities = FAILSAFE["securityContext"]["capabilities"]
     assert capabilities["drop"] == ["ALL"]
     assert set(capabilities["add"]) == {"SYS_PTRACE", "DAC_OVERRIDE", "CHOWN", "FOWNER"}
-
-
-def test_daemonset_with_the_failsafe_is_valid() -> None:
-    whole = copy.deepcopy(document("DaemonSet"))
-    whole["spec"]["template"]["spec"]["containers"].append(containers_beside()[1])
-    for version in VERSIONS:
-        kubernetes_validate.validate(whole, version, strict=True)
-
-
-def test_bindings_and_account_beside_virt_handler_are_those_that_are_there() -> None:
-    for name in ("policy.yaml", "guard.yaml"):
-        policy, binding = beside(name)
-        assert binding["spec"]["policyName"] == policy["metadata"]["name"]
-    account = document("ServiceAccount")["metadata"]
-    (validation,) = beside("guard.yaml")[0]["spec"]["validations"]
-    assert f"'system:serviceaccount:{account['namespace']}:{account['name']}'" in validation["expression"]
-
-
-def test_annotation_is_the_one_that_the_policies_read() -> None:
-    for name in ("policy.yaml", "guard.yaml", "rules.yaml"):
-        assert f"'{TARGET_ANNOTATION}'" in (ROOT / "deploy/beside-virt-handler" / name).read_text()

@@ -32,6 +32,7 @@ class Pair:
         make(str(folder / "tls"), 1)
         for name, address in zip(NODES, ADDRESSES, strict=True):
             options = ["--kubeconfig", str(kubernetes.kubeconfig(folder, name, url)), "--migration-address", address]
+            options += ["--publish-status"]
             options += ["--launcher-run-dir", f"{folder}/{{uid}}-on-{name}", "--libvirt-socket", LIBVIRT_SOCKET]
             options += ["--socket-owner", f"{os.getuid()}:{os.getgid()}"]
             for part in ("kubevirt/migrationproxy", "libvirt"):
@@ -90,6 +91,7 @@ async def pair(kubernetes: Cluster, door: Gate, tmp_path: Path) -> AsyncIterator
     uid = (await kubernetes.request("POST", VMIS, vmi("one")))["metadata"]["uid"]
     await kubernetes.request("PATCH", f"{VMIS}/one", begin("first"), MERGE_PATCH)
     await kubernetes.request("POST", KUBEVIRTS, kubevirt({}))
+    await kubernetes.use_handlers_token()
     made = Pair(kubernetes, tmp_path, door.url, uid)
     try:
         yield made

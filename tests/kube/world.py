@@ -16,6 +16,7 @@ from migproxy.netif import AddressWatcher
 from migproxy.node import Node, NodeOptions
 from migproxy.portmap import IPAddress
 from migproxy.proxy import Surroundings
+from migproxy.relay.client import Contents
 from migproxy.sockets import TCPOptions
 from migproxy.target import PortRange
 from migproxy.tls import Plaintext, Security
@@ -100,6 +101,7 @@ class LocalNode:
         self.launchers.mkdir()
         self.node: Node
         self.security: Security = Plaintext()
+        self.max_connections = 8
 
     def boot_launcher(self, uid: str) -> None:
         """Makes what a launcher on this node has in its /var/run."""
@@ -107,9 +109,19 @@ class LocalNode:
 
     @asynccontextmanager
     async def run(
-        self, kubeconfig: Path, pattern: str = "", pods: str = "/nowhere", *, beside: bool = False
+        self,
+        kubeconfig: Path,
+        pattern: str = "",
+        pods: str = "/nowhere",
+        *,
+        beside: bool = False,
+        left: Contents | None = None,
     ) -> AsyncIterator["LocalNode"]:
-        """Runs it while the context lasts; beside virt-handler, if so told."""
+        """Runs it while the context lasts; beside virt-handler, if so told.
+
+        Args:
+            left: What an earlier daemon has left at the relay.
+        """
 
         def local_address(version: int) -> IPAddress:
             return self.address
@@ -123,15 +135,18 @@ class LocalNode:
                     security=self.security,
                     local_address=local_address,
                     dial_timeout=5,
-                    max_connections=8,
+                    max_connections=self.max_connections,
                     max_handshakes=8,
                     relay=relay,
+                    announces=beside,
                 ),
                 KubeInventory(api, self.name, PACE),
                 AddressWatcher("none", self.address),
                 watcher,
                 Announcements(api) if beside else None,
             )
+            if left:
+                self.node.take_over(left)
             task = asyncio.create_task(self.node.run())
             try:
                 await eventually(lambda: self.node.synchronised or task.done(), "the first synchronisation")

@@ -16,10 +16,10 @@ from traceback import walk_tb
 
 import pytest
 
-from migproxy.launcher import RunDir
+from migproxy.launcher import LauncherError, RunDir
 from migproxy.portmap import Channel, source_socket_name
 from migproxy.proxy import ProxyError
-from migproxy.shared import PATIENCE, SharedFolder
+from migproxy.shared import SharedFolder
 from migproxy.source import SocketFile
 from tests.virt_handler import VirtHandler, shortened
 
@@ -35,18 +35,13 @@ class Killed(BaseException):
 
 
 class Folder(SharedFolder):
-    """A shared folder that lets others in before each of its changes, and has a clock of its own.
+    """A shared folder that lets others in before each of its changes.
 
     Attributes:
         before: Called before each change.
-        time: What its clock says; it stands still while steps follow each other at once.
     """
 
     before: Callable[[], None] = staticmethod(lambda: None)
-    time = 0.0
-
-    def _now(self) -> float:
-        return self.time
 
     def _rename(self, old: str, new: str, flags: int) -> None:
         self.before()
@@ -67,8 +62,6 @@ class Scene:
     Attributes:
         path: Of the libvirt channel's socket.
         asked: Whether virt-handler has asked the launcher to migrate, and not stopped since; how often it asked.
-        is_about_to_listen: Whether virt-handler is between removing and listening, which are microseconds apart.
-        has_waited: Whether the path had been missing for so long, before those, that we may fill it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -81,7 +74,6 @@ class Scene:
         self.theirs: socket.socket | None = None
         self.ours: list[SocketFile] = []
         self.asked = (False, 0)
-        self.is_about_to_listen = self.has_waited = False
         with RunDir(str(directory), "") as run:
             self.folder = Folder(run, (os.getuid(), os.getgid()))
 
@@ -96,18 +88,14 @@ class Scene:
     def remove(self) -> None:
         if self.theirs is not None:
             self.theirs.close()
-        self.has_waited = self.folder.invites(NAME) and not self.path.exists()
         self.virt_handler.remove(KEY, Channel.LIBVIRT)
-        self.is_about_to_listen = True
 
     def bind(self) -> None:
-        self.is_about_to_listen = False
         try:
             self.virt_handler.bind(KEY, Channel.LIBVIRT, TARGET)
         except OSError as error:
-            # Ours filled it just now, for want of theirs, or gave theirs back: virt-handler tries again, as after any
-            # error.
-            if error.errno != errno.EADDRINUSE or (self.is_ours() and not self.has_waited):
+            # It was given back just now: virt-handler tries again, as after any error.
+            if error.errno != errno.EADDRINUSE or self.is_ours():
                 raise
             self.listen()
         self.theirs = self.virt_handler.sources[KEY].servers[Channel.LIBVIRT]
@@ -139,11 +127,6 @@ class Scene:
         if not (self.ours and self.folder.holds(NAME, self.ours[-1])) and self.folder.invites(NAME):
             self.ours += filter(None, [self.folder.place(NAME)])
 
-    def wait(self) -> None:
-        """Time passes, but not while virt-handler is about to listen."""
-        if not self.is_about_to_listen:
-            self.folder.time += PATIENCE
-
     def leave(self) -> None:
         if self.ours:
             self.folder.remove(NAME, self.ours[-1])
@@ -152,6 +135,14 @@ class Scene:
         for file in self.ours:
             file.listener.close()
         self.ours.clear()
+
+    def reach(self) -> str:
+        """Whose listener a connection reaches that ours hands over to virt-handler."""
+        with self.folder.kept(NAME) as connect, socket.socket(socket.AF_UNIX) as near:
+            connect(near)
+            assert self.theirs
+            self.theirs.accept()[0].close()
+        return "virt-handler"
 
     def kill(self) -> None:
         """Nothing is cleared."""
@@ -217,10 +208,12 @@ def test_virt_handlers_socket_goes_to_qemus_user_though_virt_handler_finds_ours_
     assert scene.path.stat().st_gid == os.getgid() + 1
 
 
-def test_what_is_missing_is_left_to_virt_handler_for_a_while_each_time(scene: Scene) -> None:
+def test_what_is_missing_is_virt_handlers_to_fill(scene: Scene) -> None:
     for _ in range(3):
         assert not scene.folder.invites(NAME)
-        scene.wait()
+        scene.place()
+        assert not scene.path.exists()
+        scene.bind()
         assert scene.folder.invites(NAME)
         scene.place()
         assert scene.dial() == "us"
@@ -230,6 +223,38 @@ def test_what_is_missing_is_left_to_virt_handler_for_a_while_each_time(scene: Sc
         scene.place()
         assert scene.dial() == "us"
         scene.stop()
+
+
+def test_what_stood_there_before_ours_can_still_be_reached(scene: Scene) -> None:
+    with pytest.raises(LauncherError, match="No such file"):
+        scene.reach()
+    scene.listen()
+    scene.place()
+    assert scene.reach() == "virt-handler"
+    scene.listen()
+    scene.place()
+    assert scene.reach() == "virt-handler"
+    scene.stop()
+    with pytest.raises(LauncherError, match="Connection refused"):
+        scene.reach()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_the_pod_puts_in_the_place_of_virt_handlers_socket_is_not_followed(scene: Scene, kind: str) -> None:
+    """A link would be followed by root, in the node's own file system."""
+    scene.listen()
+    scene.place()
+    kept = scene.path.with_name(f".virt-handler-{NAME}")
+    with socket.socket(socket.AF_UNIX) as nodes:
+        nodes.bind(str(scene.run_dir / "a-socket-of-the-node"))
+        nodes.listen()
+        kept.unlink()
+        if kind == "link":
+            kept.symlink_to(scene.run_dir / "a-socket-of-the-node")
+        else:
+            kept.write_text("no socket")
+        with pytest.raises(LauncherError, match=r"never followed|not a socket"):
+            scene.reach()
 
 
 def test_what_virt_handler_removes_while_ours_is_being_put_there_is_left_to_virt_handler(scene: Scene) -> None:
@@ -247,9 +272,6 @@ def test_dead_socket_of_a_virt_handler_that_has_ended_is_not_put_back(scene: Sce
     scene.place()
     scene.stop()
     scene.place()
-    scene.wait()
-    scene.place()
-    assert scene.dial() == "us"
     scene.leave()
     assert list(scene.path.parent.iterdir()) == []
 
@@ -318,12 +340,10 @@ def test_socket_of_ours_has_its_mark_from_its_first_moment(scene: Scene) -> None
         temporary = [path for path in scene.path.parent.iterdir() if path.name.startswith(".migproxy-")]
         modes.extend(path.stat().st_mode for path in temporary)
 
-    scene.place()
-    scene.wait()
+    scene.listen()
     scene.folder.before = look
     scene.place()
-    assert modes
-    assert all(mode & stat.S_ISVTX for mode in modes)
+    assert modes[0] & stat.S_ISVTX, "later, virt-handler's stands there"
 
 
 # The model
@@ -470,7 +490,6 @@ def run(scene: Scene, ours: tuple[str, ...], schedule: Schedule, *, is_killed: b
             scene.place()  # what came while ours was being placed is told by inotify
             if scene.asked[0]:
                 assert scene.dial() == "us"
-            scene.wait()
     scene.folder.before = lambda: None
     schedule.finish()
     may_dial = scene.asked

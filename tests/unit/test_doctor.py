@@ -291,17 +291,14 @@ def test_clocks_that_disagree() -> None:
 
 
 @contextmanager
-def api_server(folder: Path, *, forbidden: str = "", ahead: float = 0, mutating: bool = True) -> Iterator[str]:
+def api_server(folder: Path, *, forbidden: str = "", ahead: float = 0, minor: str = "36") -> Iterator[str]:
     """A server that answers /version and reviews of access; yields the path of its kubeconfig."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path.endswith("admissionregistration.k8s.io/v1"):
-                names = ["validatingadmissionpolicies", *(["mutatingadmissionpolicies"] if mutating else [])]
-                self._answer({"resources": [{"name": name} for name in names]}, 200)
-                return
-            keys = ("major", "minor", "gitVersion", "gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler")
-            self._answer(dict.fromkeys((*keys, "platform"), "v1.36.0"), 200)
+            keys = ("gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler", "platform")
+            version = {"major": "1", "minor": minor, "gitVersion": f"v1.{minor}.0"}
+            self._answer(dict.fromkeys(keys, "unknown") | version, 200)
 
         def do_POST(self) -> None:
             review = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -360,14 +357,16 @@ def test_a_permission_in_kubevirts_namespace_is_asked_for_there(tmp_path: Path) 
     failing(denied, Level.FAIL, 'Role in namespace kubevirt-here: apiGroups [""], resources ["configmaps"]')
 
 
-@pytest.mark.parametrize(("mutating", "level"), [(True, Level.OK), (False, Level.WARN)])
+@pytest.mark.parametrize(
+    ("minor", "level"), [("36", Level.OK), ("30", Level.OK), ("30+", Level.OK), ("29", Level.WARN), ("", Level.WARN)]
+)
 def test_beside_virt_handler_it_is_told_whether_targets_can_be_announced(
-    tmp_path: Path, mutating: bool, level: Level
+    tmp_path: Path, minor: str, level: Level
 ) -> None:
-    with api_server(tmp_path, mutating=mutating) as config:
+    with api_server(tmp_path, minor=minor) as config:
         found = by_name(api.check_api(config, None, "kubevirt", beside=True))
-        assert found["target side"].level is level
-        assert "target side" not in by_name(api.check_api(config, None, "kubevirt"))
+        assert found["announcing"].level is level
+        assert "announcing" not in by_name(api.check_api(config, None, "kubevirt"))
 
 
 def test_the_api_servers_clock(tmp_path: Path) -> None:
@@ -437,15 +436,17 @@ def test_the_command_exits_with_0_where_nothing_failed(tmp_path: Path) -> None:
 
 
 def test_the_command_beside_virt_handler_looks_for_the_failsafe(tmp_path: Path) -> None:
-    control = str(tmp_path / "control.sock")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    control, config = str(folder / "control.sock"), kubeconfig(tmp_path, "http://127.0.0.1:9")
 
     def level() -> str:
-        options = ["doctor", "--json", "--disable-tls", "--beside-virt-handler", "--control-socket", control]
+        options = ["doctor", "--json", "--disable-tls", "--kubeconfig", config, "--control-socket", control]
         findings = json.loads(CliRunner().invoke(app, options).stdout)["findings"]
         return next(str(one["level"]) for one in findings if one["check"] == "failsafe")
 
     assert level() == "warn"
-    assert not list(tmp_path.iterdir()), "looking changes nothing"
+    assert not list(folder.iterdir()), "looking changes nothing"
     with closing(Lifeline(Settings(control_socket=control).failsafe_lock)) as failsafe, failsafe.taken():
         assert level() == "ok"
 

@@ -57,7 +57,9 @@ class Protected:
 
     async def settled(self) -> None: ...
 
-    async def secure(self, tcp: socket.socket, *, server: bool, commit: object = None) -> Transport:
+    async def secure(
+        self, tcp: socket.socket, *, server: bool, meeting: object = None, commit: object = None
+    ) -> Transport:
         return Transport(tcp)
 
     def report(self) -> dict[str, Any]:

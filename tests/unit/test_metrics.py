@@ -175,7 +175,7 @@ def test_each_metric_is_documented_and_each_documented_metric_exists() -> None:
     measures.dials.labels("source", "direct").observe(1)
     measures.handshakes.labels("source").observe(1)
     measures.durations.labels("source").observe(1)
-    beside = report(migration(path="migproxy", path_reason=""), beside={"unsupported": None, "failsafe": True})
+    beside = report(migration(path="migproxy", path_reason=""), beside={"failsafe": True})
     families: list[Metric] = Exporter(lambda: beside, measures).scrape()
     suffixes = {"counter": "_total", "info": "_info"}
     exported = {one.name + suffixes.get(one.type, "") for one in families if one.name.startswith("migproxy")}
@@ -215,6 +215,6 @@ def test_beside_virt_handler_each_migration_has_a_path_and_a_reason() -> None:
 
 @pytest.mark.parametrize(("runs", "value"), [(True, "1.0"), (False, "0.0")])
 def test_beside_virt_handler_it_is_told_whether_a_failsafe_runs(runs: bool, value: str) -> None:
-    text = exposition(report(beside={"unsupported": None, "failsafe": runs}))
+    text = exposition(report(beside={"failsafe": runs}))
     assert lines(text, "migproxy_failsafe_running ") == [f"migproxy_failsafe_running {value}"]
     assert not lines(exposition(report()), "migproxy_failsafe_running")

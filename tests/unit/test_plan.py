@@ -13,20 +13,20 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from migproxy.announcement import Announcement
+from migproxy.announcement import server_name
+from migproxy.plan import Beside as SourceBeside
 from migproxy.plan import (
-    Beside,
     Held,
     Launcher,
     Migration,
     Plan,
+    Readiness,
     Reason,
     Role,
     SourceProxy,
     TargetProxy,
-    is_forsaken,
     make_plan,
-    sources_not_begun,
+    sources_on,
 )
 from migproxy.portmap import Channel, IPAddress, PortMap, source_socket_name
 from migproxy.vmi import VMI, InvalidVMI, parse
@@ -358,11 +358,6 @@ def test_a_migration_that_started_unpublished_is_an_error() -> None:
     assert "nothing may be published any more" in held.reason
 
 
-def test_the_target_state_is_published_too_where_it_exists() -> None:
-    assert the_target({"targetState": {}}).publish_target_state
-    assert not the_target().publish_target_state
-
-
 def test_a_target_without_a_migration_state_waits_for_it() -> None:
     held = the_hold(Role.TARGET, None, {"migrationState": None})
     assert held == Held(
@@ -658,58 +653,55 @@ def test_a_start_in_the_future_begins_when_its_time_comes() -> None:
 
 # Beside virt-handler, which publishes
 
+ANNOUNCED = f"1 m-{UID} 32899:0,42691:49152 {OWN}"
 ENDED = {"endTimestamp": "2026-08-01T11:59:30Z", "completed": True}
-ANNOUNCED = f"m-{UID} 32899:0,42691:49152 {OWN}"
 
 
 def beside(vmi: dict[str, Any], address: IPAddress | None = OWN, **known: Any) -> Plan:
-    return make_plan([parse(vmi)], NODE, (), NOW, Beside(address, **known))
+    return make_plan([parse(vmi)], NODE, (), NOW, Readiness(address, **known))
+
+
+def annotated(announced: str | None) -> dict[str, Any]:
+    return {"annotations": {"migproxy.io/target": announced} if announced else {}}
 
 
 def target_beside(migration: dict[str, Any] | None = None, announced: str | None = None, **known: Any) -> Plan:
-    annotations = {"migproxy.io/target": announced} if announced else {}
-    return beside(document(Role.TARGET, migration, annotations=annotations), **known)
+    return beside(document(Role.TARGET, migration, **annotated(announced)), **known)
 
 
-def test_beside_virt_handler_a_target_is_announced_before_it_is_published() -> None:
-    (proxy,) = target_beside().targets
+def source_beside(migration: dict[str, Any] | None = None, announced: str | None = None, **known: Any) -> SourceProxy:
+    (source,) = beside(document(Role.SOURCE, migration or published(), **annotated(announced)), **known).sources
+    return source
+
+
+@pytest.mark.parametrize("migration", [None, published(str(OWN)), published(str(OTHER), THREE)])
+def test_target_is_announced_before_the_start_whatever_virt_handler_publishes(migration: dict[str, Any] | None) -> None:
+    (proxy,) = target_beside(migration).targets
     assert (proxy.announce, proxy.published, proxy.channels) == (True, None, tuple(TWO_PORTS))
-    (again,) = target_beside(announced=ANNOUNCED).targets
-    assert (again.announce, again.published) == (True, TWO_PORTS)
+    assert (proxy.published_address, proxy.name) == (OWN, server_name(UID, f"m-{UID}"))
+    made = target_beside(migration, ANNOUNCED)
+    (again,) = made.targets
+    assert (again.announce, again.published, made.stale) == (True, TWO_PORTS, ())
 
 
-@pytest.mark.parametrize("running", [{}, STARTED])
-def test_what_was_announced_and_is_published_is_kept(running: dict[str, Any]) -> None:
-    made = target_beside(published(str(OWN), **running), ANNOUNCED)
+def test_what_was_announced_is_kept_from_the_start_on() -> None:
+    made = target_beside(published(str(OTHER), **STARTED), ANNOUNCED, address=None)
     (proxy,) = made.targets
-    assert (proxy.announce, proxy.published, proxy.running) == (False, TWO_PORTS, bool(running))
-    assert not made.stale
+    assert (proxy.announce, proxy.published, proxy.running) == (False, TWO_PORTS, True)
+    assert (proxy.published_address, proxy.channels, made.stale) == (OWN, tuple(TWO_PORTS), ())
 
 
-@pytest.mark.parametrize("running", [{}, STARTED])
-@pytest.mark.parametrize("announced", [None, "nonsense", f"other 1:0,2:49152 {OWN}"])
-def test_what_is_published_of_this_daemons_listeners_is_kept_though_the_announcement_is_gone(
-    running: dict[str, Any], announced: str | None
-) -> None:
-    migration = Migration("default", "vmi-migratable", UID, f"m-{UID}")
-    here = {migration: Announcement(f"m-{UID}", TWO_PORTS, OWN)}
-    for address in (OWN, None):
-        (proxy,) = target_beside(published(str(OWN), **running), announced, serving=here, address=address).targets
-        assert (proxy.announce, proxy.published, proxy.running) == (False, TWO_PORTS, bool(running))
-    theirs = published(str(OWN), {"1": 0, "2": 49152}, **running)
-    assert target_beside(theirs, announced, serving=here).bypassed[0].reason is Reason.LATE
+def test_address_that_has_changed_is_announced_anew_before_the_start() -> None:
+    (proxy,) = target_beside(None, f"1 m-{UID} 32899:0,42691:49152 {OTHER}").targets
+    assert (proxy.announce, proxy.published, proxy.published_address) == (True, None, OWN)
 
 
 @pytest.mark.parametrize(
     ("migration", "announced", "known", "reason"),
     [
-        pytest.param(published(str(OWN)), None, {}, Reason.LATE, id="never announced"),
-        pytest.param(published(str(OWN)), f"other 32899:0,42691:49152 {OWN}", {}, Reason.LATE, id="for another one"),
-        pytest.param(published(str(OWN), {"1": 0, "2": 49152}), ANNOUNCED, {}, Reason.POLICY, id="no policy"),
-        pytest.param(published(str(OWN), THREE), ANNOUNCED, {}, Reason.CHANNELS, id="a channel more"),
-        pytest.param(published(str(OTHER), **STARTED), ANNOUNCED, {}, Reason.ADDRESS, id="another address"),
-        pytest.param(STARTED, ANNOUNCED, {}, Reason.STARTED, id="started without ports"),
-        pytest.param(None, ANNOUNCED, {"unsupported": "no such policy"}, Reason.UNSUPPORTED, id="no such policies"),
+        pytest.param(published(str(OWN), **STARTED), None, {}, Reason.STARTED, id="never announced"),
+        pytest.param(STARTED, f"1 other 32899:0,42691:49152 {OWN}", {}, Reason.STARTED, id="for another one"),
+        pytest.param(STARTED, "2 whatever", {}, Reason.STARTED, id="by another version"),
         pytest.param(None, ANNOUNCED, {"unready": "no certificate"}, Reason.UNREADY, id="no certificate"),
         pytest.param(None, ANNOUNCED, {"address": None}, Reason.UNREADY, id="no address"),
     ],
@@ -723,24 +715,59 @@ def test_anything_else_goes_by_virt_handler_and_the_announcement_goes(
     assert made.stale == ((UID,) if announced else ())
 
 
-def test_virt_handler_that_will_publish_another_address_is_announced_to_again() -> None:
-    (proxy,) = target_beside(published(str(OTHER)), f"m-{UID} 32899:0,42691:49152 {OTHER}").targets
-    assert (proxy.announce, proxy.published, proxy.published_address) == (True, None, OWN)
+def test_target_of_another_clusters_source_is_not_announced() -> None:
+    vmi = document(Role.TARGET, None)
+    vmi["metadata"]["annotations"] = {"kubevirt.io/create-migration-target": "true"}
+    made = beside(vmi)
+    assert ([one.reason for one in made.bypassed], made.targets) == ([Reason.UNANNOUNCED], ())
 
 
-def test_source_that_could_not_connect_stays_out_of_the_path_of_what_has_not_begun() -> None:
-    waiting, running = (document(Role.SOURCE, published(**more)) for more in ({}, STARTED))
-    for known in ({"unready": "no certificate"}, {"address": None}):
-        (bypassed,) = beside(waiting, **known).bypassed
-        assert (bypassed.role, bypassed.reason) == (Role.SOURCE, Reason.UNREADY)
-        assert beside(running, **known).sources
-    assert beside(waiting).sources
+def test_target_without_a_migrations_uid_waits() -> None:
+    vmi = document(Role.TARGET, None)
+    del vmi["status"]["migrationState"]["migrationUid"]
+    assert [one.error for one in beside(vmi).held] == [False]
 
 
-def test_prepared_source_needs_no_virt_handler_but_an_address_to_connect_from() -> None:
-    waiting = document(Role.SOURCE, published())
-    assert beside(waiting, address=None, can_dial=True).sources
-    assert beside(waiting, address=None, can_dial=True, unready="no certificate").bypassed
+@pytest.mark.parametrize("migration", [published(), {"targetNodeAddress": None}])
+def test_source_is_there_for_every_channel_and_prefers_what_is_announced(migration: dict[str, Any]) -> None:
+    source = source_beside(migration, ANNOUNCED)
+    assert (source.channels, source.address, source.ports) == (tuple(Channel), OWN, TWO_PORTS)
+    assert source.name == server_name(UID, f"m-{UID}")
+    assert source.beside == SourceBeside()
+
+
+@pytest.mark.parametrize(
+    ("announced", "reason"),
+    [
+        (None, Reason.UNANNOUNCED),
+        (f"1 other 32899:0,42691:49152 {OWN}", Reason.UNANNOUNCED),
+        (f"m-{UID} 32899:0,42691:49152 {OWN}", Reason.VERSION),
+        ("2 anything at all", Reason.VERSION),
+        (f"1 m-{UID} nonsense {OWN}", Reason.MALFORMED),
+    ],
+)
+def test_source_that_has_nothing_announced_says_why(announced: str | None, reason: Reason) -> None:
+    source = source_beside(None, announced)
+    assert (source.address, source.ports) == (None, PortMap.of({}))
+    assert source.beside
+    assert (source.beside.reason, source.beside.stays_out) == (reason, None)
+    assert source.beside.why
+
+
+def test_source_stays_out_of_the_path_of_what_has_started_or_what_it_could_not_serve() -> None:
+    for migration, known, reason in (
+        (published(**STARTED), {}, Reason.STARTED),
+        (published(), {"unready": "no certificate"}, Reason.UNREADY),
+        (published(), {"address": None}, Reason.UNREADY),
+    ):
+        source = source_beside(migration, ANNOUNCED, **known)
+        assert source.beside
+        assert source.beside.out_reason is reason
+        assert source.beside.stays_out
+    # A start that lies ahead by this node's clock is one all the same: the launcher may have connected by then.
+    ahead = source_beside(published(startTimestamp="2036-08-01T12:00:00Z"))
+    assert ahead.beside
+    assert ahead.beside.out_reason is Reason.STARTED
 
 
 @pytest.mark.parametrize("known", [{"unready": "settings are not known yet"}, {"address": None}])
@@ -749,58 +776,35 @@ def test_daemon_that_has_just_started_waits_for_what_it_does_not_know_yet(known:
     (held,) = made.held
     assert (held.error, made.bypassed, made.targets, made.stale) == (False, (), (), ())
     assert "just started" in held.reason
-    assert beside(document(Role.SOURCE, published()), starting=True, **known).held
-    # What is known already is not waited for.
-    assert target_beside(published(str(OWN)), ANNOUNCED, starting=True, unready="settings").targets
+    # A source serves whoever waits at what the one before has left, by virt-handler.
+    source = source_beside(published(), starting=True, **known)
+    assert source.beside
+    assert source.beside.out_reason is Reason.STARTING
+    # What has started already needs nothing of that.
+    assert target_beside(published(str(OWN), **STARTED), ANNOUNCED, starting=True, **known).targets
     assert beside(document(Role.SOURCE, published(**STARTED)), starting=True, **known).sources
 
 
 def test_announcement_that_is_left_over_is_removed_by_the_node_that_the_vmi_runs_on() -> None:
-    over = published(str(OTHER), **STARTED, endTimestamp="2026-08-01T11:59:30Z", completed=True)
-    annotated: dict[str, Any] = {"annotations": {"migproxy.io/target": f"m-{UID} 32899:0,42691:49152 {OTHER}"}}
-    assert beside(document(Role.SOURCE, over, **annotated)).stale == (UID,)
-    assert beside(document(Role.SOURCE, published(), **annotated)).stale == ()
-    assert beside(document(Role.SOURCE, {"migrationUid": "next"}, **annotated)).stale == (UID,)
-    elsewhere = document(Role.SOURCE, over, **annotated)
+    over = published(str(OTHER), **STARTED, **ENDED)
+    mine = annotated(f"1 m-{UID} 32899:0,42691:49152 {OTHER}")
+    assert beside(document(Role.SOURCE, over, **mine)).stale == (UID,)
+    assert beside(document(Role.SOURCE, published(), **mine)).stale == ()
+    assert beside(document(Role.SOURCE, {"migrationUid": "next"}, **mine)).stale == (UID,)
+    # Another version's may be about this migration.
+    assert beside(document(Role.SOURCE, {"migrationUid": "next"}, **annotated("2 next"))).stale == ()
+    assert beside(document(Role.SOURCE, over, **annotated("2 next"))).stale == (UID,)
+    elsewhere = document(Role.SOURCE, over, **mine)
     elsewhere["status"]["nodeName"] = "node03"
     assert beside(elsewhere).stale == ()
-    assert plan(document(Role.SOURCE, over, **annotated)).stale == ()
+    assert plan(document(Role.SOURCE, over, **mine)).stale == ()
 
 
-@pytest.mark.parametrize(
-    ("migration", "announced", "expected"),
-    [
-        pytest.param(None, ANNOUNCED, True, id="not published"),
-        pytest.param(published(str(OWN)), ANNOUNCED, False, id="published"),
-        pytest.param(published(str(OWN), **STARTED), ANNOUNCED, False, id="runs by it"),
-        pytest.param(published(str(OWN), {"1": 0, "2": 49152}), ANNOUNCED, True, id="virt-handler's are published"),
-        pytest.param(published(str(OTHER)), ANNOUNCED, True, id="published elsewhere"),
-        pytest.param(published(str(OWN)), "nonsense", True, id="nonsense"),
-        pytest.param(published(str(OWN)), f"other 32899:0,42691:49152 {OWN}", True, id="for another migration"),
-        pytest.param(published(str(OWN), **STARTED, **ENDED), ANNOUNCED, True, id="ended"),
-        pytest.param(None, None, False, id="nothing announced"),
-    ],
-)
-def test_what_a_dead_daemon_has_announced_is_to_go_unless_it_is_published(
-    migration: dict[str, Any] | None, announced: str | None, expected: bool
-) -> None:
-    annotations = {"migproxy.io/target": announced} if announced else {}
-    vmi = parse(document(Role.TARGET, migration, annotations=annotations))
-    assert is_forsaken(vmi, NODE) is expected
-    assert not is_forsaken(vmi, "node03")
-
-
-def test_what_is_left_on_a_vmi_by_a_migration_that_is_over_is_the_node_s_that_it_runs_on() -> None:
-    annotated: dict[str, Any] = {"annotations": {"migproxy.io/target": ANNOUNCED}}
-    for migration in (published(str(OWN), **STARTED, **ENDED), {"migrationUid": "next"}):
-        left = document(Role.SOURCE, migration, **annotated)
-        assert is_forsaken(parse(left), NODE)
-        left["status"]["nodeName"] = "node03"
-        assert not is_forsaken(parse(left), NODE)
-
-
-def test_only_a_source_that_has_not_begun_may_be_given_back() -> None:
-    waiting, running = (parse(document(Role.SOURCE, published(**more))) for more in ({}, STARTED))
-    assert [one.migration.vmi_uid for one in sources_not_begun(waiting, NODE, NOW)] == [UID]
-    assert sources_not_begun(running, NODE, NOW) == []
-    assert sources_not_begun(waiting, "node03", NOW) == []
+def test_sockets_of_a_source_may_be_given_back_at_any_time_before_its_end() -> None:
+    waiting, running, over = (
+        parse(document(Role.SOURCE, published(**more))) for more in ({}, STARTED, {**STARTED, **ENDED})
+    )
+    for vmi in (waiting, running):
+        assert [one.migration.vmi_uid for one in sources_on(vmi, NODE, NOW)] == [UID]
+        assert sources_on(vmi, "node03", NOW) == ()
+    assert sources_on(over, NODE, NOW) == ()

@@ -377,7 +377,7 @@ def test_keys_are_renewed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_keys_stay_as_they_are_for_a_peer_that_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "RENEWED", 3)
     made = [keys(Version.TLS_1_3, Cipher.AES_128_GCM) for _ in range(4)]
-    sealer, opener = unpack(memoryview(pack(made[0], made[1], is_client=True, renews=False)))
+    sealer, opener, _ = unpack(memoryview(pack(made[0], made[1], is_client=True, renews=False)))
     peer = Opener(made[2], is_client=False)
     assert receive(peer, seal(sealer, bytes(4 * RECORD))) == bytes(4 * RECORD)
     opener._sequence = 3
@@ -388,10 +388,22 @@ def test_keys_stay_as_they_are_for_a_peer_that_cannot_follow(monkeypatch: pytest
 @pytest.mark.parametrize(("version", "cipher"), KINDS)
 def test_keys_reach_another_process(version: Version, cipher: Cipher, is_client: bool) -> None:
     ours, theirs = (replace(keys(version, cipher), sequence=7) for _ in range(2))
-    packed = pack(ours, theirs, is_client=is_client, renews=True)
-    sealer, opener = unpack(memoryview(packed))
+    packed = pack(ours, theirs, is_client=is_client, renews=True, preface=b"before" if is_client else b"")
+    sealer, opener, preface = unpack(memoryview(packed))
+    assert preface == (b"before" if is_client else b"")
     assert receive(opener, seal(sealer, b"data")) == b"data"
     assert opener._is_client == is_client
+
+
+def test_keys_that_are_lent_stay_as_they_are() -> None:
+    ours, theirs = (keys(Version.TLS_1_3, Cipher.AES_128_GCM) for _ in range(2))
+    lent = Sealer(ours.copy())
+    first = lent.data(b"a")
+    lent.close()
+    ours.sequence += 1
+    opener = Opener(theirs, is_client=False)
+    assert receive(opener, first) == b"a"
+    assert receive(opener, Sealer(ours).data(b"few bytes")) == b"few bytes"
 
 
 @pytest.mark.parametrize("end", [0, 1, 2, 13, 40])

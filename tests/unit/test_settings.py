@@ -56,9 +56,12 @@ def test_a_certificate_without_its_key_is_told() -> None:
         load(GIVEN | {"tls_cert": "/tls.crt"}, {}, None)
 
 
-def test_beside_virt_handler_there_is_a_cluster() -> None:
-    with pytest.raises(SettingsError, match="--beside-virt-handler needs a cluster"):
-        load({"vmi_dir": "/vmis", "beside_virt_handler": True}, {}, None)
+def test_in_a_cluster_virt_handler_publishes_unless_it_is_asked_otherwise() -> None:
+    assert load({}, {}, None).is_beside
+    assert not load({"publish_status": True}, {}, None).is_beside
+    assert not load({"vmi_dir": "/vmis"}, {}, None).is_beside
+    with pytest.raises(SettingsError, match="--publish-status is about a cluster"):
+        load({"vmi_dir": "/vmis", "publish_status": True}, {}, None)
 
 
 def test_kubevirts_names_of_tls_versions_and_lists_of_names_are_understood() -> None:

@@ -127,18 +127,22 @@ def test_it_says_who_was_refused_and_what_is_wrong_with_the_certificates() -> No
 
 def test_beside_virt_handler_each_migration_says_whose_proxy_it_goes_by() -> None:
     identity = MIGRATION | {"error": None}
-    ours = identity | {"state": "preparing", "path": "migproxy", "path_reason": ""}
+    taken = [
+        {"path": "migproxy", "reason": "", "connections": 12},
+        {"path": "virt-handler", "reason": "timeout", "connections": 1},
+    ]
+    ours = identity | {"state": "preparing", "path": "migproxy", "path_reason": "", "paths": taken}
     theirs = identity | {
         "state": "bypassed",
         "path": "virt-handler",
-        "path_reason": "late",
-        "path_why": "it was quicker",
+        "path_reason": "started",
+        "path_why": "it had started",
     }
-    beside = {"unsupported": None, "failsafe": True}
+    beside = {"failsafe": True}
     shown = render(report(beside=beside, migrations=[ours, theirs | {"role": "target"}])).splitlines()
-    assert "beside virt-handler: source and target side" in shown
+    assert "beside virt-handler" in shown
+    assert "default/vm 01234567 (source): connections 12 by migproxy, 1 by virt-handler (timeout)" in shown
     assert "default/vm 01234567 (source): goes by migproxy" in shown
-    assert "default/vm 01234567 (target): goes by virt-handler: it was quicker" in shown
+    assert "default/vm 01234567 (target): goes by virt-handler: it had started" in shown
     assert not any("failsafe" in line for line in shown)
     assert "no failsafe runs" in render(report(beside=beside | {"failsafe": False}))
-    assert "beside virt-handler: no such policy" in render(report(beside=beside | {"unsupported": "no such policy"}))

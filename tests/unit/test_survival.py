@@ -74,7 +74,30 @@ def test_the_fate_of_what_was_being_set_up(
         accepted, other = (wire.unix, wire.tcp) if role is Role.SOURCE else (wire.tcp, wire.unix)
         name = Name(Kind.CONNECTION, role, Channel.DIRECT, "migration", "serial")
         left = LeftConnection(name, Lease(str(name), relay), accepted, other if dialled else None)
-        assert left.fate(encrypts=encrypts) is fate
+        assert left.fate(encrypts=encrypts, announced=False) is fate
+
+
+@pytest.mark.parametrize(
+    ("encrypts", "connected", "fate"),
+    [
+        # The source has not said its last word, or nobody knows: it goes another way, or is told that this one is cut.
+        (False, None, Fate.ABANDON),
+        (True, None, Fate.ABANDON),
+        (None, None, Fate.SET_UP),
+        # The launcher is dialled behind the source's last word, and nothing is read beyond that.
+        (False, True, Fate.RELAY),
+        (False, False, Fate.ABANDON),
+        (True, True, Fate.ABANDON),
+    ],
+)
+def test_the_fate_of_what_came_to_an_announced_target(
+    relay: RelayClient, *, encrypts: bool | None, connected: bool | None, fate: Fate
+) -> None:
+    name = Name(Kind.CONNECTION, Role.TARGET, Channel.DIRECT, "migration", "serial")
+    with Wire() as wire, socket.socket(socket.AF_UNIX) as unconnected:
+        dialled = None if connected is None else wire.unix if connected else unconnected
+        left = LeftConnection(name, Lease(str(name), relay), wire.tcp, dialled)
+        assert left.fate(encrypts=encrypts, announced=True) is fate
 
 
 def test_an_encrypted_connection_that_was_ready_is_relayed(relay: RelayClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +106,12 @@ def test_an_encrypted_connection_that_was_ready_is_relayed(relay: RelayClient, m
     with Wire() as wire, socket.socket(socket.AF_UNIX) as unconnected:
         for encrypts in (True, None):
             left = LeftConnection(name, Lease("", relay), wire.tcp, wire.unix)
-            assert left.fate(encrypts=encrypts) is Fate.RELAY
-        assert LeftConnection(name, Lease("", relay), wire.tcp, unconnected).fate(encrypts=True) is Fate.ABANDON
-        assert LeftConnection(name, Lease("", relay), wire.tcp).fate(encrypts=True) is Fate.ABANDON
+            assert left.fate(encrypts=encrypts, announced=False) is Fate.RELAY
+        assert (
+            LeftConnection(name, Lease("", relay), wire.tcp, unconnected).fate(encrypts=True, announced=False)
+            is Fate.ABANDON
+        )
+        assert LeftConnection(name, Lease("", relay), wire.tcp).fate(encrypts=True, announced=False) is Fate.ABANDON
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -31,7 +31,7 @@ class Driven:
         seals: Makes the peer's records.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, preface: bytes = b"") -> None:
         self.wire = b""
         self.launcher, unix = socket.socketpair()
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -47,7 +47,7 @@ class Driven:
         self.seals, self.opens = Sealer(keys(there)), Opener(keys(back), is_client=True)
         self.tallies = Tallies()
         self.tunnel = Tunnel(
-            unix, tcp, Sealer(keys(back)), Opener(keys(there), is_client=False), self.tallies, Buffers()
+            unix, tcp, Sealer(keys(back)), Opener(keys(there), is_client=False), self.tallies, Buffers(), preface
         )
 
     def data(self, data: bytes) -> bytes:
@@ -271,3 +271,17 @@ def test_what_had_arrived_reaches_a_slow_launcher_although_nothing_can_be_sent(d
     assert driven.run() == data
     assert driven.tallies.to_launcher.end == CLEAN
     assert driven.tunnel.error
+
+
+def test_a_preface_is_sent_before_anything_and_not_counted() -> None:
+    driven = Driven(b"before")
+    try:
+        assert driven.tunnel.waits[1] & OUT
+        driven.launcher.sendall(b"data")
+        driven.launcher.shutdown(socket.SHUT_WR)
+        driven.say(driven.seals.alert(Alert.CLOSE_NOTIFY))
+        driven.run()
+        assert driven.plain() == (b"beforedata", True)
+        assert driven.tallies.to_network.carried == len(b"data")
+    finally:
+        driven.close()

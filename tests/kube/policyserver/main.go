@@ -10,14 +10,10 @@ import (
 	"os"
 
 	"github.com/spf13/pflag"
-	"k8s.io/apiextensions-apiserver/pkg/apiserver"
 	"k8s.io/apiextensions-apiserver/pkg/cmd/server/options"
-	"k8s.io/apiextensions-apiserver/pkg/generated/openapi"
 	"k8s.io/apiserver/pkg/authentication/request/headerrequest"
 	"k8s.io/apiserver/pkg/authorization/authorizerfactory"
-	openapinamer "k8s.io/apiserver/pkg/endpoints/openapi"
 	"k8s.io/apiserver/pkg/server"
-	"k8s.io/client-go/kubernetes/scheme"
 )
 
 func main() {
@@ -31,7 +27,8 @@ func run() error {
 	o.RecommendedOptions.Authentication = nil
 	o.RecommendedOptions.Authorization = nil
 	o.RecommendedOptions.Features.EnablePriorityAndFairness = false
-	o.RecommendedOptions.Admission.DisablePlugins = []string{"MutatingAdmissionWebhook", "ValidatingAdmissionWebhook"}
+	o.RecommendedOptions.Admission.DisablePlugins = []string{
+		"MutatingAdmissionPolicy", "MutatingAdmissionWebhook", "ValidatingAdmissionWebhook"}
 	o.AddFlags(pflag.CommandLine)
 	pflag.Parse()
 	if err := o.Complete(); err != nil {
@@ -51,9 +48,6 @@ func run() error {
 		return err
 	}
 	generic.Authorization.Authorizer = authorizerfactory.NewAlwaysAllowAuthorizer()
-	// Without OpenAPI v2 it publishes no resource's schema in v3 either, and mutating policies need that.
-	namer := openapinamer.NewDefinitionNamer(apiserver.Scheme, scheme.Scheme)
-	generic.OpenAPIConfig = server.DefaultOpenAPIConfig(openapi.GetOpenAPIDefinitions, namer)
 	made, err := config.Complete().New(server.NewEmptyDelegate())
 	if err != nil {
 		return err
