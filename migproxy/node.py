@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -252,10 +252,19 @@ class Node:
             if worker is None or worker.wanted is None:
                 if self.draining and (fingerprint(key[0]), key[1]) not in self._adopted:
                     continue
-                worker = self._workers[key] = _Worker(self, key, after=worker)
+                worker = self._workers[key] = _Worker(self, key, self._ending(key))
             worker.want(item)
         self._replan_at_next_start(now)
         self.knows_its_work.set()
+
+    def _ending(self, key: Key) -> list[asyncio.Task[None]]:
+        """What ends of the same VMI and role, and still holds the ports and socket names that the next one needs."""
+        (migration, role), workers = key, self._workers.items()
+        return [
+            worker.task
+            for (other, its_role), worker in workers
+            if (other.vmi_uid, its_role) == (migration.vmi_uid, role) and worker.wanted is None
+        ]
 
     def _plan(self, vmis: Iterable[VMI], now: datetime) -> Plan:
         return make_plan(vmis, self.options.name, self._own_addresses, now, self._beside())
@@ -574,7 +583,7 @@ class _Worker:
         problem: What keeps the proxy from being as wanted.
     """
 
-    def __init__(self, node: Node, key: Key, after: _Worker | None) -> None:
+    def __init__(self, node: Node, key: Key, after: Collection[asyncio.Task[None]]) -> None:
         self.wanted: Planned | None = None
         self.proxy: Source | Target | None = None
         self.problem: str | None = None
@@ -611,11 +620,11 @@ class _Worker:
             self.proxy.retire()
         self._changed.set()
 
-    async def _run(self, after: _Worker | None) -> None:
+    async def _run(self, after: Collection[asyncio.Task[None]]) -> None:
         pauses = doubling(_FIRST_RETRY, _LAST_RETRY)
         try:
-            if after is not None:  # which still holds the ports and sockets that this one needs
-                await asyncio.wait([after.task])
+            if after:
+                await asyncio.wait(after)
             while self.wanted is not None:
                 self._changed.clear()
                 if await self._attempt(self.wanted):

@@ -124,6 +124,8 @@ class SharedFolder(SocketFolder):
                 self._step_aside(name, _aside(name))
             if _is_ours(self._mode_of(name)):
                 raise OSError(errno.EAGAIN, "ours is still there")
+        elif _is_ours(self._mode_of(name)):
+            return  # of the VMI's next migration, and so is what is kept
         with suppress(FileNotFoundError):
             self._unlink(_aside(name))
 

@@ -71,6 +71,21 @@ async def test_source_is_in_the_path_as_soon_as_virt_handler_listens_and_wheneve
     assert list(scene.folder.iterdir()) == []
 
 
+async def test_next_migration_of_a_vmi_keeps_what_is_its_own(scene: SourceScene) -> None:
+    """The one before has the same names, and ends in the same moment."""
+    scene.prepare()
+    await eventually(scene.is_ours, "our sockets")
+    for number in range(20):
+        scene.virt_handler.stop_source(scene.uid)
+        await scene.change(begin(f"migration-{number}"))
+        scene.prepare()
+        await eventually(scene.is_ours, "our sockets over virt-handler's new ones")
+    kept = {f".virt-handler-{source_socket_name(scene.uid, channel)}" for channel in CHANNELS}
+    assert kept <= {path.name for path in scene.folder.iterdir()}
+    await scene.connect()
+    assert scene.virt_handler.relayed == {"source": 1}, "nothing is announced for this one"
+
+
 async def test_end_that_we_hear_of_first_leaves_virt_handlers_sockets_to_virt_handler(scene: SourceScene) -> None:
     scene.prepare()
     await eventually(scene.is_ours, "our sockets")

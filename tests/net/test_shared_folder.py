@@ -298,6 +298,19 @@ def test_at_the_end_nothing_is_put_where_virt_handler_has_removed_it(scene: Scen
     assert list(scene.path.parent.iterdir()) == []
 
 
+def test_who_ends_leaves_what_the_next_one_has_put_there(scene: Scene) -> None:
+    """Two migrations of one VMI have the same names."""
+    scene.listen()
+    scene.place()
+    before = scene.ours[-1]
+    scene.remove()
+    scene.bind()
+    scene.place()
+    scene.folder.remove(NAME, before)
+    assert scene.dial() == "us"
+    assert scene.reach() == "virt-handler"
+
+
 def test_killed_daemons_successor_takes_the_path_and_gives_virt_handlers_socket_back(scene: Scene) -> None:
     scene.listen()
     scene.place()

@@ -175,7 +175,8 @@ def test_each_metric_is_documented_and_each_documented_metric_exists() -> None:
     measures.dials.labels("source", "direct").observe(1)
     measures.handshakes.labels("source").observe(1)
     measures.durations.labels("source").observe(1)
-    beside = report(migration(path="migproxy", path_reason=""), beside={"failsafe": True})
+    taken = [{"path": "virt-handler", "reason": "timeout", "connections": 2}]
+    beside = report(migration(path="migproxy", path_reason="", paths=taken), beside={"failsafe": True})
     families: list[Metric] = Exporter(lambda: beside, measures).scrape()
     suffixes = {"counter": "_total", "info": "_info"}
     exported = {one.name + suffixes.get(one.type, "") for one in families if one.name.startswith("migproxy")}
