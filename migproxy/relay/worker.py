@@ -59,6 +59,7 @@ class Worker:
 
     def serve(self) -> None:
         """Serves until the relay is gone: without it, nobody could be told of an end."""
+        self._say(Synced(0))  # it has begun
         while self._serve_once(_LOOK_SECONDS if self._breaking else None):
             pass
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from migproxy.fds import close_all, duplicate, post
 from migproxy.relay.protocol import MOST_BYTES, Drop, Ended, FromDaemon, Move, ProtocolError, Sync, encode, for_daemon
 
+_START_SECONDS = 60.0  # until its first answer: a process is made, and libraries are read
 _HANG_SECONDS = 10.0  # without an answer; on a machine whose CPUs are all busy, its turn comes far sooner
 
 
@@ -28,6 +29,7 @@ class _Worker:
     Attributes:
         names: What it moves.
         asked: Since when it owes an answer, None where it owes none.
+        has_begun: It has given one.
         is_late: It owed one for too long at the last look.
         unsent: Messages that it has not taken yet, with descriptors of ours.
     """
@@ -36,6 +38,7 @@ class _Worker:
     control: socket.socket
     names: set[str] = field(default_factory=set)
     asked: float | None = None
+    has_begun: bool = False
     is_late: bool = False
     unsent: deque[tuple[bytes, tuple[int, ...]]] = field(default_factory=deque)
 
@@ -112,7 +115,7 @@ class Workers:
             if worker.asked is None:
                 worker.asked = now
                 self._try(worker, worker.say, Sync(0))
-            elif now - worker.asked >= _HANG_SECONDS:
+            elif now - worker.asked >= (_HANG_SECONDS if worker.has_begun else _START_SECONDS):
                 if worker.is_late:  # not the first time: this process may have been stopped, too
                     self._bury(worker, "hung")
                 worker.is_late = True
@@ -160,7 +163,7 @@ class Workers:
             if message.name in worker.names:
                 self._note_end(worker, message)
         else:
-            worker.asked, worker.is_late = None, False
+            worker.asked, worker.has_begun, worker.is_late = None, True, False
         return True
 
     def _start(self) -> _Worker:

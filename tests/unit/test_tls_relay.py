@@ -402,7 +402,7 @@ async def test_stopping_ends_a_stalled_transfer_at_once_and_the_peer_sees_no_cle
 async def test_a_worker_that_dies_or_hangs_takes_its_connections_with_it_and_no_other(
     relay: RelayClient, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    monkeypatch.setattr(workers, "_HANG_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "_HANG_SECONDS", 2.0)
     monkeypatch.setattr(process, "_LOOK_SECONDS", 0.1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))  # two workers
     version = ssl.TLSVersion.TLSv1_3

@@ -115,3 +115,22 @@ def test_the_end_of_a_connection_that_a_worker_does_not_have_is_not_passed_on(he
     hearing.move("second")
     hearing.until(1)
     assert [end.name for end in hearing.ends] == ["second"]
+
+
+def test_worker_that_is_still_starting_does_not_hang(hearing: Hearing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_HANG_SECONDS", 0.0)
+    hearing.move("one")
+    for _ in range(3):
+        hearing.workers.look()
+    assert not hearing.deaths
+    hearing.until(1)
+    hearing.workers.look()
+    deadline = time.monotonic() + DEADLINE
+    while not hearing.workers._workers[0].has_begun:
+        assert time.monotonic() < deadline
+        for key, _ in hearing._selector.select(0.01):
+            hearing.workers.hear(key.fileobj)
+    os.kill(hearing.pids[0], signal.SIGSTOP)
+    for _ in range(3):
+        hearing.workers.look()
+    assert len(hearing.deaths) == 1
