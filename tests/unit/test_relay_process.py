@@ -518,7 +518,7 @@ def test_nothing_is_left_open(path: str) -> None:
                         wire.far.close()
                         assert end_of(daemon).number
                     daemon.say(Drop((name,)))
-            daemon.sync()
+                    daemon.sync()  # else the wire may end first, and the relay says so
             until(lambda: process.descriptors() == before, "descriptors to be closed")
         until(lambda: process.descriptors() == before - 1, "the daemon's to be closed")
 
