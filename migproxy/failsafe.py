@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import closing
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 
 import structlog
@@ -20,6 +22,7 @@ from migproxy.inventory import BYPASSED
 from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer, ConfigurationError
 from migproxy.launcher import LauncherError, Launchers
+from migproxy.launcherthread import LauncherThread
 from migproxy.lifeline import HANG_SECONDS, Lifeline, LifelineError
 from migproxy.pauses import doubling
 from migproxy.plan import sources_on
@@ -85,6 +88,7 @@ class Failsafe:
         self, daemon: Lifeline, node: str, launchers: Launchers, owner: tuple[int, int] | None, api: ApiServer
     ) -> None:
         self._daemon = daemon
+        self._acting = _Acting(daemon)
         self._node = node
         self._launchers = launchers
         self._owner = owner
@@ -154,29 +158,58 @@ class Failsafe:
     async def _look_after(self, vmi: VMI) -> None:
         """Gives back what stands in a VMI's folder, however often that must be tried."""
         pauses, last = doubling(_FIRST_RETRY, _LAST_RETRY), ""
-        while True:
-            try:
-                self._give_sockets_back(vmi)
-                return
-            except Exception as error:
-                is_known = isinstance(error, (LauncherError, ProxyError))
-                about = {"namespace": vmi.namespace, "name": vmi.name, "error": str(error)}
-                if str(error) != last:
-                    log.error("cannot give back, trying again", **about, exc_info=not is_known)
-                last = str(error)
-            await asyncio.sleep(next(pauses))
-
-    def _give_sockets_back(self, vmi: VMI) -> None:
-        with self._daemon.taken() as is_dead:
-            if not is_dead:
-                return
-            signal.alarm(HANG_SECONDS)  # whose default action ends this process, and with it the lock
-            try:
-                sources = sources_on(vmi, self._node, datetime.now(UTC))
-                names = [name for source in sources for name in mend(self._launchers, source, self._owner)]
-            finally:
-                signal.alarm(0)
+        thread = LauncherThread(f"launcher of {vmi.namespace}/{vmi.name}", HANG_SECONDS * 2)
+        try:
+            while True:
+                try:
+                    names = await thread.run(lambda: self._give_sockets_back(vmi))
+                    break
+                except Exception as error:
+                    is_known = isinstance(error, (LauncherError, ProxyError))
+                    about = {"namespace": vmi.namespace, "name": vmi.name, "error": str(error)}
+                    if str(error) != last:
+                        log.error("cannot give back, trying again", **about, exc_info=not is_known)
+                    last = str(error)
+                await asyncio.sleep(next(pauses))
+        finally:
+            thread.close()
         if names:
             log.warning("virt-handler's sockets are back", namespace=vmi.namespace, name=vmi.name, names=names)
             message = f"migration source on {self._node}: left to virt-handler, as migproxy's daemon does not run"
             self._inventory.note(vmi, BYPASSED, message, warning=True)
+
+    def _give_sockets_back(self, vmi: VMI) -> list[str]:
+        """In a thread of the VMI's: who is kept waiting by one pod's file system is that pod's VMI alone."""
+        with self._acting.begin() as is_dead:
+            sources = sources_on(vmi, self._node, datetime.now(UTC)) if is_dead else ()
+            return [name for source in sources for name in mend(self._launchers, source, self._owner)]
+
+
+class _Acting:
+    """Holds the daemon's lock while anything is done in its stead, by whichever thread.
+
+    What hangs ends this process, and with it the lock: no call goes on beside the next daemon's.
+    """
+
+    def __init__(self, daemon: Lifeline) -> None:
+        self._daemon = daemon
+        self._count = 0
+        self._mutex = threading.Lock()
+        self._lock = ExitStack()
+
+    @contextmanager
+    def begin(self) -> Iterator[bool]:
+        """Acts within the context; tells whether the daemon is dead."""
+        with self._mutex:
+            is_dead = self._count > 0 or self._lock.enter_context(self._daemon.taken())
+            if is_dead and not self._count:
+                signal.alarm(HANG_SECONDS)  # whose default action ends this process
+            self._count += is_dead
+        try:
+            yield is_dead
+        finally:
+            with self._mutex:
+                self._count -= is_dead
+                if not self._count:
+                    signal.alarm(0)
+                    self._lock.close()

@@ -1,30 +1,45 @@
 """Where a virt-launcher's sockets are, without trusting the pod they are in.
 
 Whatever runs in the pod may plant symbolic links in its own file system, and an absolute link found below
-/proc/PID/root resolves against the node's root (proc(5)). So nothing below the launcher's root is ever opened by
-path: each component is opened from the descriptor of the one before with O_NOFOLLOW, and sockets are bound and
-dialled through /proc/self/fd, which also escapes the 108 bytes of a unix socket's address (unix(7)).
+/proc/PID/root resolves against the node's root (proc(5)). It may mount whatever it sees over any folder, in a user
+namespace of its own. And its PID is nobody's for ever: a socket outlives the process that listened. So
+
+- the launcher's process is held by its folder below /proc, which never becomes another process's, and is looked at
+  only after that: that it listens on the command socket (SO_PEERPIDFD), and for which VMI (its command line);
+- nothing below the launcher's root is opened through a link, or on another mount than the folder of KubeVirt's or
+  libvirt's that it is in;
+- sockets are bound and dialled through /proc/self/fd, which also escapes the 108 bytes of a unix socket's address
+  (unix(7)).
+
+Any of it may hang in a file system of the pod's: see `launcherthread`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from string import Formatter
+from typing import Final
 
+from migproxy.beneath import open_beneath, open_component
 from migproxy.plan import Launcher
 
 COMMAND_SOCKET = "volumes/kubernetes.io~empty-dir/sockets/launcher-sock"
 """The launcher's command socket below the pod's folder of the kubelet (KubeVirt, virt-handler's cmd-client)."""
 
+_SHARED_COMMAND_SOCKET = "kubevirt/sockets/launcher-sock"  # the same one below the launcher's /var/run
 _PLACEHOLDERS = {"pid", "uid", "namespace", "name"}
-_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_MOST_WORDS: Final = 1 << 16  # bytes of a command line
+_SO_PEERPIDFD: Final = 77  # asm-generic/socket.h, Linux 6.5; not among Python's constants
 
 
 class LauncherError(Exception):
@@ -73,12 +88,19 @@ class Launchers:
                 raise LauncherError(f"{value!r} is no name that a path may be made of: mend the VMI's metadata")
         if "{pid}" not in self.pattern:
             return RunDir(self._path(launcher, 0), "")
-        with self._command_socket(launcher) as (pid, hung_up):
-            root, marker, below = self._path(launcher, pid).partition(f"/{pid}/root/")
-            run = RunDir(root + marker.rstrip("/"), below)
-            if hung_up():  # and the pid may be another process's by now
+        with self._command_socket(launcher) as command:
+            path = self._path(launcher, command.pid)
+            head, marker, below = path.partition(f"/{command.pid}/root/")
+            with _Process(f"{head}/{command.pid}" if marker else f"/proc/{command.pid}") as process:
+                is_proven = command.is_listened_on_still()
+                process.check_vmi(launcher)
+                run = process.open_run(below) if marker else RunDir(path, "")
+            if not is_proven and not run.is_identity_of(_SHARED_COMMAND_SOCKET, command.identity):
                 run.close()
-                raise LauncherError(f"the launcher (pid {pid}) ended while its folder was being opened")
+                raise Untrusted(
+                    f"{command.path}: who listens there has ended, or process {command.pid} is another one by now: its "
+                    f"{run.path}/{_SHARED_COMMAND_SOCKET} is another socket"
+                )
             return run
 
     def _path(self, launcher: Launcher, pid: int) -> str:
@@ -87,11 +109,11 @@ class Launchers:
         ).rstrip("/")
 
     @contextmanager
-    def _command_socket(self, launcher: Launcher) -> Iterator[tuple[int, Callable[[], bool]]]:
-        """Connects to the command socket of the launcher's one pod here, and tells the pid of who listens on it."""
+    def _command_socket(self, launcher: Launcher) -> Iterator[_CommandSocket]:
+        """Connects to the command socket of the launcher's one pod here."""
         if not launcher.pods:
             raise LauncherError("status.activePods names no pod on this node: its launcher cannot be found (yet)")
-        with RunDir(self.pods, "") as pods:
+        with RunDir(self.pods, "", one_mount=False) as pods:
             found = [pod for pod in launcher.pods if pods.holds(f"{pod}/{COMMAND_SOCKET}")]
             if not found:
                 raise LauncherError(
@@ -100,21 +122,116 @@ class Launchers:
                 )
             if len(found) > 1:
                 raise LauncherError(f"several pods have a launcher-sock: {', '.join(found)}; waiting for one to go")
-            path = f"{self.pods}/{found[0]}/{COMMAND_SOCKET}"
-            with closing(pods.connect(f"{found[0]}/{COMMAND_SOCKET}")) as sock:
-                pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-                if pid == 0:
-                    raise LauncherError(
-                        f"{path}: the listener's pid is 0, it is outside of this process's pid namespace: "
-                        "run migproxy in the host's (hostPID: true)"
-                    )
-                poller = select.poll()
-                poller.register(sock, 0)
-                yield pid, lambda: bool(poller.poll(0))
+            path = f"{found[0]}/{COMMAND_SOCKET}"
+            with pods.find(path) as node, closing(new_unix()) as sock:
+                node.connect(sock)
+                yield _CommandSocket(sock, node.identity, f"{self.pods}/{path}")
+
+
+class _CommandSocket:
+    """A connection to a launcher's command socket.
+
+    Attributes:
+        identity: Device and inode of the socket's file.
+        path: For messages only.
+        pid: Of the process that made it listen; another's by now, perhaps.
+    """
+
+    def __init__(self, sock: socket.socket, identity: tuple[int, int], path: str) -> None:
+        self.identity = identity
+        self.path = path
+        self._sock = sock
+        self.pid = pid_of_listener(sock)
+        if self.pid == 0:
+            raise LauncherError(
+                f"{path}: the listener's pid is 0, it is outside of this process's pid namespace: "
+                "run migproxy in the host's (hostPID: true)"
+            )
+
+    def is_listened_on_still(self) -> bool:
+        """Whether the process with that PID is the one that made the socket listen; False where none can tell.
+
+        Raises:
+            LauncherError: It has ended.
+        """
+        try:
+            pidfd = struct.unpack("i", self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
+        except OSError as error:
+            if error.errno == errno.ENOPROTOOPT:
+                return False
+            raise self._ended() from error
+        try:
+            poller = select.poll()
+            poller.register(pidfd, select.POLLIN)
+            if poller.poll(0):
+                raise self._ended()
+        finally:
+            os.close(pidfd)
+        return True
+
+    def _ended(self) -> LauncherError:
+        return LauncherError(f"{self.path}: the launcher (pid {self.pid}) has ended, though its socket is still open")
+
+
+def pid_of_listener(sock: socket.socket) -> int:
+    """The PID of the process that made the other end of a connection listen; 0 where it has none in our namespace."""
+    pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return pid
+
+
+class _Process:
+    """A process by its folder below /proc, which leads nowhere once the process has ended; owns its descriptor.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        LauncherError: There is no such process.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._fd = os.open(path, _FOLDER)
+        except OSError as error:
+            raise LauncherError(f"{path}: {error.strerror}: the launcher has ended") from error
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def check_vmi(self, launcher: Launcher) -> None:
+        """Looks for whom it was started.
+
+        Raises:
+            Untrusted: For another VMI than the launcher's.
+        """
+        try:
+            with open(os.open("cmdline", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd), "rb") as file:
+                words = file.read(_MOST_WORDS).split(b"\0")
+        except OSError as error:
+            raise LauncherError(f"{self._path}/cmdline: {error.strerror}: the launcher has ended") from error
+        uids = {after for word, after in pairwise(words) if word == b"--uid"}
+        uids |= {word.removeprefix(b"--uid=") for word in words if word.startswith(b"--uid=")}
+        if uids != {launcher.vmi_uid.encode()}:
+            whose = " and ".join(sorted(repr(uid[:64].decode(errors="replace")) for uid in uids)) or "no VMI (no --uid)"
+            raise Untrusted(
+                f"{self._path} is the launcher of {whose}, not of VMI {launcher.vmi_uid!r}, whose status.activePods "
+                "names its pod: refused"
+            )
+
+    def open_run(self, below: str) -> RunDir:
+        """Opens a folder below its root; see RunDir."""
+        return RunDir(f"{self._path}/root", below, within=self._fd)
 
 
 class RunDir:
     """A folder whose content is not trusted: the launcher's /var/run; owns its descriptor.
+
+    The folders in it (KubeVirt's and libvirt's, each a volume of the pod) may be on mounts of their own. What is below
+    one of those is on its mount, or it is refused: a pod can mount over a folder whatever it sees.
 
     Attributes:
         fd: The folder, opened with O_PATH.
@@ -123,14 +240,18 @@ class RunDir:
     Args:
         trusted: The path up to where trust ends, opened as it is, links included.
         below: The rest of the path, walked without following links.
+        within: A folder that the last component of `trusted` is opened in, instead of by the whole path.
+        one_mount: False where what is below may be on any mount.
 
     Raises:
         LauncherError: It is not there, not readable, or a link stands in the way.
     """
 
-    def __init__(self, trusted: str, below: str) -> None:
+    def __init__(self, trusted: str, below: str, *, within: int | None = None, one_mount: bool = True) -> None:
+        self._one_mount = one_mount
+        name = trusted if within is None else os.path.basename(trusted)
         try:
-            self.fd = os.open(trusted, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.fd = os.open(name, _FOLDER, dir_fd=within)
         except OSError as error:
             raise LauncherError(
                 f"{trusted}: {error.strerror}: the launcher is gone or not up yet, or --launcher-run-dir or "
@@ -139,7 +260,7 @@ class RunDir:
         self.path = trusted
         if below:
             try:
-                inside = self.open_folder(_usual_run(self.fd, below))
+                inside = self._open(_usual_run(self.fd, below), is_folder=True, one_mount=False)
             finally:
                 os.close(self.fd)
             self.fd, self.path = inside, f"{trusted}/{below}"
@@ -157,28 +278,15 @@ class RunDir:
     @property
     def identity(self) -> tuple[int, int]:
         """Device and inode: whether two paths are the same folder."""
-        status = os.stat(self.fd)
-        return status.st_dev, status.st_ino
+        return _identity(self.fd)
 
     def open_folder(self, relative: str) -> int:
-        """Opens a folder below this one, no link followed; the caller closes the descriptor.
+        """Opens a folder below this one, no link followed and no mount entered; the caller closes the descriptor.
 
         Raises:
-            LauncherError: A component is missing, not a folder, a symbolic link, or not accessible.
+            LauncherError: A component is missing, not a folder, a symbolic link, a mount, or not accessible.
         """
-        components = self._components(relative)
-        fd = os.dup(self.fd)
-        walked = self.path
-        for component in components:
-            walked = f"{walked}/{component}"
-            try:
-                inside = os.open(component, _DIRECTORY, dir_fd=fd)
-            except OSError as error:
-                raise _explained(error, component, fd, walked) from error
-            finally:
-                os.close(fd)
-            fd = inside
-        return fd
+        return self._open(relative, is_folder=True, one_mount=self._one_mount)
 
     def open_node(self, relative: str) -> int:
         """Opens what stands at a path below this folder with O_PATH, be it what it may but a link to elsewhere.
@@ -186,20 +294,47 @@ class RunDir:
         Raises:
             LauncherError: As `open_folder`.
         """
-        *parents, name = self._components(relative)
-        folder = self.open_folder("/".join(parents)) if parents else os.dup(self.fd)
-        try:
-            return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        except OSError as error:
-            raise _explained(error, name, folder, f"{self.path}/{relative}") from error
-        finally:
-            os.close(folder)
+        return self._open(relative, is_folder=False, one_mount=self._one_mount)
 
-    def _components(self, relative: str) -> list[str]:
+    def is_identity_of(self, relative: str, identity: tuple[int, int]) -> bool:
+        """Whether a certain file (device, inode) stands at a path below this folder, on whatever mount."""
+        try:
+            node = self._open(relative, is_folder=False, one_mount=False)
+        except LauncherError:
+            return False
+        try:
+            return _identity(node) == identity
+        finally:
+            os.close(node)
+
+    def _open(self, relative: str, *, is_folder: bool, one_mount: bool) -> int:
         components = relative.split("/")
         if not {"", ".", ".."}.isdisjoint(components):
             raise Untrusted(f"{relative!r} would leave {self.path}: refused")
-        return components
+        if not one_mount or len(components) == 1:
+            return self._walk(self.fd, components, self.path, is_folder=is_folder, one_mount=False)
+        volume = self._walk(self.fd, components[:1], self.path, is_folder=True, one_mount=False)
+        try:
+            walked = f"{self.path}/{components[0]}"
+            return self._walk(volume, components[1:], walked, is_folder=is_folder, one_mount=True)
+        finally:
+            os.close(volume)
+
+    @staticmethod
+    def _walk(folder: int, components: list[str], walked: str, *, is_folder: bool, one_mount: bool) -> int:
+        with suppress(OSError):  # the slow way tells what is wrong, and whether it is the kernel that cannot
+            return open_beneath(folder, "/".join(components), is_folder=is_folder, one_mount=one_mount)
+        fd = os.dup(folder)
+        for number, component in enumerate(components, 1):
+            walked, last = f"{walked}/{component}", number == len(components)
+            try:
+                inside = open_component(fd, component, is_folder=is_folder or not last, one_mount=one_mount)
+            except OSError as error:
+                raise _explained(error, component, fd, walked) from error
+            finally:
+                os.close(fd)
+            fd = inside
+        return fd
 
     def holds(self, relative: str) -> bool:
         """Whether anything stands at a path below this folder, reached without following a link."""
@@ -211,62 +346,67 @@ class RunDir:
             raise
         return True
 
-    def connect(self, relative: str) -> socket.socket:
-        """Connects to a unix stream socket below this folder, without blocking.
-
-        Returns:
-            The connected, non-blocking socket; the caller closes it.
-
-        Raises:
-            LauncherError: See `find`.
-        """
-        with self.find(relative) as connect:
-            sock = new_unix()
-            try:
-                connect(sock)
-            except LauncherError:
-                sock.close()
-                raise
-            return sock
-
-    @contextmanager
-    def find(self, relative: str) -> Iterator[Callable[[socket.socket], None]]:
-        """Finds a unix stream socket below this folder.
-
-        Returns:
-            What connects a socket of the caller's to it, without blocking, within the context; raises LauncherError
-            where nobody listens, or its queue is full.
+    def find(self, relative: str) -> SocketNode:
+        """Finds a unix stream socket below this folder; the caller closes it.
 
         Raises:
             LauncherError: Nothing is there, or it is no socket.
         """
-        with connecting(self.open_node(relative), f"{self.path}/{relative}") as connect:
-            yield connect
+        return SocketNode(self.open_node(relative), f"{self.path}/{relative}")
 
 
-@contextmanager
-def connecting(node: int, path: str) -> Iterator[Callable[[socket.socket], None]]:
-    """See `RunDir.find`.
+class SocketNode:
+    """The file of a unix stream socket; owns its descriptor.
 
     Args:
         node: What stands there, opened with O_PATH and no link followed; owned from now on.
         path: For messages only.
+
+    Raises:
+        Untrusted: It is no socket.
     """
 
-    def connect(sock: socket.socket) -> None:
-        try:
-            sock.connect(f"/proc/self/fd/{node}")
-        except OSError as error:
-            raise LauncherError(f"{path}: {error.strerror or error}: nobody takes the connection (yet)") from error
-
-    try:
+    def __init__(self, node: int, path: str) -> None:
+        self._node = node
+        self._path = path
         mode = os.stat(node).st_mode
         if not stat.S_ISSOCK(mode):
+            self.close()
             kind = "a symbolic link: refused, never followed" if stat.S_ISLNK(mode) else "not a socket"
             raise Untrusted(f"{path} is {kind}")
-        yield connect
-    finally:
-        os.close(node)
+
+    def __enter__(self) -> SocketNode:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes it; connections stay."""
+        os.close(self._node)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the file."""
+        return _identity(self._node)
+
+    def connect(self, sock: socket.socket) -> None:
+        """Connects a non-blocking socket to it.
+
+        Raises:
+            LauncherError: Nobody listens there, or the queue is full.
+        """
+        try:
+            sock.connect(f"/proc/self/fd/{self._node}")
+        except OSError as error:
+            raise LauncherError(
+                f"{self._path}: {error.strerror or error}: nobody takes the connection (yet)"
+            ) from error
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.stat(fd)
+    return status.st_dev, status.st_ino
 
 
 def new_unix() -> socket.socket:
@@ -280,7 +420,7 @@ def _usual_run(root: int, below: str) -> str:
     if head or (rest and not rest.startswith("/")):
         return below
     try:
-        var = os.open("var", _DIRECTORY, dir_fd=root)
+        var = os.open("var", _FOLDER | os.O_NOFOLLOW, dir_fd=root)
     except OSError:
         return below
     try:
@@ -296,4 +436,6 @@ def _explained(error: OSError, component: str, folder: int, path: str) -> Launch
     with suppress(OSError):
         if stat.S_ISLNK(os.stat(component, dir_fd=folder, follow_symlinks=False).st_mode):
             return Untrusted(f"{path} is a symbolic link: refused, never followed")
+    if error.errno == errno.EXDEV:
+        return Untrusted(f"{path}: something is mounted there: refused, as the pod may mount whatever it sees")
     return LauncherError(f"{path}: {error.strerror}")

@@ -379,9 +379,8 @@ class Node:
 
     async def _step_out(self) -> None:
         """Leaves what has not begun to virt-handler; whoever was on the way to us by then is still served."""
-        for worker in self._workers.values():
-            if isinstance(worker.proxy, Source) and not worker.is_active:
-                worker.proxy.give_back()
+        sources = [one.proxy for one in self._workers.values() if isinstance(one.proxy, Source) and not one.is_active]
+        await asyncio.gather(*(source.give_back() for source in sources))
         # What is announced goes before its listeners do, if the API server takes it: a source that finds nobody there
         # goes by virt-handler.
         self._replan()

@@ -19,7 +19,8 @@ import structlog
 from migproxy import tcpinfo
 from migproxy.connection import Connection, RelayedConnection
 from migproxy.fds import is_connected, reset
-from migproxy.launcher import Launchers
+from migproxy.launcher import Launchers, SocketNode, new_unix
+from migproxy.launcherthread import LauncherThread
 from migproxy.logs import Limit
 from migproxy.measure import Measures
 from migproxy.pauses import doubling
@@ -131,6 +132,7 @@ class Proxy(ABC):
         progress: What it has done.
         inherited: Listeners that an earlier daemon left and that are not taken over yet.
         begun: Connections that were being set up when it died.
+        thread: Looks into the launcher's folders.
     """
 
     role: Role
@@ -145,6 +147,7 @@ class Proxy(ABC):
             role=str(self.role),
         )
         self.around = around
+        self.thread = LauncherThread(f"launcher of {migration.namespace}/{migration.name}")
         self._connections: dict[asyncio.Task[None], tuple[socket.socket, ...]] = {}
         self._slots: dict[Channel, asyncio.Semaphore] = {}
         self._unfinished: dict[Channel, Unfinished] = {}
@@ -439,6 +442,23 @@ class Proxy(ABC):
             leg.close()
             raise
 
+    async def connect_launcher(self, find: Callable[[], SocketNode], lease: Lease) -> socket.socket:
+        """Connects to a socket of the launcher's, which is stored under the connection's lease before.
+
+        Args:
+            find: Finds the socket's file.
+
+        Raises:
+            LauncherError: It is not there, nobody listens, or the folder it is in does not answer.
+        """
+        node = await self.thread.run(find, SocketNode.close)
+        try:
+            async with self.stored(new_unix(), lease) as sock:
+                await self.thread.run(lambda: node.connect(sock))
+                return sock
+        finally:
+            self.thread.later(node.close)
+
     async def to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
         if len(legs) == 1:
@@ -607,6 +627,7 @@ class Proxy(ABC):
             failed=sum(traffic.failed for traffic in self.traffic.values()),
             seconds=round(time.time() - self.progress.began, 3),
         )
+        self.thread.close()
 
 
 def _has_answered(tcp: socket.socket) -> bool:

@@ -17,13 +17,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import socket
 import stat
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import Final
 
-from migproxy.launcher import LauncherError, Launchers, connecting
+from migproxy.launcher import LauncherError, Launchers, SocketNode
 from migproxy.plan import SourceProxy
 from migproxy.portmap import source_socket_name
 from migproxy.proxy import ProxyError
@@ -50,14 +48,16 @@ class SharedFolder(SocketFolder):
     def invites(self, name: str) -> bool:
         return self._mode_of(name) is not None
 
-    def kept(self, name: str) -> AbstractContextManager[Callable[[socket.socket], None]]:
+    def kept(self, name: str) -> SocketNode:
         for candidate in (_aside(name), name):  # where ours has stepped aside, it is at its own name again
             try:
-                node = os.open(candidate, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+                node = self._open(candidate)
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                raise LauncherError(f"{self.path}/{candidate}: {error.strerror}") from error
             if not _is_ours(os.stat(node).st_mode):  # the pod may have linked it: a connection to itself never ends
-                return connecting(node, f"{self.path}/{candidate}")
+                return SocketNode(node, f"{self.path}/{candidate}")
             os.close(node)
         raise LauncherError(f"{self.path}/{name}: No such file of virt-handler's")
 
@@ -87,7 +87,7 @@ class SharedFolder(SocketFolder):
 
     def _hand_to_owner(self, name: str) -> None:
         """Does what virt-handler may not have come to yet: by now it would find ours at the path."""
-        node = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        node = self._open(name)
         try:
             status = os.stat(node)
             if stat.S_ISSOCK(status.st_mode) and status.st_nlink == 1:  # not some other socket that the pod has linked

@@ -7,16 +7,17 @@ import hashlib
 import os
 import socket
 import stat
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from asyncinotify import Mask
 
+from migproxy.beneath import open_component
 from migproxy.fds import quench, reset
 from migproxy.greeting import Greet
-from migproxy.launcher import LauncherError, RunDir, new_unix
+from migproxy.launcher import LauncherError, RunDir, SocketNode
 from migproxy.pauses import doubling
 from migproxy.plan import Reason, Role, SourceProxy
 from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
@@ -38,6 +39,8 @@ _REMAKE_SECONDS = 0.25  # that virt-handler may take to make its sockets anew
 _BY_VIRT_HANDLER = "virt-handler's"
 _PASSING = {Reason.UNANNOUNCED, Reason.VERSION, Reason.MALFORMED, Reason.CHANNEL}  # known before anything is tried
 _LONGEST_PAUSE = 1.0  # seconds between two times that what has failed is tried
+_LOOK_SECONDS = 1.0  # between two looks whether the launcher's folder is the same: who renames one above it is not told
+_WORKSHOP = ".migproxy-new"
 _CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
 
 
@@ -74,8 +77,8 @@ class SocketFolder:
         owner: The owner to use, or None for that of the launcher's kubevirt folder.
 
     Raises:
-        LauncherError: The kubevirt folder is missing, or a symbolic link stands in the way.
-        ProxyError: The folder cannot be made, or cannot be given to the owner.
+        LauncherError: The kubevirt folder is missing, or a symbolic link or a mount stands in the way.
+        ProxyError: The folder cannot be made, or is somebody else's.
     """
 
     mode = 0o660
@@ -89,18 +92,44 @@ class SocketFolder:
         try:
             status = os.stat(kubevirt)
             self.owner = owner or (status.st_uid, status.st_gid)
-            with suppress(FileExistsError):
-                os.mkdir(name, 0o755, dir_fd=kubevirt)
+            if not run.holds(MIGRATION_PROXY_DIR):
+                self._make(kubevirt, name)
         except OSError as error:
             raise ProxyError(f"{self.path} cannot be made: {error.strerror}") from error
         finally:
             os.close(kubevirt)
         self.fd = run.open_folder(MIGRATION_PROXY_DIR)
-        try:
-            self.give(self.fd, self.path)
-        except ProxyError:
+        status = os.stat(self.fd)
+        # virt-handler makes it as root, and leaves it so (KubeVirt's createUnixListener).
+        if (status.st_uid, status.st_gid) != self.owner and status.st_uid not in (0, os.geteuid()):
             os.close(self.fd)
-            raise
+            raise ProxyError(
+                f"{self.path} belongs to {status.st_uid}:{status.st_gid}, not to {self.owner[0]}:{self.owner[1]}; "
+                "migproxy gives nobody what it has not made: change its owner, or name another --socket-owner"
+            )
+
+    def _make(self, kubevirt: int, name: str) -> None:
+        """Makes the folder where the pod cannot put another one in its place before it is given to the owner."""
+        with suppress(FileExistsError):
+            os.mkdir(_WORKSHOP, 0o700, dir_fd=kubevirt)
+        workshop = open_component(kubevirt, _WORKSHOP, is_folder=True, one_mount=True)
+        try:
+            status = os.stat(workshop)
+            if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+                raise ProxyError(f"{self.path}: {_WORKSHOP} beside it is not migproxy's own: remove it")
+            with suppress(FileNotFoundError):  # of one that was killed here
+                os.rmdir(name, dir_fd=workshop)
+            os.mkdir(name, 0o755, dir_fd=workshop)
+            made = open_component(workshop, name, is_folder=True, one_mount=True)
+            try:
+                self.give(made, self.path)
+            finally:
+                os.close(made)
+            os.rename(name, name, src_dir_fd=workshop, dst_dir_fd=kubevirt)
+        finally:
+            os.close(workshop)
+            with suppress(OSError):
+                os.rmdir(_WORKSHOP, dir_fd=kubevirt)
 
     def close(self) -> None:
         """Closes the folder; what stands in it stays."""
@@ -113,7 +142,7 @@ class SocketFolder:
         return (status.st_dev, status.st_ino) if status.st_nlink else None
 
     def give(self, fd: int, path: str) -> None:
-        """Gives the folder, or a socket in it, to the owner, unless it is theirs.
+        """Gives what this process has made to the owner, unless it is theirs.
 
         Raises:
             ProxyError: Not permitted.
@@ -177,16 +206,21 @@ class SocketFolder:
         return True
 
     def _prepare(self, temporary: str, path: str) -> tuple[int, int]:
-        node = os.open(temporary, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        node = self._open(temporary)
         try:
             status = os.stat(node)
-            if not stat.S_ISSOCK(status.st_mode) or status.st_nlink != 1:
+            is_as_made = stat.S_ISSOCK(status.st_mode) and (status.st_uid, status.st_nlink) == (os.geteuid(), 1)
+            if not is_as_made:
                 raise ProxyError(f"{path}: somebody in the pod replaced the socket while it was being made")
             self.give(node, path)
             os.chmod(f"/proc/self/fd/{node}", self.mode)
         finally:
             os.close(node)
         return status.st_dev, status.st_ino
+
+    def _open(self, name: str) -> int:
+        """Opens what stands at a name with O_PATH, no link followed and no mount entered."""
+        return open_component(self.fd, name, is_folder=False, one_mount=True)
 
     def holds(self, name: str, file: SocketFile) -> bool:
         """Whether `name` still leads to that listener."""
@@ -202,8 +236,12 @@ class SocketFolder:
             with suppress(OSError):
                 os.unlink(name, dir_fd=self.fd)
 
-    def kept(self, name: str) -> AbstractContextManager[Callable[[socket.socket], None]]:
-        """Finds the socket that stood at a name before ours; see `RunDir.find`."""
+    def kept(self, name: str) -> SocketNode:
+        """Finds the socket that stood at a name before ours; the caller closes it.
+
+        Raises:
+            LauncherError: There is none.
+        """
         raise LauncherError(f"{self.path}/{name}: there was none before ours")
 
     def mend(self, name: str) -> bool:
@@ -230,6 +268,11 @@ class Path(StrEnum):
     VIRT_HANDLER = "virt-handler"
 
 
+def _close(folder: SocketFolder | None) -> None:
+    if folder is not None:
+        folder.close()
+
+
 class _NoWay(Exception):
     """A path is closed to a connection.
 
@@ -249,57 +292,76 @@ class _Place:
     so that one goes on accepting until the next replacement.
     """
 
-    def __init__(self, name: str, channel: Channel) -> None:
+    def __init__(self, name: str, channel: Channel, proxy: Proxy) -> None:
         self.name = name
         self.channel = channel
         self.file: SocketFile | None = None
+        self._proxy = proxy
         self._accepting: list[_Accepting] = []
 
-    def take_over(self, folder: SocketFolder, proxy: Proxy) -> None:
+    async def take_over(self, folder: SocketFolder) -> None:
         """Accepts from what an earlier daemon left."""
-        for inherited in proxy.inherit(self.channel):
+        files = []
+        for inherited in self._proxy.inherit(self.channel):
             file = SocketFile(inherited.socket, inherited.identity)
             # Whatever stands at the name by now: who had connected to this one is served.
-            self._accept(file, inherited.lease, proxy)
-            if folder.holds(self.name, file):
-                self.file = file
+            self._accept(file, inherited.lease)
+            files.append(file)
+        if files:
+            thread = self._proxy.thread
+            held = await thread.run(lambda: [file for file in files if folder.holds(self.name, file)])
+            self.file = held[-1] if held else self.file
 
-    async def put(self, folder: SocketFolder, proxy: Proxy) -> bool:
+    async def put(self, folder: SocketFolder) -> bool:
         """Puts a new socket file in place, unless one of ours stands there, and accepts from it.
 
         Returns:
-            Whether it is in place: not where the name does not invite it any more.
+            Whether there is a new one: not where the name does not invite it any more.
 
         Raises:
-            ProxyError: It cannot be put there; what was accepting goes on.
+            LauncherError, ProxyError: It cannot be put there; what was accepting goes on.
         """
-        if self.file is not None and folder.holds(self.name, self.file):
-            return True
-        placed = folder.place(self.name)
+        file = self.file
+
+        def put() -> SocketFile | None:
+            if (file and folder.holds(self.name, file)) or not folder.invites(self.name):
+                return None
+            return folder.place(self.name)
+
+        def discard(placed: SocketFile | None) -> None:
+            if placed:
+                folder.remove(self.name, placed)
+                placed.listener.close()
+
+        placed = await self._proxy.thread.run(put, discard)
         if placed is None:
             return False
-        self._accept(placed, proxy.lease_listener(self.channel, placed.listener, placed.identity), proxy)
+        self._accept(placed, self._proxy.lease_listener(self.channel, placed.listener, placed.identity))
         self.file = placed
         await self._close(self._accepting[:-_KEPT])
         return True
 
-    def _accept(self, file: SocketFile, lease: Lease, proxy: Proxy) -> None:
-        task = asyncio.create_task(proxy.accept(file.listener, self.channel))
+    def _accept(self, file: SocketFile, lease: Lease) -> None:
+        task = asyncio.create_task(self._proxy.accept(file.listener, self.channel))
         self._accepting.append(_Accepting(file.listener, lease, task))
 
-    def leave(self, folder: SocketFolder) -> None:
+    async def leave(self, folder: SocketFolder) -> None:
         """Takes the file away, if it is ours; what arrives by it already is still accepted."""
-        if self.file is not None:
-            folder.remove(self.name, self.file)
-            self.file = None
-        else:
-            with suppress(ProxyError):  # it has only refused whoever came by it
+        file, self.file = self.file, None
+
+        def leave() -> None:
+            if file is not None:
+                folder.remove(self.name, file)
+            else:
                 folder.mend(self.name)
+
+        with suppress(LauncherError, ProxyError):  # it hangs; or what stands there has only refused whoever came by it
+            await self._proxy.thread.run(leave)
 
     async def remove(self, folder: SocketFolder | None) -> None:
         """Takes the file away, if it is ours, and stops accepting."""
         if folder is not None:
-            self.leave(folder)
+            await self.leave(folder)
         await self._close(self._accepting)
 
     async def _close(self, accepting: list[_Accepting]) -> None:
@@ -360,14 +422,11 @@ class Source(Proxy):
         moved = (plan.address, plan.ports) != (self.plan.address, self.plan.ports)
         self.plan = plan
         self.inherit_only(plan.channels)
-        async with self._change:
-            await self._settle(self._open_folder())
-            for channel in [known for known in self._places if known not in plan.channels]:
-                await self._places.pop(channel).remove(self._folder)
-            for channel in plan.channels:
-                if channel not in self._places:
-                    self._places[channel] = _Place(source_socket_name(plan.key, channel), channel)
-            placed = await self._put_back()
+        try:
+            placed = await self._place_all()
+        except (LauncherError, ProxyError) as error:
+            self.problem = str(error)
+            raise
         if placed or moved:
             for warning in plan.warnings:
                 self.log.warning(warning)
@@ -381,6 +440,17 @@ class Source(Proxy):
         if self._keeper is None and not self._gives_back:
             self._keeper = asyncio.create_task(self._keep())
         self.problem = None
+
+    async def _place_all(self) -> list[str]:
+        async with self._change:
+            await self._settle()
+            channels = self.plan.channels
+            for channel in [known for known in self._places if known not in channels]:
+                await self._places.pop(channel).remove(self._folder)
+            for channel in channels:
+                if channel not in self._places:
+                    self._places[channel] = _Place(source_socket_name(self.plan.key, channel), channel, self)
+            return await self._put_back()
 
     @property
     def is_in_path(self) -> bool:
@@ -399,45 +469,55 @@ class Source(Proxy):
         host = f"[{self.plan.address}]" if self.plan.address.version == 6 else str(self.plan.address)
         return f"{host}:{port}"
 
-    def _open_folder(self) -> SocketFolder:
+    def _reopen(self) -> SocketFolder | None:
+        """Opens the launcher's folder, unless it is the one that is open."""
         with self.around.launchers.open(self.plan.launcher) as run:
-            return self._folders(run, self._owner)
-
-    async def _settle(self, folder: SocketFolder) -> None:
-        """Goes on in that folder: where it is another one, the sockets in the old one go; connections stay."""
+            folder = self._folders(run, self._owner)
         if self._folder is not None and folder.identity == self._folder.identity:
             folder.close()
+            return None
+        return folder
+
+    async def _settle(self) -> None:
+        """Goes on in the launcher's folder; where that is another one, the sockets in the old one go."""
+        folder = await self.thread.run(self._reopen, _close)
+        if folder is None:
             return
         old, self._folder = self._folder, folder
         for place in self._places.values():
             await place.remove(old)
         if old is not None:
-            old.close()
+            self.thread.later(old.close)
 
     async def _put_back(self) -> list[str]:
         """Puts every socket file in place that is not there and may be; returns their names."""
         if self._gives_back:
             return []
         assert self._folder is not None
-        if self.plan.beside and self.plan.beside.out_reason is Reason.UNREADY:
+        folder, beside = self._folder, self.plan.beside
+        if beside and beside.out_reason is Reason.UNREADY:
             for place in self._places.values():
-                place.leave(self._folder)
-        missing = self._missing(self._folder)
+                await place.leave(folder)
         placed = []
-        for place in missing:
-            place.take_over(self._folder, self)
-            if place.file is None and self.plan.beside and self.plan.beside.stays_out:
-                self._folder.mend(place.name)  # it may be a dead daemon's that stands there
-            elif not self._gives_back and self._folder.invites(place.name) and await place.put(self._folder, self):
+        for place in await self.thread.run(lambda: self._missing(folder)):
+            await place.take_over(folder)
+            if place.file is None and beside and beside.stays_out:
+                # It may be a dead daemon's that stands there.
+                await self.thread.run(partial(folder.mend, place.name))
+            elif not self._gives_back and await place.put(folder):
                 placed.append(place.name)
         return placed
 
-    def _may_put(self, place: _Place) -> bool:
-        stays_out = self.plan.beside and self.plan.beside.stays_out and place.file is None
-        return self._folder is not None and not stays_out and self._folder.invites(place.name)
+    def _has_work(self, folder: SocketFolder) -> bool:
+        """Whether a socket file is to be put in place, or the folder has gone."""
+        stays_out = bool(self.plan.beside and self.plan.beside.stays_out)
+        missing = self._missing(folder)
+        return folder.identity is None or any(
+            folder.invites(place.name) and not (stays_out and place.file is None) for place in missing
+        )
 
     def _missing(self, folder: SocketFolder) -> list[_Place]:
-        return [p for p in self._places.values() if p.file is None or not folder.holds(p.name, p.file)]
+        return [p for p in list(self._places.values()) if p.file is None or not folder.holds(p.name, p.file)]
 
     async def _keep(self) -> None:
         """Keeps the socket files in place, whoever removes or replaces them, until cancelled."""
@@ -447,7 +527,7 @@ class Source(Proxy):
             try:
                 await self._await_change()
                 async with self._change:
-                    await self._settle(self._open_folder())
+                    await self._settle()
                     put_back = await self._put_back()
             except (LauncherError, ProxyError, OSError) as error:
                 if self.problem != str(error):
@@ -467,12 +547,15 @@ class Source(Proxy):
 
     async def _await_change(self) -> None:
         """Returns when something in the folder may have changed; at once when that happened before it was watched."""
-        if self.problem is not None or self._folder is None or self._folder.identity is None:
+        folder = self._folder
+        if self.problem is not None or folder is None:
             return
-        with self._watcher.watch(f"/proc/self/fd/{self._folder.fd}", _FOLDER_CHANGES) as changes:
-            if any(self._may_put(place) for place in self._missing(self._folder)):
+        with await self._watcher.watch_aside(self.thread.run, f"/proc/self/fd/{folder.fd}", _FOLDER_CHANGES) as changes:
+            if await self.thread.run(lambda: self._has_work(folder)):
                 return
-            await self._named_change(changes)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self._named_change(changes)
 
     async def _named_change(self, changes: Subscription) -> None:
         async for change in changes:
@@ -486,13 +569,14 @@ class Source(Proxy):
         if self._keeper is not None:
             self._keeper.cancel()
 
-    def give_back(self) -> None:
+    async def give_back(self) -> None:
         """Takes the socket files away, for whoever comes after; what is on its way to them is still accepted."""
         self.retire()
         self._gives_back = True
-        for place in self._places.values():
-            if self._folder is not None:
-                place.leave(self._folder)
+        async with self._change:
+            for place in self._places.values():
+                if self._folder is not None:
+                    await place.leave(self._folder)
 
     async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:
         sock = self._new_tcp(channel)
@@ -597,10 +681,8 @@ class Source(Proxy):
             try:
                 if self._folder is None:
                     raise LauncherError("the launcher's folder is gone")
-                with self._folder.kept(source_socket_name(self.plan.key, channel)) as connect:
-                    async with self.stored(new_unix(), lease) as sock:
-                        connect(sock)
-                        return sock
+                kept = partial(self._folder.kept, source_socket_name(self.plan.key, channel))
+                return await self.connect_launcher(kept, lease)
             except LauncherError as error:  # it may be making its sockets anew
                 if asyncio.get_running_loop().time() > deadline:
                     raise _NoWay(Reason.FAILED, f"virt-handler's socket: {error}") from error
@@ -630,6 +712,6 @@ class Source(Proxy):
         for place in self._places.values():
             await place.remove(self._folder)
         if self._folder is not None:
-            self._folder.close()
+            self.thread.later(self._folder.close)
             self._folder = None
         await super().close()

@@ -7,11 +7,12 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 
 from migproxy.announcement import Announcement
 from migproxy.fds import quench
-from migproxy.launcher import LauncherError, Untrusted, new_unix
+from migproxy.launcher import LauncherError, SocketNode, Untrusted
 from migproxy.plan import Role, TargetProxy
 from migproxy.portmap import Channel, IPAddress, PortMap, target_socket_path
 from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
@@ -114,7 +115,7 @@ class Target(Proxy):
         self.plan = plan
         self.inherit_only(plan.channels)
         if not plan.beside:
-            self.around.launchers.open(plan.launcher).close()
+            await self.thread.run(lambda: self.around.launchers.open(plan.launcher).close())
         moving = self._is_elsewhere(address)
         bound = self._bind_all([c for c in plan.channels if moving or not self._listens_right(c)], address)
         for channel in [known for known in self._listeners if known in bound or known not in plan.channels]:
@@ -142,8 +143,7 @@ class Target(Proxy):
     async def _be_ready(self, channel: Channel) -> None:
         """Raises DialError where the launcher could not be dialled: the source goes by virt-handler at once."""
         try:
-            with self.around.launchers.open(self.plan.launcher) as run, run.find(self._socket(channel)):
-                pass
+            await self.thread.run(lambda: self._find(channel).close())
         except LauncherError as error:
             raise DialError(str(error)) from error
 
@@ -232,13 +232,14 @@ class Target(Proxy):
     def _socket(self, channel: Channel) -> str:
         return target_socket_path(self.plan.key, channel, self._libvirt_socket)
 
+    def _find(self, channel: Channel) -> SocketNode:
+        with self.around.launchers.open(self.plan.launcher) as run:
+            return run.find(self._socket(channel))
+
     async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:
         # The launcher is looked up for each connection: its pod may have been replaced.
         try:
-            with self.around.launchers.open(self.plan.launcher) as run, run.find(self._socket(channel)) as connect:
-                async with self.stored(new_unix(), lease) as sock:
-                    connect(sock)
-                    return sock
+            return await self.connect_launcher(partial(self._find, channel), lease)
         except Untrusted as error:
             raise DialError(str(error)) from error
 

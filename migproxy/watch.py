@@ -12,6 +12,7 @@ of the folder it watches has to watch the parent too, for DELETE.
 
 import asyncio
 from collections import deque
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -146,9 +147,24 @@ class Watcher:
             OSError: naming the path: it is missing, unreadable, or the user's watches are used up (ENOSPC,
                 fs.inotify.max_user_watches).
         """
+        return self._subscribe(self._add(path, mask), mask)
+
+    async def watch_aside(
+        self, run: Callable[[Callable[[], Watch]], Awaitable[Watch]], path: str, mask: Mask
+    ) -> Subscription:
+        """`watch`, where the call into the kernel may hang.
+
+        Args:
+            run: Carries it out in another thread.
+        """
+        return self._subscribe(await run(lambda: self._add(path, mask)), mask)
+
+    def _add(self, path: str, mask: Mask) -> Watch:
         if self._inotify is None:
             raise RuntimeError("the watcher is not running")
-        watch = self._inotify.add_watch(path, mask | Mask.MASK_ADD)
+        return self._inotify.add_watch(path, mask | Mask.MASK_ADD)
+
+    def _subscribe(self, watch: Watch, mask: Mask) -> Subscription:
         subscription = Subscription(self, watch, mask)
         self._subscriptions.setdefault(watch.wd, []).append(subscription)
         return subscription

@@ -229,7 +229,7 @@ async def test_who_is_on_the_way_when_ours_steps_aside_is_served_by_virt_handler
         if how == "drained":
             (worker,) = scene.source.node._workers.values()
             assert isinstance(worker.proxy, Source)
-            worker.proxy.give_back()
+            await worker.proxy.give_back()
         else:
             scene.source.node._around.relay._well_until = -10.0
             scene.source.node._around.relay.problem = "the relay is gone"

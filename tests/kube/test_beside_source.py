@@ -136,7 +136,7 @@ async def test_source_that_has_given_back_leaves_a_launcher_that_comes_up_to_vir
     assert isinstance(worker.wanted, SourceProxy)
     late = scene.node.node.make_proxy(worker.wanted)
     assert isinstance(late, Source)
-    late.give_back()
+    await late.give_back()
     before = asyncio.all_tasks()
     await late.apply(worker.wanted)
     assert asyncio.all_tasks() == before, "it would keep sockets in place that it may not put there"

@@ -213,7 +213,8 @@ async def test_its_containers_capabilities_are_all_that_it_needs(killable: Prote
     pod = scene.folder_of_node / "pods/one-pod-1/volumes/kubernetes.io~empty-dir/sockets"
     pod.mkdir(parents=True)
     pipe = asyncio.subprocess.PIPE
-    launcher = await asyncio.create_subprocess_exec(sys.executable, "-c", LAUNCHER, str(pod), stdin=pipe, stdout=pipe)
+    command = [sys.executable, "-c", LAUNCHER, str(pod), "--uid", scene.uid]
+    launcher = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
     try:
         assert launcher.stdout
         await launcher.stdout.readline()

@@ -20,10 +20,11 @@ pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 COMMAND_SOCKET = "volumes/kubernetes.io~empty-dir/sockets/launcher-sock"
 PUBLISHED = {"targetNodeAddress": "127.77.0.2", "targetDirectMigrationNodePorts": {"1": 0, "2": 49152}}
 
-# Its /var/run is a folder with its PID for a name; it listens on its pod's command socket, as virt-launcher does.
+# Its /var/run is a folder with its PID for a name; its VMI's UID is on its command line, and it listens on its pod's
+# command socket, as virt-launcher does.
 LAUNCHER = """
 import os, socket, sys
-folder, sock = sys.argv[1:]
+folder, sock = sys.argv[1:3]
 os.makedirs(f"{folder}/{os.getpid()}/kubevirt/migrationproxy")
 os.makedirs(os.path.dirname(sock))
 directory = os.open(os.path.dirname(sock), os.O_PATH)
@@ -50,9 +51,10 @@ class Pods:
         self.pattern = f"{self._runs}/{{pid}}"
 
     @asynccontextmanager
-    async def pod(self, uid: str) -> AsyncIterator["Pod"]:
-        """A pod that runs while the context lasts; its folder goes with it, as the kubelet's do."""
+    async def pod(self, uid: str, vmi_uid: str) -> AsyncIterator["Pod"]:
+        """A pod of a VMI's that runs while the context lasts; its folder goes with it, as the kubelet's do."""
         command = [sys.executable, "-c", LAUNCHER, str(self._runs), str(self.folder / uid / COMMAND_SOCKET)]
+        command += ["--uid", vmi_uid]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout
         process.stdout.readline()  # blocks: no time goes by
@@ -92,14 +94,16 @@ async def node(kubernetes: Cluster, tmp_path: Path, pods: Pods) -> AsyncIterator
         yield made
 
 
-async def migrating(kubernetes: Cluster, name: str, *active: str) -> None:
-    """A VMI with these pods on node01, that migrates from there and whose target has published."""
+async def migrating(kubernetes: Cluster, name: str, *active: str) -> str:
+    """A VMI with these pods on node01, that migrates from there and whose target has published; returns its UID."""
     document = vmi(name)
     document["status"]["activePods"] = dict.fromkeys(active, "node01")
-    await kubernetes.request("POST", VMIS, document)
+    made = await kubernetes.request("POST", VMIS, document)
     patch = begin(f"migration-of-{name}")
     patch["status"]["migrationState"] |= PUBLISHED
     await kubernetes.request("PATCH", f"{VMIS}/{name}", patch, MERGE_PATCH)
+    uid: str = made["metadata"]["uid"]
+    return uid
 
 
 async def set_pods(kubernetes: Cluster, name: str, **pods: Any) -> None:
@@ -111,26 +115,34 @@ def complaint(node: LocalNode, name: str) -> str:
 
 
 async def test_launcher_is_found_by_its_pod(kubernetes: Cluster, node: LocalNode, pods: Pods) -> None:
-    async with pods.pod("pod-a") as pod, pods.pod("somebody-elses") as other:
-        await migrating(kubernetes, "one", "pod-a")
+    uid = await migrating(kubernetes, "one", "pod-a")
+    async with pods.pod("pod-a", uid) as pod, pods.pod("somebody-elses", "its-uid") as other:
         await eventually(lambda: pod.sockets() == 2, "the sockets")
         assert other.sockets() == 0
 
 
+async def test_another_vmis_pod_is_refused_and_both_are_named(kubernetes: Cluster, node: LocalNode, pods: Pods) -> None:
+    async with pods.pod("victims-pod", "victims-uid") as victim:
+        uid = await migrating(kubernetes, "attackers", "victims-pod")
+        said = f"is the launcher of 'victims-uid', not of VMI '{uid}'"
+        await eventually(lambda: said in complaint(node, "attackers"), "the refusal")
+        assert victim.sockets() == 0
+
+
 async def test_replaced_pod_gets_the_sockets(kubernetes: Cluster, node: LocalNode, pods: Pods) -> None:
-    async with pods.pod("a") as first:
-        await migrating(kubernetes, "one", "a")
+    uid = await migrating(kubernetes, "one", "a")
+    async with pods.pod("a", uid) as first:
         await eventually(lambda: first.sockets() == 2, "the first pod's sockets")
         first.end()
-        async with pods.pod("b") as second:
+        async with pods.pod("b", uid) as second:
             await set_pods(kubernetes, "one", a=None, b="node01")
             await eventually(lambda: second.sockets() == 2, "the second pod's sockets")
             await eventually(lambda: first.sockets() == 0, "the end of the first's")
 
 
 async def test_two_candidates_are_waited_for_to_be_one(kubernetes: Cluster, node: LocalNode, pods: Pods) -> None:
-    async with pods.pod("a") as first, pods.pod("b") as second:
-        await migrating(kubernetes, "one", "a", "b")
+    uid = await migrating(kubernetes, "one", "a", "b")
+    async with pods.pod("a", uid) as first, pods.pod("b", uid) as second:
         await eventually(lambda: "several pods have a launcher-sock: a, b" in complaint(node, "one"), "the complaint")
         assert first.sockets() + second.sockets() == 0
         first.end()
@@ -141,8 +153,8 @@ async def test_two_candidates_are_waited_for_to_be_one(kubernetes: Cluster, node
 async def test_pod_that_goes_away_midway_is_told_and_ends_cleanly(
     kubernetes: Cluster, node: LocalNode, pods: Pods
 ) -> None:
-    async with pods.pod("a") as pod:
-        await migrating(kubernetes, "one", "a")
+    uid = await migrating(kubernetes, "one", "a")
+    async with pods.pod("a", uid) as pod:
         await eventually(lambda: pod.sockets() == 2, "the sockets")
         pod.end()
         await set_pods(kubernetes, "one", c="node02")  # anything that has it looked at again
@@ -155,11 +167,10 @@ async def test_pod_that_goes_away_midway_is_told_and_ends_cleanly(
 async def test_launcher_that_is_late_keeps_nobody_waiting_and_is_told(
     kubernetes: Cluster, node: LocalNode, pods: Pods, clock: Clock
 ) -> None:
-    for number in range(10):
-        await migrating(kubernetes, f"late-{number}", f"late-pod-{number}")
+    uids = [await migrating(kubernetes, f"late-{number}", f"late-pod-{number}") for number in range(10)]
     await eventually(lambda: len(node.migrations()) == 10, "the late ones' workers")
-    async with pods.pod("a") as pod:
-        await migrating(kubernetes, "one", "a")
+    uid = await migrating(kubernetes, "one", "a")
+    async with pods.pod("a", uid) as pod:
         await eventually(lambda: pod.sockets() == 2, "the sockets of the one that is there")
         assert all("no launcher-sock" in complaint(node, f"late-{number}") for number in range(10))
 
@@ -172,7 +183,7 @@ async def test_launcher_that_is_late_keeps_nobody_waiting_and_is_told(
         assert "migration source proxy on node01: no launcher-sock" in event["message"]
         assert not await events(kubernetes, "one")
 
-    async with pods.pod("late-pod-0") as late:
+    async with pods.pod("late-pod-0", uids[0]) as late:
         await eventually(lambda: late.sockets() == 2, "the late one's sockets")
 
 

@@ -1,8 +1,9 @@
 """Runs a daemon or a relay that kills itself at a chosen step of a connection's life.
 
 `python -m tests.net.dying STEPS AT COMMAND...`: from the moment in which the file STEPS exists, each call into the
-kernel that the main thread makes for the next connection is a step, and is counted there; right before step AT, the
-process dies. Where a call is made by Python itself, or a library in C, it counts with the step after it.
+kernel that is made for the next connection is a step, and is counted there; right before step AT, the process dies. The
+main thread's calls count, and those that look into a launcher's folders. Where a call is made by Python itself, or a
+library in C, it counts with the step after it.
 """
 
 import os
@@ -10,7 +11,8 @@ import runpy
 import signal
 import socket
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +25,7 @@ CALLS = {"posix", "_socket", "_ssl", "fcntl", "mmap"}
 
 
 class Steps:
-    """Counts the steps of the main thread.
+    """Counts the steps.
 
     Args:
         path: Where; they are counted once it exists.
@@ -40,6 +42,15 @@ class Steps:
         if not self._taken and self._path.exists():
             self._take("begin")
             sys.setprofile(self._profile)
+
+    def aside(self, call: Callable[[], object]) -> object:
+        """Carries out a call in another thread, which counts too."""
+        if self._taken:
+            sys.setprofile(self._profile)
+        try:
+            return call()
+        finally:
+            sys.setprofile(None)
 
     def _profile(self, frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call" and (
@@ -67,16 +78,22 @@ def main() -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def daemon_begins(steps: Steps) -> AbstractContextManager[object]:
-    """Within it, a daemon that has accepted a connection says so."""
-    from migproxy import proxy, sockets
+@contextmanager
+def daemon_begins(steps: Steps) -> Iterator[None]:
+    """Within it, a daemon that has accepted a connection says so, and its looks into launchers' folders count."""
+    from migproxy import launcherthread, proxy, sockets
 
     def accept_and_begin(listener: socket.socket) -> int:
         fd = sockets.accept(listener)
         steps.begin()
         return fd
 
-    return patch.object(proxy, "accept", accept_and_begin)
+    call = launcherthread._Job.__call__
+    with (
+        patch.object(proxy, "accept", accept_and_begin),
+        patch.object(launcherthread._Job, "__call__", lambda job: steps.aside(lambda: call(job))),
+    ):
+        yield
 
 
 def relay_begins(steps: Steps) -> AbstractContextManager[object]:

@@ -138,8 +138,8 @@ class Scene:
 
     def reach(self) -> str:
         """Whose listener a connection reaches that ours hands over to virt-handler."""
-        with self.folder.kept(NAME) as connect, socket.socket(socket.AF_UNIX) as near:
-            connect(near)
+        with self.folder.kept(NAME) as node, socket.socket(socket.AF_UNIX) as near:
+            node.connect(near)
             assert self.theirs
             self.theirs.accept()[0].close()
         return "virt-handler"

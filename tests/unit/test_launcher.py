@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from migproxy.launcher import COMMAND_SOCKET, LauncherError, Launchers, RunDir, Untrusted
+from migproxy.launcher import COMMAND_SOCKET, LauncherError, Launchers, RunDir, Untrusted, new_unix
 from migproxy.plan import Launcher
 
 pytestmark = pytest.mark.tier("gate")
@@ -46,6 +50,14 @@ def listen(path: Path, listeners: list[socket.socket], backlog: int = 5) -> None
     sock.listen(backlog)
 
 
+def dial(run: RunDir, relative: str) -> socket.socket:
+    with run.find(relative) as node, ExitStack() as stack:
+        sock = stack.enter_context(new_unix())
+        node.connect(sock)
+        stack.pop_all()
+        return sock
+
+
 @pytest.mark.parametrize("link", ["absolute", "relative"])
 @pytest.mark.parametrize("planted", ["kubevirt", "kubevirt/migrationproxy", "kubevirt/migrationproxy/x.sock"])
 def test_a_planted_link_is_refused_at_each_component(
@@ -59,7 +71,7 @@ def test_a_planted_link_is_refused_at_each_component(
     at.symlink_to(goal if link == "absolute" else os.path.relpath(goal, at.parent))
     with RunDir(str(run), "") as folder:
         with pytest.raises(Untrusted, match="symbolic link: refused"):
-            folder.connect("kubevirt/migrationproxy/x.sock")
+            dial(folder, "kubevirt/migrationproxy/x.sock")
         if planted != "kubevirt/migrationproxy/x.sock":
             with pytest.raises(Untrusted, match="symbolic link: refused"):
                 folder.open_folder("kubevirt/migrationproxy")
@@ -100,13 +112,13 @@ def test_a_path_that_would_climb_out_is_refused(tmp_path: Path, listeners: list[
     (tmp_path / "run/kubevirt").mkdir(parents=True)
     listen(tmp_path / "x.sock", listeners)
     with RunDir(str(tmp_path / "run"), "") as run, pytest.raises(Untrusted, match="would leave"):
-        run.connect(path)
+        dial(run, path)
 
 
 def test_what_is_no_socket_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.sock").write_text("a file")
     with RunDir(str(tmp_path), "") as run, pytest.raises(Untrusted, match="not a socket"):
-        run.connect("x.sock")
+        dial(run, "x.sock")
 
 
 def test_a_socket_without_a_listener_is_an_error_that_waiting_may_mend(
@@ -115,23 +127,23 @@ def test_a_socket_without_a_listener_is_an_error_that_waiting_may_mend(
     listen(tmp_path / "x.sock", listeners)
     listeners[0].close()
     with RunDir(str(tmp_path), "") as run, pytest.raises(LauncherError, match="refused") as refused:
-        run.connect("x.sock")
+        dial(run, "x.sock")
     assert not isinstance(refused.value, Untrusted)
 
 
 def test_a_launcher_that_accepts_nothing_does_not_block_us(tmp_path: Path, listeners: list[socket.socket]) -> None:
     listen(tmp_path / "x.sock", listeners, backlog=0)
     with RunDir(str(tmp_path), "") as run:
-        run.connect("x.sock").close()
+        dial(run, "x.sock").close()
         with pytest.raises(LauncherError, match="temporarily unavailable"):
-            run.connect("x.sock")
+            dial(run, "x.sock")
 
 
 def test_a_path_longer_than_a_unix_address_is_reached(tmp_path: Path, listeners: list[socket.socket]) -> None:
     deep = tmp_path / ("d" * 100) / ("e" * 100)
     listen(deep / ("s" * 60), listeners)
     with RunDir(str(deep), "") as run:
-        run.connect("s" * 60).close()
+        dial(run, "s" * 60).close()
 
 
 def test_a_pattern_without_pid_needs_no_command_socket(tmp_path: Path) -> None:
@@ -153,20 +165,163 @@ def test_a_malformed_pattern_is_an_error_at_start(pattern: str, why: str) -> Non
         Launchers(pattern, "/")
 
 
+class TestMounts:
+    """A pod can mount what it sees over any folder, in a user namespace of its own."""
+
+    @pytest.fixture(autouse=True, params=["openat2", "each component"])
+    def _kernel(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        if request.param != "openat2":
+
+            def without(*_: object, **__: object) -> int:
+                raise OSError(errno.ENOSYS, "Function not implemented")
+
+            monkeypatch.setattr("migproxy.launcher.open_beneath", without)
+
+    @pytest.fixture
+    def mount(self) -> Iterator[Callable[[Path, Path], None]]:
+        mounted = []
+
+        def mount(what: Path, where: Path) -> None:
+            subprocess.run(["mount", "--bind", what, where], check=True)
+            mounted.append(where)
+
+        yield mount
+        for where in reversed(mounted):
+            subprocess.run(["umount", where], check=True)
+
+    @pytest.mark.parametrize("where", ["kubevirt/migrationproxy", "kubevirt/migrationproxy/x.sock"])
+    def test_nothing_below_kubevirts_folder_is_on_another_mount(
+        self, tmp_path: Path, listeners: list[socket.socket], mount: Callable[[Path, Path], None], where: str
+    ) -> None:
+        run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+        listen(elsewhere / "kubevirt/migrationproxy/x.sock", listeners)
+        listen(run / "kubevirt/migrationproxy/x.sock", listeners)
+        mount(elsewhere / where, run / where)
+        with RunDir(str(run), "") as folder:
+            with pytest.raises(Untrusted, match=f"{where}: something is mounted there: refused"):
+                folder.find("kubevirt/migrationproxy/x.sock")
+            with pytest.raises(Untrusted, match="something is mounted there"):
+                folder.open_node(where)
+
+    def test_the_folders_that_are_the_pods_volumes_may_be_mounts(
+        self, tmp_path: Path, listeners: list[socket.socket], mount: Callable[[Path, Path], None]
+    ) -> None:
+        run, volume = tmp_path / "root/var/run", tmp_path / "volume"
+        listen(volume / "migrationproxy/x.sock", listeners)
+        (tmp_path / "root/run/kubevirt").mkdir(parents=True)
+        run.mkdir(parents=True)
+        mount(tmp_path / "root/run", run)
+        mount(volume, run / "kubevirt")
+        with RunDir(str(tmp_path / "root"), "var/run") as folder:
+            dial(folder, "kubevirt/migrationproxy/x.sock").close()
+
+
+COMMAND = """
+import os, socket, sys
+folder = os.open(sys.argv[1], os.O_PATH)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(f"/proc/self/fd/{folder}/launcher-sock")
+listener.listen()
+if "outlived" in sys.argv:
+    reader, writer = os.pipe()
+    if not os.fork():
+        os.close(writer)
+        os.read(reader, 1)  # until its parent has ended
+        print(flush=True)
+        sys.stdin.read()
+else:
+    print(flush=True)
+    sys.stdin.read()
+"""
+"""Listens on a command socket, as virt-launcher does; or its child does, which has outlived it."""
+
+
 class TestPid:
-    """The default pattern: the launcher is whoever listens on the pod's command socket; here, this process."""
+    """The default pattern: the launcher is the process that listens on the pod's command socket."""
 
     @pytest.fixture
     def launchers(self, tmp_path: Path) -> Launchers:
         return Launchers("/proc/{pid}/root/proc", str(tmp_path))
 
+    @pytest.fixture
+    def start(self, tmp_path: Path) -> Iterator[Callable[..., int]]:
+        """Starts a launcher in POD with these words on its command line; returns its PID."""
+        with ExitStack() as stack:
+
+            def start(*words: str) -> int:
+                folder = (tmp_path / POD / COMMAND_SOCKET).parent
+                folder.mkdir(parents=True)
+                command = [sys.executable, "-c", COMMAND, str(folder), *words]
+                process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+                assert process.stdout
+                process.stdout.readline()
+                if "outlived" in words:
+                    process.wait()
+                return process.pid
+
+            yield start
+
+    @pytest.mark.parametrize("words", [("--uid", "uid"), ("--name", "vm", "--uid=uid", "--qemu-timeout", "300s")])
     def test_the_listeners_root_is_opened(
-        self, tmp_path: Path, listeners: list[socket.socket], launchers: Launchers
+        self, launchers: Launchers, start: Callable[..., int], words: tuple[str, ...]
     ) -> None:
-        listen(tmp_path / POD / COMMAND_SOCKET, listeners)
+        pid = start(*words)
         with launchers.open(launcher(POD, OTHER_POD)) as run:
-            assert run.path == f"/proc/{os.getpid()}/root/proc"
+            assert run.path == f"/proc/{pid}/root/proc"
             assert run.holds("self") or run.holds("version")
+
+    @pytest.mark.parametrize(
+        ("words", "whose"),
+        [
+            (("--uid", "another"), "'another'"),
+            ((), r"no VMI \(no --uid\)"),
+            (("--uid", "another", "--uid", "uid"), "'another' and 'uid'"),
+            (("--name", "uid", "uid", "--uid"), "''"),
+            (("--uid", "uid2"), "'uid2'"),
+        ],
+    )
+    def test_another_vmis_launcher_is_refused_and_both_are_named(
+        self, launchers: Launchers, start: Callable[..., int], words: tuple[str, ...], whose: str
+    ) -> None:
+        pid = start(*words)
+        with pytest.raises(Untrusted, match=f"/proc/{pid} is the launcher of {whose}.*, not of VMI 'uid'"):
+            launchers.open(launcher(POD))
+
+    def test_socket_that_has_outlived_its_process_leads_nowhere(
+        self, launchers: Launchers, start: Callable[..., int]
+    ) -> None:
+        pid = start("outlived", "--uid", "uid")
+        with pytest.raises(LauncherError, match=f"/proc/{pid}: No such file.*ended"):
+            launchers.open(launcher(POD))
+
+    @pytest.mark.parametrize("kernel", ["6.5", "before"])
+    def test_process_that_has_got_the_pid_of_one_that_has_ended_is_not_taken_for_it(
+        self, launchers: Launchers, start: Callable[..., int], monkeypatch: pytest.MonkeyPatch, kernel: str
+    ) -> None:
+        start("outlived", "--uid", "uid")
+        if kernel == "before":
+            monkeypatch.setattr("migproxy.launcher._SO_PEERPIDFD", 9999)  # is answered with ENOPROTOOPT
+        command = [sys.executable, "-c", "print(flush=True); input()", "--uid", "uid"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout
+            other.stdout.readline()
+            monkeypatch.setattr("migproxy.launcher.pid_of_listener", lambda _: other.pid)
+            with pytest.raises(LauncherError, match="has ended"):
+                launchers.open(launcher(POD))
+            other.communicate(b"\n")
+
+    def test_before_linux_6_5_the_root_is_right_that_has_the_very_same_command_socket(
+        self, tmp_path: Path, start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("migproxy.launcher._SO_PEERPIDFD", 9999)
+        start("--uid", "uid")
+        run = tmp_path / "run"
+        (run / "kubevirt/sockets").mkdir(parents=True)
+        launchers = Launchers(f"/proc/{{pid}}/root{run}", str(tmp_path))
+        with pytest.raises(Untrusted, match="is another socket"):
+            launchers.open(launcher(POD))
+        (run / "kubevirt/sockets/launcher-sock").hardlink_to(tmp_path / POD / COMMAND_SOCKET)
+        launchers.open(launcher(POD)).close()
 
     def test_no_pod_is_told_apart_from_no_socket(self, tmp_path: Path, launchers: Launchers) -> None:
         with pytest.raises(LauncherError, match="activePods names no pod on this node"):
