@@ -21,7 +21,7 @@ class _How(ctypes.Structure):
 
 
 def open_beneath(folder: int, path: str, *, is_folder: bool, one_mount: bool) -> int:
-    """Opens what stands at a path below a folder, with O_PATH and in one call; the caller closes it.
+    """Opens what stands at a path below a folder, with O_PATH; the caller closes it.
 
     Args:
         folder: The folder, open.
@@ -30,33 +30,55 @@ def open_beneath(folder: int, path: str, *, is_folder: bool, one_mount: bool) ->
         one_mount: Whether everything on the way must be on the folder's own mount.
 
     Raises:
-        OSError: See openat2(2): ELOOP for a link on the way, EXDEV for another mount, ENOSYS before Linux 5.6 (and
-            EPERM where a seccomp profile does not know it).
+        OSError: ELOOP or ENOTDIR for a link on the way, EXDEV for another mount, and what open(2) says.
     """
     how = _How(_NODE | (os.O_DIRECTORY if is_folder else 0), 0, _BENEATH | _NO_SYMLINKS | _NO_MAGICLINKS)
     if one_mount:
         how.resolve |= _NO_XDEV
-    fd = _libc.syscall(_OPENAT2, folder, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
-    if fd < 0:
-        number = ctypes.get_errno()
+    fd = int(_libc.syscall(_OPENAT2, folder, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how)))
+    if fd >= 0:
+        return fd
+    number = ctypes.get_errno()
+    if number not in (errno.ENOSYS, errno.EPERM):  # before Linux 5.6; where a seccomp profile does not know it
         raise OSError(number, os.strerror(number))
-    return int(fd)
-
-
-def open_component(folder: int, name: str, *, is_folder: bool, one_mount: bool) -> int:
-    """`open_beneath` of a single component, on every kernel.
-
-    Raises:
-        OSError: ENOTDIR for a link where a folder must stand, EXDEV for another mount.
-    """
-    fd = os.open(name, _NODE | (os.O_DIRECTORY if is_folder else 0), dir_fd=folder)
-    if one_mount and _mount(fd) != _mount(folder):
-        os.close(fd)
-        raise OSError(errno.EXDEV, "another file system is mounted there")
+    fd = os.dup(folder)
+    components = path.split("/")
+    for left, component in enumerate(components, 1 - len(components)):
+        try:
+            inside = os.open(component, _NODE | (os.O_DIRECTORY if is_folder or left else 0), dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inside
+        if one_mount and mount_of(fd) != mount_of(folder):
+            os.close(fd)
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
     return fd
 
 
-def _mount(fd: int) -> str:
-    """The ID of the mount that a descriptor has been opened on (proc(5), Linux 3.15)."""
+def mount_of(fd: int) -> str:
+    """The ID of the mount that a descriptor has been opened on, no other's while it is open (proc(5), Linux 3.15)."""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
-        return next(line for line in info if line.startswith("mnt_id:"))
+        return next(line.split()[1] for line in info if line.startswith("mnt_id:"))
+
+
+def file_system_of(fd: int, process: int | None) -> str | None:
+    """The type of the file system that a descriptor has been opened on, without asking that.
+
+    Args:
+        fd: The descriptor.
+        process: The folder below /proc, open, of a process in whose mount namespace the mount is; else it is in ours.
+
+    Returns:
+        As mount(8) names it; None where neither sees the mount.
+    """
+    mount = mount_of(fd)
+    for folder, path in ((process, "mountinfo"), (None, "/proc/self/mountinfo")):
+        if folder is None and path == "mountinfo":
+            continue
+        with open(
+            os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), encoding="utf-8", errors="replace"
+        ) as mounts:
+            for words in map(str.split, mounts):
+                if words[0] == mount:
+                    return words[words.index("-") + 1]
+    return None

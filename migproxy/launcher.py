@@ -8,15 +8,18 @@ namespace of its own. And its PID is nobody's for ever: a socket outlives the pr
   only after that: that it listens on the command socket (SO_PEERPIDFD), and for which VMI (its command line);
 - nothing below the launcher's root is opened through a link, or on another mount than the folder of KubeVirt's or
   libvirt's that it is in;
+- nothing is looked up in a file system that somebody else answers for (FUSE, NFS): a thread that waits for such an
+  answer cannot even be killed (fs/fuse/dev.c, request_wait_answer), and keeps its process from ending;
 - sockets are bound and dialled through /proc/self/fd, which also escapes the 108 bytes of a unix socket's address
   (unix(7)).
 
-Any of it may hang in a file system of the pod's: see `launcherthread`.
+A disk may still keep any of it waiting: see `launcherthread`.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import socket
@@ -29,7 +32,7 @@ from itertools import pairwise
 from string import Formatter
 from typing import Final
 
-from migproxy.beneath import open_beneath, open_component
+from migproxy.beneath import file_system_of, mount_of, open_beneath
 from migproxy.plan import Launcher
 
 COMMAND_SOCKET = "volumes/kubernetes.io~empty-dir/sockets/launcher-sock"
@@ -38,6 +41,15 @@ COMMAND_SOCKET = "volumes/kubernetes.io~empty-dir/sockets/launcher-sock"
 _SHARED_COMMAND_SOCKET = "kubevirt/sockets/launcher-sock"  # the same one below the launcher's /var/run
 _PLACEHOLDERS = {"pid", "uid", "namespace", "name"}
 _FOLDER: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_LOCAL: Final = frozenset(
+    {
+        *("tmpfs", "ramfs", "rootfs", "hugetlbfs", "overlay", "squashfs", "erofs"),
+        *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs"),
+    }
+)
+"""File systems for which the kernel answers by itself."""
+
+_NS_GET_USERNS: Final = 0xB701  # linux/nsfs.h: who owns a namespace
 _MOST_WORDS: Final = 1 << 16  # bytes of a command line
 _SO_PEERPIDFD: Final = 77  # asm-generic/socket.h, Linux 6.5; not among Python's constants
 
@@ -94,6 +106,7 @@ class Launchers:
             with _Process(f"{head}/{command.pid}" if marker else f"/proc/{command.pid}") as process:
                 is_proven = command.is_listened_on_still()
                 process.check_vmi(launcher)
+                process.check_mounts()
                 run = process.open_run(below) if marker else RunDir(path, "")
             if not is_proven and not run.is_identity_of(_SHARED_COMMAND_SOCKET, command.identity):
                 run.close()
@@ -222,9 +235,33 @@ class _Process:
                 "names its pod: refused"
             )
 
+    def check_mounts(self) -> None:
+        """Looks who may mount what it sees.
+
+        Raises:
+            Untrusted: A user namespace of the pod's owns its mount namespace: an overlay there may hide any other
+                file system.
+        """
+        try:
+            mounts = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+        except OSError as error:
+            raise LauncherError(f"{self._path}/ns/mnt: {error.strerror}: the launcher has ended") from error
+        try:
+            owner = fcntl.ioctl(mounts, _NS_GET_USERNS)
+        except PermissionError:  # one above ours
+            return
+        finally:
+            os.close(mounts)
+        try:
+            is_ours = os.path.samestat(os.stat(owner), os.stat("/proc/self/ns/user"))
+        finally:
+            os.close(owner)
+        if not is_ours:
+            raise Untrusted(f"{self._path} has mounts of its own making, in a user namespace of the pod's: refused")
+
     def open_run(self, below: str) -> RunDir:
         """Opens a folder below its root; see RunDir."""
-        return RunDir(f"{self._path}/root", below, within=self._fd)
+        return RunDir(f"{self._path}/root", below, process=self._fd)
 
 
 class RunDir:
@@ -240,30 +277,34 @@ class RunDir:
     Args:
         trusted: The path up to where trust ends, opened as it is, links included.
         below: The rest of the path, walked without following links.
-        within: A folder that the last component of `trusted` is opened in, instead of by the whole path.
+        process: The folder below /proc, open, of the process whose root it is; that is `trusted` then.
         one_mount: False where what is below may be on any mount.
 
     Raises:
         LauncherError: It is not there, not readable, or a link stands in the way.
     """
 
-    def __init__(self, trusted: str, below: str, *, within: int | None = None, one_mount: bool = True) -> None:
+    def __init__(self, trusted: str, below: str, *, process: int | None = None, one_mount: bool = True) -> None:
         self._one_mount = one_mount
-        name = trusted if within is None else os.path.basename(trusted)
+        self._process: int | None = None
         try:
-            self.fd = os.open(name, _FOLDER, dir_fd=within)
+            self.fd = os.open(trusted if process is None else "root", _FOLDER, dir_fd=process)
         except OSError as error:
             raise LauncherError(
                 f"{trusted}: {error.strerror}: the launcher is gone or not up yet, or --launcher-run-dir or "
                 "--pods-dir is wrong"
             ) from error
         self.path = trusted
-        if below:
-            try:
+        self._process = None if process is None else os.dup(process)
+        try:
+            self._check_local(self.fd, trusted)
+            if below:
                 inside = self._open(_usual_run(self.fd, below), is_folder=True, one_mount=False)
-            finally:
                 os.close(self.fd)
-            self.fd, self.path = inside, f"{trusted}/{below}"
+                self.fd, self.path = inside, f"{trusted}/{below}"
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> RunDir:
         return self
@@ -274,6 +315,8 @@ class RunDir:
     def close(self) -> None:
         """Closes the folder."""
         os.close(self.fd)
+        if self._process is not None:
+            os.close(self._process)
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -315,26 +358,40 @@ class RunDir:
             return self._walk(self.fd, components, self.path, is_folder=is_folder, one_mount=False)
         volume = self._walk(self.fd, components[:1], self.path, is_folder=True, one_mount=False)
         try:
+            with suppress(OSError):  # the slow way tells what is wrong
+                return open_beneath(volume, "/".join(components[1:]), is_folder=is_folder, one_mount=True)
             walked = f"{self.path}/{components[0]}"
             return self._walk(volume, components[1:], walked, is_folder=is_folder, one_mount=True)
         finally:
             os.close(volume)
 
-    @staticmethod
-    def _walk(folder: int, components: list[str], walked: str, *, is_folder: bool, one_mount: bool) -> int:
-        with suppress(OSError):  # the slow way tells what is wrong, and whether it is the kernel that cannot
-            return open_beneath(folder, "/".join(components), is_folder=is_folder, one_mount=one_mount)
+    def _walk(self, folder: int, components: list[str], walked: str, *, is_folder: bool, one_mount: bool) -> int:
         fd = os.dup(folder)
         for number, component in enumerate(components, 1):
-            walked, last = f"{walked}/{component}", number == len(components)
+            walked, is_last = f"{walked}/{component}", number == len(components)
             try:
-                inside = open_component(fd, component, is_folder=is_folder or not last, one_mount=one_mount)
+                inside = open_beneath(fd, component, is_folder=is_folder or not is_last, one_mount=one_mount)
+                is_entered = mount_of(inside) != mount_of(fd)
             except OSError as error:
                 raise _explained(error, component, fd, walked) from error
             finally:
                 os.close(fd)
             fd = inside
+            if is_entered:
+                try:
+                    self._check_local(fd, walked)
+                except LauncherError:
+                    os.close(fd)
+                    raise
         return fd
+
+    def _check_local(self, fd: int, path: str) -> None:
+        kind = file_system_of(fd, self._process)
+        if kind not in _LOCAL:
+            raise Untrusted(
+                f"{path} is on a file system of type {kind or 'unknown'}, which may never answer: refused; "
+                f"a launcher's folders are on {', '.join(sorted(_LOCAL))}"
+            )
 
     def holds(self, relative: str) -> bool:
         """Whether anything stands at a path below this folder, reached without following a link."""
@@ -433,9 +490,9 @@ def _usual_run(root: int, below: str) -> str:
 
 
 def _explained(error: OSError, component: str, folder: int, path: str) -> LauncherError:
+    if error.errno == errno.EXDEV:
+        return Untrusted(f"{path}: something is mounted there: refused, as the pod may mount whatever it sees")
     with suppress(OSError):
         if stat.S_ISLNK(os.stat(component, dir_fd=folder, follow_symlinks=False).st_mode):
             return Untrusted(f"{path} is a symbolic link: refused, never followed")
-    if error.errno == errno.EXDEV:
-        return Untrusted(f"{path}: something is mounted there: refused, as the pod may mount whatever it sees")
     return LauncherError(f"{path}: {error.strerror}")

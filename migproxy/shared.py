@@ -142,9 +142,11 @@ class SharedFolder(SocketFolder):
 
     def _mode_of(self, name: str) -> int | None:
         try:
-            return os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode
+            return self._look(name).st_mode
         except FileNotFoundError:
             return None
+        except OSError:  # something is mounted there: it is not ours
+            return 0
 
     def _unlink(self, name: str) -> None:
         os.unlink(name, dir_fd=self.fd)

@@ -14,7 +14,7 @@ from functools import partial
 
 from asyncinotify import Mask
 
-from migproxy.beneath import open_component
+from migproxy.beneath import open_beneath
 from migproxy.fds import quench, reset
 from migproxy.greeting import Greet
 from migproxy.launcher import LauncherError, RunDir, SocketNode
@@ -112,7 +112,7 @@ class SocketFolder:
         """Makes the folder where the pod cannot put another one in its place before it is given to the owner."""
         with suppress(FileExistsError):
             os.mkdir(_WORKSHOP, 0o700, dir_fd=kubevirt)
-        workshop = open_component(kubevirt, _WORKSHOP, is_folder=True, one_mount=True)
+        workshop = open_beneath(kubevirt, _WORKSHOP, is_folder=True, one_mount=True)
         try:
             status = os.stat(workshop)
             if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
@@ -120,7 +120,7 @@ class SocketFolder:
             with suppress(FileNotFoundError):  # of one that was killed here
                 os.rmdir(name, dir_fd=workshop)
             os.mkdir(name, 0o755, dir_fd=workshop)
-            made = open_component(workshop, name, is_folder=True, one_mount=True)
+            made = open_beneath(workshop, name, is_folder=True, one_mount=True)
             try:
                 self.give(made, self.path)
             finally:
@@ -220,12 +220,20 @@ class SocketFolder:
 
     def _open(self, name: str) -> int:
         """Opens what stands at a name with O_PATH, no link followed and no mount entered."""
-        return open_component(self.fd, name, is_folder=False, one_mount=True)
+        return open_beneath(self.fd, name, is_folder=False, one_mount=True)
+
+    def _look(self, name: str) -> os.stat_result:
+        """What stands at a name, no link followed and no mount entered."""
+        node = self._open(name)
+        try:
+            return os.stat(node)
+        finally:
+            os.close(node)
 
     def holds(self, name: str, file: SocketFile) -> bool:
         """Whether `name` still leads to that listener."""
         try:
-            status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+            status = self._look(name)
         except OSError:
             return False
         return (status.st_dev, status.st_ino) == file.identity

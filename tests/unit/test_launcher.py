@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import subprocess
@@ -171,11 +170,7 @@ class TestMounts:
     @pytest.fixture(autouse=True, params=["openat2", "each component"])
     def _kernel(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         if request.param != "openat2":
-
-            def without(*_: object, **__: object) -> int:
-                raise OSError(errno.ENOSYS, "Function not implemented")
-
-            monkeypatch.setattr("migproxy.launcher.open_beneath", without)
+            monkeypatch.setattr("migproxy.beneath._OPENAT2", 9999)  # ENOSYS
 
     @pytest.fixture
     def mount(self) -> Iterator[Callable[[Path, Path], None]]:
@@ -217,11 +212,13 @@ class TestMounts:
 
 
 COMMAND = """
-import os, socket, sys
+import ctypes, os, socket, sys
 folder = os.open(sys.argv[1], os.O_PATH)
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(f"/proc/self/fd/{folder}/launcher-sock")
 listener.listen()
+if "mounts" in sys.argv:
+    assert not ctypes.CDLL(None).unshare(0x10020000), "user_namespaces(7)"
 if "outlived" in sys.argv:
     reader, writer = os.pipe()
     if not os.fork():
@@ -241,7 +238,8 @@ class TestPid:
 
     @pytest.fixture
     def launchers(self, tmp_path: Path) -> Launchers:
-        return Launchers("/proc/{pid}/root/proc", str(tmp_path))
+        (tmp_path / "var/run").mkdir(parents=True)
+        return Launchers(f"/proc/{{pid}}/root{tmp_path}/var/run", str(tmp_path))
 
     @pytest.fixture
     def start(self, tmp_path: Path) -> Iterator[Callable[..., int]]:
@@ -263,12 +261,12 @@ class TestPid:
 
     @pytest.mark.parametrize("words", [("--uid", "uid"), ("--name", "vm", "--uid=uid", "--qemu-timeout", "300s")])
     def test_the_listeners_root_is_opened(
-        self, launchers: Launchers, start: Callable[..., int], words: tuple[str, ...]
+        self, tmp_path: Path, launchers: Launchers, start: Callable[..., int], words: tuple[str, ...]
     ) -> None:
         pid = start(*words)
         with launchers.open(launcher(POD, OTHER_POD)) as run:
-            assert run.path == f"/proc/{pid}/root/proc"
-            assert run.holds("self") or run.holds("version")
+            assert run.path == f"/proc/{pid}/root{tmp_path}/var/run"
+            assert os.path.samestat(os.stat(run.fd), os.stat(tmp_path / "var/run"))
 
     @pytest.mark.parametrize(
         ("words", "whose"),
@@ -286,6 +284,18 @@ class TestPid:
         pid = start(*words)
         with pytest.raises(Untrusted, match=f"/proc/{pid} is the launcher of {whose}.*, not of VMI 'uid'"):
             launchers.open(launcher(POD))
+
+    def test_launcher_that_has_made_itself_root_of_its_own_mounts_is_refused(
+        self, launchers: Launchers, start: Callable[..., int]
+    ) -> None:
+        pid = start("mounts", "--uid", "uid")
+        with pytest.raises(Untrusted, match=f"/proc/{pid} has mounts of its own making"):
+            launchers.open(launcher(POD))
+
+    def test_file_system_that_may_never_answer_is_refused(self, tmp_path: Path, start: Callable[..., int]) -> None:
+        pid = start("--uid", "uid")
+        with pytest.raises(Untrusted, match=f"/proc/{pid}/root/proc is on a file system of type proc"):
+            Launchers("/proc/{pid}/root/proc", str(tmp_path)).open(launcher(POD))
 
     def test_socket_that_has_outlived_its_process_leads_nowhere(
         self, launchers: Launchers, start: Callable[..., int]
