@@ -386,7 +386,12 @@ class RunDir:
         return fd
 
     def _check_local(self, fd: int, path: str) -> None:
-        kind = file_system_of(fd, self._process)
+        try:
+            kind = file_system_of(fd, self._process)
+        except OSError as error:
+            raise LauncherError(
+                f"{path}: its mounts cannot be seen: {error.strerror}: the launcher has ended"
+            ) from error
         if kind not in _LOCAL:
             raise Untrusted(
                 f"{path} is on a file system of type {kind or 'unknown'}, which may never answer: refused; "

@@ -110,6 +110,11 @@ class SocketFolder:
 
     def _make(self, kubevirt: int, name: str) -> None:
         """Makes the folder where the pod cannot put another one in its place before it is given to the owner."""
+        if not _may_write(os.stat(kubevirt), *self.owner):  # the pod may have mounted anything there
+            raise ProxyError(
+                f"{self.path} is missing, and {self.owner[0]}:{self.owner[1]} may not make it itself: make it, or name "
+                "another --socket-owner"
+            )
         with suppress(FileExistsError):
             os.mkdir(_WORKSHOP, 0o700, dir_fd=kubevirt)
         workshop = open_beneath(kubevirt, _WORKSHOP, is_folder=True, one_mount=True)
@@ -262,6 +267,14 @@ class SocketFolder:
             ProxyError: It cannot be cleared.
         """
         return False
+
+
+def _may_write(status: os.stat_result, uid: int, gid: int) -> bool:
+    """Whether the mode of a file lets a user write to it."""
+    if uid == 0:
+        return True
+    who = stat.S_IWUSR if status.st_uid == uid else stat.S_IWGRP if status.st_gid == gid else stat.S_IWOTH
+    return bool(status.st_mode & who)
 
 
 def temporary_name(name: str) -> str:

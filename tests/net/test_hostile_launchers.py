@@ -1,15 +1,25 @@
 """What runs in a launcher's pod harms its own migration alone, and gets nothing that is not its own."""
 
 import asyncio
+import os
 import signal
+import socket
+import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 
 import pytest
 
 from demo.lab import until
+from migproxy.launcher import LauncherError, _Process, new_unix
 from migproxy.portmap import Channel
+from migproxy.proxy import ProxyError
+from migproxy.shared import SharedFolder
+from migproxy.source import SocketFolder
 from tests.net.fuse import Silent
 from tests.net.nodes import Migration, Nodes, assert_carries, connect, make_nodes
 
@@ -91,3 +101,79 @@ async def test_target_in_a_file_system_of_the_pods_is_refused_and_asks_it_nothin
             await assert_carries(near, far)
             assert fuse.asked == 0
     await vm.served()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("folders", [SocketFolder, SharedFolder])
+@pytest.mark.parametrize("how", ["root", "tenant"])
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param(2, id="short", marks=pytest.mark.tier("gate")),
+        pytest.param(60, id="minute", marks=pytest.mark.tier("soak")),
+    ],
+)
+def test_folders_that_the_pod_exchanges_while_they_are_used_lead_nowhere_else(
+    tmp_path: Path, folders: type[SocketFolder], how: str, seconds: float
+) -> None:
+    tmp_path.chmod(0o711)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o711)
+    root, prize = tmp_path / "root", tmp_path / "prize"
+    (root / "run/kubevirt").mkdir(parents=True)
+    (root / "prize").mkdir()
+    prize.mkdir()
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(prize / "prize.sock"))
+        listener.listen()
+        listener.setblocking(False)
+        before = state_of(prize)
+        for path in (root, *root.rglob("*")):
+            os.chown(path, 107, 107)
+        pod = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.net.racing", str(root), str(prize), how], stdout=subprocess.PIPE
+            )
+        )
+        stack.callback(pod.kill)
+        assert pod.stdout
+        assert pod.stdout.readline() == b"ready\n"
+        reached, refusals, deadline = 0, Counter[str](), time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                use(pod.pid, folders)
+                reached += 1
+            except (LauncherError, ProxyError) as error:
+                refusals[str(error)[-50:]] += 1
+            assert state_of(prize) == before
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+        print(f"reached {reached}, refused {refusals}")
+        assert reached
+        assert refusals
+
+
+def state_of(folder: Path) -> list[tuple[str, int, int, int]]:
+    stats = [(path.name, path.stat()) for path in (folder, *sorted(folder.iterdir()))]
+    return [(name, status.st_mode, status.st_uid, status.st_gid) for name, status in stats]
+
+
+def use(pid: int, folders: type[SocketFolder]) -> None:
+    """All that is done in a launcher's folder, in the mount namespace of a process."""
+    with _Process(f"/proc/{pid}") as process, process.open_run("run") as run:
+        folder = folders(run, (107, 107))
+        try:
+            for name in ("beside", "x.sock"):
+                if placed := folder.place(name) if folder.invites(name) else None:
+                    folder.holds(name, placed)
+                    folder.remove(name, placed)
+                    placed.listener.close()
+                folder.mend(name)
+                with suppress(LauncherError), folder.kept(name) as node, new_unix() as sock:
+                    node.connect(sock)
+        finally:
+            folder.close()
+        for name in ("x.sock", "planted.sock", "prize.sock"):
+            with suppress(LauncherError), run.find(f"kubevirt/migrationproxy/{name}") as node, new_unix() as sock:
+                node.connect(sock)
