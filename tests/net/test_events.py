@@ -276,6 +276,7 @@ async def test_folder_that_goes_is_made_again(nodes: Nodes, how: str) -> None:
 async def test_socket_files_belong_to_the_launchers_user(nodes: Nodes) -> None:
     await nodes.start()
     vm = nodes.migration()
+    vm.folder(nodes.source).rmdir()
     os.chown(vm.folder(nodes.source).parent, 107, 108)
     vm.begin()
     await vm.served()
@@ -283,6 +284,20 @@ async def test_socket_files_belong_to_the_launchers_user(nodes: Nodes) -> None:
     for path in (vm.folder(nodes.source), *(vm.source_path(channel) for channel in vm.channels)):
         assert (path.stat().st_uid, path.stat().st_gid) == (107, 108)
         assert not stat.S_IMODE(path.stat().st_mode) & stat.S_IWOTH
+
+
+@pytest.mark.root
+async def test_folder_of_somebody_elses_is_given_to_nobody(nodes: Nodes) -> None:
+    await nodes.start()
+    vm = nodes.migration()
+    folder = vm.folder(nodes.source)
+    os.chown(folder, 5, 6)
+    vm.begin()
+    said = f"{folder} belongs to 5:6, not to 0:0; migproxy gives nobody what it has not made"
+    await until(lambda: said in str(vm.report(nodes.source).get("error")), "the refusal")
+    assert (folder.stat().st_uid, folder.stat().st_gid) == (5, 6)
+    os.chown(folder, 0, 0)
+    await vm.served()
 
 
 @pytest.mark.root

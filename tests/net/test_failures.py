@@ -1,10 +1,11 @@
 """Each failure has its clear error in the log and in the status, and everything else goes on."""
 
 import asyncio
-import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -161,9 +162,10 @@ async def test_full_disk_below_the_launcher_is_told_and_served_once_there_is_roo
     await nodes.start()
     async with nodes.undisturbed():
         vm = nodes.migration()
-        folder = vm.folder(nodes.source)
-        await run("mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "tmpfs", str(folder))
+        folder = vm.folder(nodes.source).parent
+        await run("mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=3", "tmpfs", str(folder))
         try:
+            (folder / "migrationproxy").mkdir()
             (folder / "filler").touch()
             vm.begin()
             await assert_reported(nodes.source, vm, "cannot be put in place: No space left on device")
@@ -272,38 +274,47 @@ async def test_link_planted_at_the_source_folder_is_refused(nodes: Nodes, compon
 # Finding the launcher by its process
 
 
+LAUNCHER = """
+import os, socket, sys
+os.chdir(sys.argv[1])
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind("launcher-sock")
+    listener.listen()
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
 @contextmanager
-def _command_socket(nodes: Nodes) -> Iterator[list[str]]:
-    """The launcher's command socket below the kubelet's folder, and the options to find it."""
+def _launcher(nodes: Nodes, vm: Migration) -> Iterator[tuple[int, list[str]]]:
+    """A launcher's process that listens on its command socket: its PID, and the options to find it."""
     folder = nodes.directory / "pods/pod1/volumes/kubernetes.io~empty-dir/sockets"
     folder.mkdir(parents=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        descriptor = os.open(folder, os.O_PATH)
-        with ExitStack() as stack:
-            stack.callback(os.close, descriptor)
-            listener.bind(f"/proc/self/fd/{descriptor}/launcher-sock")
-        listener.listen()
+    command = [sys.executable, "-c", LAUNCHER, str(folder), "--uid", vm.uid]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
         run_dir = f"/proc/{{pid}}/root{nodes.source.directory}/{{name}}"
-        yield ["--pods-dir", str(nodes.directory / "pods"), "--launcher-run-dir", run_dir]
+        yield process.pid, ["--pods-dir", str(nodes.directory / "pods"), "--launcher-run-dir", run_dir]
 
 
 async def test_launcher_is_found_by_its_command_sockets_process(nodes: Nodes) -> None:
-    with _command_socket(nodes) as options:
+    vm = nodes.migration()
+    with _launcher(nodes, vm) as (pid, options):
         await nodes.start(source=options)
-        vm = nodes.migration()
         vm.begin()
         with vm.edit() as document:
             document["status"]["activePods"] = {"pod1": nodes.source.name, "pod2": "elsewhere"}
         await vm.served()
-        assert f"/proc/{os.getpid()}/root" in vm.report(nodes.source)["channels"][0]["listening"]
+        assert f"/proc/{pid}/root" in vm.report(nodes.source)["channels"][0]["listening"]
 
 
 async def test_daemon_outside_of_the_hosts_pid_namespace_says_so(nodes: Nodes) -> None:
-    with _command_socket(nodes) as options:
+    vm = nodes.migration()
+    with _launcher(nodes, vm) as (_, options):
         unshare = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
         await nodes.source.start(*options, prefix=unshare)
         try:
-            vm = nodes.migration()
             vm.begin(to="elsewhere", targetNodeAddress="127.0.0.9", targetDirectMigrationNodePorts={"5000": 0})
             with vm.edit() as document:
                 document["status"]["activePods"] = {"pod1": nodes.source.name}
