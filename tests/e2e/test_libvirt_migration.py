@@ -114,8 +114,12 @@ async def test_launchers_are_found_by_their_command_sockets() -> None:
     async with Lab() as lab:
         source, target = lab.nodes
         pods = lab.directory / "pods"
-        uids = {node: uid for uid, node in lab.vmi.read()["status"]["activePods"].items()}
-        async with launcher(source, pods, uids[source.name]), launcher(target, pods, uids[target.name]):
+        document = lab.vmi.read()
+        uid, names = document["metadata"]["uid"], {node: pod for pod, node in document["status"]["activePods"].items()}
+        async with (
+            launcher(source, pods, names[source.name], uid),
+            launcher(target, pods, names[target.name], uid),
+        ):
             for node in lab.nodes:
                 await node.proxy.start("--launcher-run-dir", "/proc/{pid}/root/run", "--pods-dir", str(pods))
             async with Guest.boot(lab, source) as guest:
@@ -173,9 +177,9 @@ def sha256_of_front(image: Path) -> str:
 
 
 @asynccontextmanager
-async def launcher(node: Node, pods: Path, uid: str) -> AsyncIterator[None]:
-    """A process in the node's namespaces that listens on a pod's command socket, as virt-launcher does."""
-    folder = pods / uid / "volumes/kubernetes.io~empty-dir/sockets"
+async def launcher(node: Node, pods: Path, pod: str, uid: str) -> AsyncIterator[None]:
+    """A process in the node's namespaces that listens on a pod's command socket, as a VMI's virt-launcher does."""
+    folder = pods / pod / "volumes/kubernetes.io~empty-dir/sockets"
     folder.mkdir(parents=True)
     directory = os.open(folder, os.O_PATH)
     with socket.socket(socket.AF_UNIX) as command:
@@ -188,7 +192,7 @@ async def launcher(node: Node, pods: Path, uid: str) -> AsyncIterator[None]:
         )
         process = await asyncio.create_subprocess_exec(
             *node.prefix("mount"),
-            *(sys.executable, "-u", "-c", listen),
+            *(sys.executable, "-u", "-c", listen, "--uid", uid),
             pass_fds=[command.fileno()],
             stdout=asyncio.subprocess.PIPE,
         )
