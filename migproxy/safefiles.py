@@ -37,17 +37,17 @@ def make_folder(path: str) -> None:
         OSError: It cannot be made.
     """
     path = os.path.abspath(path)
-    if os.path.lexists(path):
-        _check_owner(path, os.lstat(path))
-        if not os.path.isdir(path):
-            raise Planted(errno.ENOTDIR, f"{path} is no folder: {_REMEDY}")
-        return
-    make_folder(os.path.dirname(path))
-    umask = os.umask(0o022)
-    try:
-        os.mkdir(path)
-    finally:
-        os.umask(umask)
+    if not os.path.lexists(path):
+        make_folder(os.path.dirname(path))
+        umask = os.umask(0o022)
+        try:
+            with suppress(FileExistsError):  # somebody was faster: the failsafe, or a stranger
+                os.mkdir(path)
+        finally:
+            os.umask(umask)
+    _check_owner(path, os.lstat(path))
+    if not os.path.isdir(path):
+        raise Planted(errno.ENOTDIR, f"{path} is no folder: {_REMEDY}")
 
 
 def open_file(path: str, flags: int) -> int:

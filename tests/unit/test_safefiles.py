@@ -168,6 +168,32 @@ def test_a_folder_that_a_stranger_made_or_leads_elsewhere_is_refused(shared: Pat
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
+def test_a_folder_that_another_process_makes_in_the_same_moment_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir_of_two(path: str, mkdir: Callable[[str], None] = os.mkdir) -> None:
+        mkdir(path)
+        mkdir(path)
+
+    monkeypatch.setattr(os, "mkdir", mkdir_of_two)
+    make_folder(str(tmp_path / "one" / "two"))
+    assert (tmp_path / "one" / "two").is_dir()
+
+
+@pytest.mark.root
+def test_a_folder_that_a_stranger_makes_in_the_same_moment_is_refused(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir_of_a_stranger(path: str, mkdir: Callable[[str], None] = os.mkdir) -> None:
+        mkdir(path)
+        os.chown(path, NOBODY, NOBODY)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "mkdir", mkdir_of_a_stranger)
+    with pytest.raises(Planted, match=f"belongs to user {NOBODY}"):
+        make_folder(str(shared / "one"))
+
+
 @pytest.mark.root
 def test_a_folder_of_another_user_that_nobody_else_writes_to_is_taken(tmp_path: Path) -> None:
     """The administrator has named it: /home/user, say."""
