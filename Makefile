@@ -4,12 +4,13 @@
 # make bench: migproxy beside other relays and the limit, in about seven minutes (BENCH_ARGS=--quick: in one)
 # make install: as a service of systemd (DESTDIR=, PREFIX=/usr/local, PYTHON=); make uninstall: takes it away again
 # make venv, lint, unit, net, kube, e2e, observe, docs, lock: the parts
+# make sbom: bills of materials of wheel and image, in build/ (BASE=...@sha256:...: the base image that was built on)
 # make policies: the tests of make kube with Kubernetes' own admission policies (CONTRIBUTING.md); needs root and 4 GB
 
 SHELL := /bin/sh
 BIN := .venv/bin
 
-.PHONY: demo test soak bench venv lint unit net kube e2e observe policies docs lock install installed uninstall clean \
+.PHONY: demo test soak bench venv lint unit net kube e2e observe policies docs sbom lock install installed uninstall clean \
 	packages-demo packages-bench packages-lab packages-all
 
 # Two apt-gets at once get into each other's way.
@@ -75,6 +76,11 @@ packages-all:
 # The parts of the documentation that come from the code.
 docs: venv
 	$(BIN)/python scripts/options-table --write
+
+sbom: venv
+	@mkdir -p build
+	PYTHONPATH=. $(BIN)/python scripts/sbom wheel >build/wheel.cdx.json
+	PYTHONPATH=. $(BIN)/python scripts/sbom image $(BASE) >build/image.cdx.json
 
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 	  --no-emit-index-url --no-emit-find-links

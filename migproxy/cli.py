@@ -283,7 +283,7 @@ def certs(
     try:
         make(directory, days)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}: choose a new folder")
+        _fail(f"{error.filename or directory}: {error.strerror}: choose a new folder")
     typer.echo(
         f"{directory}: ca.crt, ca.key, and server/ and client/ with tls.crt and tls.key each, for {days} days\n"
         f"copy ca.crt, server and client to the other node, and run both with --tls-dir {directory}"

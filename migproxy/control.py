@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing, suppress
 from typing import Any
 
-from migproxy.sockets import make_way
+from migproxy.safefiles import bind
 
 _SECONDS = 5.0  # that the daemon may take to answer
 
@@ -35,13 +35,14 @@ async def serve(path: str, report: Callable[[], dict[str, Any]]) -> AsyncIterato
         with closing(writer):
             writer.write(json.dumps(report()).encode())
 
+    listener = socket.socket(socket.AF_UNIX)
     try:
-        make_way(path, socket.SOCK_STREAM, "migproxy")
-        server = await asyncio.start_unix_server(answer, path)
+        bind(listener, path, 0o660)
+        server = await asyncio.start_unix_server(answer, sock=listener)
     except OSError as error:
-        raise ControlError(f"--control-socket {path}: {error.strerror}") from error
+        listener.close()
+        raise ControlError(f"--control-socket {path}: {error.strerror or error}") from error
     try:
-        os.chmod(path, 0o660)
         yield
     finally:
         server.close()

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from migproxy.pki import CLIENT_NAMES, SERVER_NAMES
+from migproxy.safefiles import make_folder
 
 _EARLY = timedelta(hours=1)  # for clocks that differ
 
@@ -26,7 +27,7 @@ def make(directory: str, days: int) -> None:
     Raises:
         OSError: They cannot be written, or exist already: nothing is replaced.
     """
-    os.makedirs(directory, mode=0o755, exist_ok=True)
+    make_folder(directory)
     authority_key = ec.generate_private_key(ec.SECP256R1())
     signed = (
         _certificate("migproxy development CA", authority_key.public_key(), days)
@@ -54,7 +55,7 @@ def make(directory: str, days: int) -> None:
             .sign(authority_key, hashes.SHA256())
         )
         folder = os.path.join(directory, role)
-        os.makedirs(folder, mode=0o755, exist_ok=True)
+        make_folder(folder)
         _write(folder, "tls", leaf, key)
 
 

@@ -17,6 +17,8 @@ from typing import Final
 
 import structlog
 
+from migproxy.safefiles import Planted, open_file
+
 log = structlog.get_logger(__name__)
 
 HANG_SECONDS: Final = 10
@@ -44,8 +46,9 @@ class Lifeline:
     def __init__(self, path: str) -> None:
         self._path = path
         try:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = open_file(path, os.O_RDWR | os.O_CREAT)
+        except Planted as error:
+            raise LifelineError(f"{path}: {error.strerror} as --control-socket") from error
         except OSError as error:
             remedy = "remove it, or run as the user that made it, or name another --control-socket"
             raise LifelineError(f"{path}: {error.strerror}: {remedy}") from error
@@ -112,7 +115,7 @@ class Lifeline:
 def is_locked(path: str) -> bool:
     """Whether a process lives that holds the lock of that file; nothing is made, and nothing is changed."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_file(path, os.O_RDONLY)
     except OSError:
         return False
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from migproxy.safefiles import write_file
 from migproxy.settings import KUBEVIRT_VERSIONS, Settings
 from migproxy.tls import (
     UNKNOWN,
@@ -237,10 +237,9 @@ def _usable(ciphers: tuple[str, ...], min_version: str) -> tuple[str, ...]:
 
 
 def _keep(bundle: str, path: str) -> str:
-    """Puts KubeVirt's CA bundle into a file, where it is found again while the API server is away."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    temporary = f"{path}.new"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(bundle)
-    os.replace(temporary, path)
+    """Puts KubeVirt's CA bundle into a file, where `migproxy doctor` finds it."""
+    try:
+        write_file(path, bundle)
+    except OSError as error:
+        raise SecurityError(f"cannot keep KubeVirt's CA in {path}: {error.strerror or error}") from error
     return path

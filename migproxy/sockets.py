@@ -7,7 +7,6 @@ import ctypes
 import errno
 import os
 import socket
-import stat
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -176,30 +175,6 @@ def widen_unix(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _UNIX_BUFFER)
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
-
-
-def make_way(path: str, kind: socket.SocketKind, who: str) -> None:
-    """Makes the folder for a unix socket, and removes the socket that a dead process left there.
-
-    Args:
-        kind: Of the socket.
-        who: Listens there, for people.
-
-    Raises:
-        OSError: Somebody listens there, or what stands there is no socket; `strerror` says what to do.
-    """
-    os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
-    with socket.socket(socket.AF_UNIX, kind) as probe:
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):  # which refuses in the same way
-                raise FileExistsError(errno.EEXIST, "something else stands there: remove it") from None
-            os.unlink(path)
-            return
-    raise OSError(errno.EADDRINUSE, f"another {who} answers there; stop it, or give this one a socket of its own")
 
 
 def _family(address: IPAddress) -> socket.AddressFamily:

@@ -36,6 +36,7 @@ from migproxy.bench.contestants import (
 )
 from migproxy.bench.results import CUBIC, LISTEN, PING, SETUP, STREAM, SYSTEM, Cell, Results
 from migproxy.bench.stage import LOOPBACK, VETH, BenchError, Network, Stage, enter_sandbox
+from migproxy.safefiles import write_file
 from migproxy.settings import Settings
 
 Say = Callable[[str], None]
@@ -121,12 +122,18 @@ def run(plan: Plan, say: Say) -> bool:
     results.about["load after"] = os.getloadavg()[0]
     say(f"\n{results.tables()}")
     if plan.json:
-        Path(plan.json).write_text(json.dumps(results.as_json(), indent=1) + "\n")
-        say(f"written: {plan.json}")
+        _write(plan.json, json.dumps(results.as_json(), indent=1) + "\n", say)
     if plan.chart:
-        Path(plan.chart).write_text(svg(results))
-        say(f"written: {plan.chart}")
+        _write(plan.chart, svg(results), say)
     return not results.failures
+
+
+def _write(path: str, text: str, say: Say) -> None:
+    try:
+        write_file(path, text)
+    except OSError as error:
+        raise BenchError(f"cannot write {path}: {error.strerror or error}") from error
+    say(f"written: {path}")
 
 
 def _without_namespaces(plan: Plan) -> Plan:

@@ -8,18 +8,22 @@ from typing import Any, Final
 
 from migproxy.announcement import TARGET_ANNOTATION, Announcement
 from migproxy.inventory import PublishError
-from migproxy.kube.api import JSON_PATCH, ApiError, ApiServer
+from migproxy.kube.api import JSON_PATCH, MERGE_PATCH, ApiError, ApiServer
 from migproxy.vmi import VMI, InvalidVMI, parse
 
 _ANNOTATIONS: Final = "/metadata/annotations"
 _ANNOTATION: Final = f"{_ANNOTATIONS}/{TARGET_ANNOTATION.replace('~', '~0').replace('/', '~1')}"
 _MIGRATION: Final = "/status/migrationState"
+_REFUSAL: Final = "migproxy changes no annotation but migproxy.io/target"
+"""Message of daemonset.yaml's policy `migproxy`: it is in force for this account."""
 
 
 class Announcements:
     """Writes one annotation of VMIs, and nothing else.
 
-    Every patch tests that the VMI still has what the decision was made on.
+    Every patch tests that the VMI still has what the decision was made on. Before the first announcement, the API
+    server must refuse this account another change: under a name that the admission policy does not know, a stolen
+    token could change any VMI.
 
     Args:
         api: The API server.
@@ -27,6 +31,7 @@ class Announcements:
 
     def __init__(self, api: ApiServer) -> None:
         self._api = api
+        self._is_guarded = False
 
     async def announce(self, vmi: VMI, announcement: Announcement) -> None:
         """Announces where this node listens for the VMI's migration, instead of what is announced there now.
@@ -43,6 +48,7 @@ class Announcements:
         first = {"op": "add", "path": _ANNOTATIONS, "value": {TARGET_ANNOTATION: str(announcement)}}
         alone = {"op": "test", "path": _ANNOTATIONS, "value": None}
         try:
+            await self._check_guard(vmi)
             try:
                 await self._patch(vmi, patch)
             except ApiError as error:
@@ -82,6 +88,29 @@ class Announcements:
                 f"VMI {vmi.namespace}/{vmi.name}: cannot withdraw what is announced: {_remedied(error)}"
             ) from error
         return replace(now, announced=None)
+
+    async def _check_guard(self, vmi: VMI) -> None:
+        """Tries once, without effect (dryRun), to change what the admission policy lets no migproxy change.
+
+        Raises:
+            PublishError: It is allowed.
+            ApiError: There is no saying.
+        """
+        if self._is_guarded:
+            return
+        forbidden = {"metadata": {"annotations": {"migproxy.io/must-be-refused": ""}}}
+        try:
+            await self._api.request("PATCH", _path(vmi), {"dryRun": "All"}, forbidden, MERGE_PATCH)
+        except ApiError as error:
+            if error.status != 403 or _REFUSAL not in str(error):
+                raise
+            self._is_guarded = True
+            return
+        raise PublishError(
+            f"VMI {vmi.namespace}/{vmi.name}: not announced: this account may change any annotation of any VMI, "
+            "so no policy of daemonset.yaml is in force for it: apply daemonset.yaml again, with a ServiceAccount "
+            "whose name has migproxy in it"
+        )
 
     async def _patch(self, vmi: VMI, patch: list[dict[str, Any]]) -> None:
         await self._api.request("PATCH", _path(vmi), None, patch, JSON_PATCH)

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections import deque
@@ -57,6 +58,7 @@ _RETRY_SECONDS = 0.01  # while the kernel has too many descriptors of this user 
 _NOTE_SECONDS = 0.01  # that what is noted may be late
 _MOST_OVER = MOST_NAMES - 1  # names that are dropped with words, and the words' own when those are dropped
 _RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
+_PEER = struct.Struct("3i")  # ucred, unix(7)
 _MOST_UNSENT = 4096  # messages that wait for a relay which takes none
 
 
@@ -448,6 +450,7 @@ class RelayClient:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             sock.connect(self._path)
+            self._check_peer(sock)
         except OSError:
             sock.close()
             raise
@@ -467,6 +470,13 @@ class RelayClient:
         if self._welcome is None:
             self._lose("it has not said who it is")
             raise ProtocolError("it is none: it has not said who it is")
+
+    def _check_peer(self, sock: socket.socket) -> None:
+        """A relay of this daemon's own is its user's; who manages another one has chosen its user, and the folder."""
+        _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if self._starts and uid not in (0, os.geteuid()):
+            why = f"user {uid} listens there: end that process and remove its socket, or give another --relay-socket"
+            raise PermissionError(errno.EACCES, why)
 
     def _read(self) -> None:
         while self._socket:

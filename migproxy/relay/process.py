@@ -56,6 +56,7 @@ from migproxy.relay.protocol import (
     for_relay,
 )
 from migproxy.relay.workers import Workers
+from migproxy.safefiles import bind, open_file
 from migproxy.splice import Pipe, Splice, has_hung_up
 from migproxy.tally import Tallies
 from migproxy.tlserrors import TLSError
@@ -570,16 +571,9 @@ def _listen(path: str) -> tuple[int, socket.socket]:
     """Makes the socket, under a lock that lasts as long as this process: no two relays have the same path."""
     listener, lock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), -1
     try:
-        os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
-        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = open_file(f"{path}.lock", os.O_RDWR | os.O_CREAT)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        umask = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(umask)
+        bind(listener, path, 0o600)
         listener.listen(_BACKLOG)
         listener.setblocking(False)
     except OSError as error:
@@ -587,7 +581,8 @@ def _listen(path: str) -> tuple[int, socket.socket]:
         if lock >= 0:
             os.close(lock)
         why = "another relay is there; stop it, or give this one a socket of its own"
-        raise RelayError(f"{path}: {why if isinstance(error, BlockingIOError) else error.strerror or error}") from error
+        told = why if isinstance(error, BlockingIOError) else error.strerror or error
+        raise RelayError(f"{error.filename or path}: {told}") from error
     return lock, listener
 
 

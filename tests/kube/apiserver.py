@@ -251,8 +251,9 @@ class ApiDouble:
     async def _single(self, request: web.Request, user: User, target: Target, body: Any) -> tuple[Object, int]:
         if request.method == "POST" and target.subresource == "token":
             return self._issue_token(target, body), 201
+        is_dry = request.query.get("dryRun") == "All"
         if request.method == "POST":
-            return await self._create(user, target, body), 201
+            return await self._create(user, target, body, is_dry=is_dry), 201
         if target.subresource:  # not even a status: VMIs have no such subresource
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
         before = self._get(target)
@@ -269,7 +270,7 @@ class ApiDouble:
             after = apply_merge_patch(before, body)
         else:
             raise Refusal(415, "UnsupportedMediaType", f"{request.content_type} is not supported")
-        return await self._update(user, target, before, after), 200
+        return await self._update(user, target, before, after, is_dry=is_dry), 200
 
     def _authenticate(self, request: web.Request) -> User:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -329,7 +330,7 @@ class ApiDouble:
         names = ["validatingadmissionpolicies", "validatingadmissionpolicybindings"]
         return [{"name": name, "namespaced": False} for name in names]
 
-    def _policies_for(self, target: Target) -> list[tuple[Object, str]]:
+    def _policies_for(self, target: Target, operation: str) -> list[tuple[Object, str]]:
         """The policies that are about such a request, each with the name of its binding."""
         policies = self._stores.get(f"{ADMISSION}/validatingadmissionpolicies", {})
         bindings = self._stores.get(f"{ADMISSION}/validatingadmissionpolicybindings", {})
@@ -338,14 +339,14 @@ class ApiDouble:
             (policy, bound[name])
             for (_, name), policy in policies.items()
             if name in bound
-            and any(_matches(rule, target) for rule in policy["spec"]["matchConstraints"]["resourceRules"])
+            and any(_matches(rule, target, operation) for rule in policy["spec"]["matchConstraints"]["resourceRules"])
         ]
 
-    def _admit(self, user: User, target: Target, before: Object, after: Object) -> None:
-        for policy, binding in self._policies_for(target):
-            self._evaluate(policy, user, before, after, binding)
+    def _admit(self, user: User, target: Target, before: Object | None, after: Object) -> None:
+        for policy, binding in self._policies_for(target, "UPDATE" if before else "CREATE"):
+            self._evaluate(policy, user, target, before, after, binding)
 
-    def _values(self, policy: Object, user: User, before: Object, after: Object) -> dict[str, Any] | None:
+    def _values(self, policy: Object, user: User, before: Object | None, after: Object) -> dict[str, Any] | None:
         """What a policy's expressions are about; None where it does not apply."""
         # Without anything in it, the field is missing (seen with Kubernetes 1.36).
         extra = {"extra": {"authentication.kubernetes.io/node-name": [user.node]}} if user.node else {}
@@ -362,7 +363,9 @@ class ApiDouble:
                 variables[celtypes.StringType(variable["name"])] = value
         return values
 
-    def _evaluate(self, policy: Object, user: User, before: Object, after: Object, binding: str) -> None:
+    def _evaluate(
+        self, policy: Object, user: User, target: Target, before: Object | None, after: Object, binding: str
+    ) -> None:
         """Evaluates a policy; an expression that fails counts as failurePolicy Fail has it."""
         values = self._values(policy, user, before, after)
         for validation in policy["spec"]["validations"] if values else ():
@@ -376,7 +379,7 @@ class ApiDouble:
             raise Refusal(
                 {"Forbidden": 403, "Invalid": 422}[reason],
                 reason,
-                f'virtualmachineinstances.kubevirt.io "{after["metadata"]["name"]}" is forbidden: '
+                f'{target.full_resource} "{after["metadata"]["name"]}" is forbidden: '
                 f"ValidatingAdmissionPolicy '{policy['metadata']['name']}' with binding '{binding}' denied "
                 f"request: {told}",
             )
@@ -451,7 +454,7 @@ class ApiDouble:
 
     # Writing
 
-    async def _create(self, user: User, target: Target, body: Object) -> Object:
+    async def _create(self, user: User, target: Target, body: Object, *, is_dry: bool) -> Object:
         metadata = dict(body.get("metadata") or {})
         name, namespace = metadata["name"], "" if target.resource == "namespaces" else target.namespace
         if (namespace, name) in self._stores.get(target.store, {}):
@@ -465,9 +468,10 @@ class ApiDouble:
             constraints["resourceRules"] = [{"scope": "*", **rule} for rule in constraints["resourceRules"]]
             created["spec"] = {"failurePolicy": "Fail", **body["spec"], "matchConstraints": constraints}
         whole = Target(target.group, target.version, target.resource, namespace, name, "")
-        return await self._write(whole, None, created)
+        self._admit(user, whole, None, created)
+        return created if is_dry else await self._write(whole, None, created)
 
-    async def _update(self, user: User, target: Target, before: Object, after: Object) -> Object:
+    async def _update(self, user: User, target: Target, before: Object, after: Object, *, is_dry: bool) -> Object:
         metadata = after["metadata"]
         if self.faults.conflicts > 0:
             self.faults.conflicts -= 1
@@ -486,8 +490,8 @@ class ApiDouble:
         if self.has_virt_api and target.resource == "virtualmachineinstances":
             after = _virt_api(user, before, after)
         self._admit(user, target, before, after)
-        if after == before:
-            return before
+        if after == before or is_dry:
+            return after
         return await self._write(target, before, after)
 
     async def _write(self, target: Target, before: Object | None, after: Object | None) -> Object:
@@ -642,9 +646,9 @@ def _allows(rule: Object, verb: str, target: Target, name: str) -> bool:
     )
 
 
-def _matches(rule: Object, target: Target) -> bool:
+def _matches(rule: Object, target: Target, operation: str) -> bool:
     return (
-        "UPDATE" in rule["operations"]
+        operation in rule["operations"]
         and target.group in rule["apiGroups"]
         and bool({"*", target.version} & set(rule["apiVersions"]))
         and target.resource in rule["resources"]

@@ -114,6 +114,21 @@ class Cluster:
         """Has migproxy on a node use a token of its ServiceAccount that no pod holds."""
         self._tokens[node] = await self._request_token("migproxy", {})
 
+    async def use_renamed_account(self, node: str, account: str) -> None:
+        """Has migproxy on a node use another ServiceAccount of KubeVirt's namespace, with the rights of migproxy's.
+
+        Args:
+            node: Its node.
+            account: The ServiceAccount's name.
+        """
+        await self.create(
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account, "namespace": NAMESPACE}}
+        )
+        (binding,) = (one for one in documents(MANIFESTS) if one["kind"] == "ClusterRoleBinding")
+        subjects = [{**binding["subjects"][0], "name": account}]
+        await self.create({**binding, "metadata": {"name": account}, "subjects": subjects})
+        self._tokens[node] = await self._issue_token(node, account)
+
     async def use_handlers_token(self) -> None:
         """Has migproxy run as virt-handler does, whom KubeVirt lets write a VMI's status."""
         await self.kubevirt_token("kubevirt-handler")
@@ -146,21 +161,21 @@ class Cluster:
             await self.create(document)
         return await self._request_token(account, {})
 
-    async def _issue_token(self, node: str) -> str:
+    async def _issue_token(self, node: str, account: str = "migproxy") -> str:
         pod = await self.create(
             {
                 "apiVersion": "v1",
                 "kind": "Pod",
-                "metadata": {"name": f"migproxy-{node}", "namespace": NAMESPACE},
+                "metadata": {"name": f"{account}-{node}", "namespace": NAMESPACE},
                 "spec": {
                     "nodeName": node,
-                    "serviceAccountName": "migproxy",
+                    "serviceAccountName": account,
                     "containers": [{"name": "migproxy", "image": "migproxy"}],
                 },
             }
         )
         bound = {"kind": "Pod", "apiVersion": "v1", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
-        return await self._request_token("migproxy", {"boundObjectRef": bound})
+        return await self._request_token(account, {"boundObjectRef": bound})
 
     async def _request_token(self, account: str, bound: dict[str, Any]) -> str:
         path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{account}/token"

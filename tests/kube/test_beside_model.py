@@ -25,7 +25,7 @@ from migproxy.inventory.announcements import Announcements
 from migproxy.kube.api import ApiError
 from migproxy.plan import Plan, Readiness, make_plan
 from migproxy.portmap import Channel, PortMap
-from tests.kube.apiserver import ApiDouble, Object, Refusal, Target, User, apply_json_patch
+from tests.kube.apiserver import ApiDouble, Object, Refusal, Target, User, apply_json_patch, apply_merge_patch
 from tests.kube.cluster import MANIFESTS, NODES, begin, end, start, vmi
 from tests.virt_handler import published
 
@@ -136,7 +136,7 @@ class Server:
                 where = Target("admissionregistration.k8s.io", "v1", plural, "", document["metadata"]["name"], "")
                 run(self.double._write(where, None, document))
 
-    def patch(self, user: User, document: Object, patch: list[Object]) -> Object:
+    def patch(self, user: User, document: Object, patch: list[Object] | Object) -> Object:
         """What the API server makes of a patch.
 
         Raises:
@@ -145,7 +145,10 @@ class Server:
         asked = (user.name + (user.node or ""), dump(document), json.dumps(patch))
         if asked not in self._answers:
             try:
-                after = apply_json_patch(document, patch)
+                if isinstance(patch, list):
+                    after = apply_json_patch(document, patch)
+                else:
+                    after = apply_merge_patch(document, patch)
                 self.double._admit(user, VMI, document, after)
                 self._answers[asked] = after
             except Refusal as refusal:

@@ -10,6 +10,8 @@ import yaml
 
 from migproxy import settings as options
 from migproxy.announcement import TARGET_ANNOTATION
+from migproxy.inventory import BYPASSED, FAILED, announcements
+from migproxy.inventory.kube import LISTENING
 from migproxy.pki import CLIENT_DIR, SERVER_DIR
 from migproxy.settings import Settings
 
@@ -252,18 +254,57 @@ def test_everything_is_in_one_namespace_and_bound_to_one_account() -> None:
             {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
         ]
     assert POD["serviceAccountName"] == account["name"]
-    policy = document("ValidatingAdmissionPolicy", "migproxy")
-    (condition,) = policy["spec"]["matchConditions"]
-    assert f":{account['name']}$" in condition["expression"]
+
+
+def account_of(expression: str) -> re.Pattern[str]:
+    """Whom a policy's expression is about."""
+    (pattern,) = re.findall(r"^request\.userInfo\.username\.matches\('(.+)'\)$", expression)
+    return re.compile(pattern)
+
+
+def announcer() -> str:
     (validation,) = document("ValidatingAdmissionPolicy", "migproxy-announcements")["spec"]["validations"]
-    assert f"'system:serviceaccount:{account['namespace']}:{account['name']}'" in validation["expression"]
+    return str(validation["expression"])
+
+
+@pytest.mark.parametrize("name", ["migproxy", "x-migproxy", "migproxy-x", "x-migproxy-x"])
+def test_the_policies_are_about_the_account_whatever_prefix_kustomize_gives_it(name: str) -> None:
+    user = f"system:serviceaccount:{document('ServiceAccount')['metadata']['namespace']}:{name}"
+    for policy in ("migproxy", "migproxy-events"):
+        (condition,) = document("ValidatingAdmissionPolicy", policy)["spec"]["matchConditions"]
+        assert account_of(condition["expression"]).search(user)
+        assert account_of(condition["expression"]).search(f"system:serviceaccount:elsewhere:{name}")
+    assert account_of(announcer()).search(user)
+    assert not account_of(announcer()).search(f"system:serviceaccount:elsewhere:{name}")
+    assert not account_of(announcer()).search("system:serviceaccount:kubevirt:kubevirt-handler")
+
+
+@pytest.mark.parametrize("name", ["migproxy", "migproxy-announcements", "migproxy-events"])
+def test_every_policy_is_bound(name: str) -> None:
+    assert document("ValidatingAdmissionPolicyBinding", name)["spec"] == {
+        "policyName": name,
+        "validationActions": ["Deny"],
+    }
+    assert document("ValidatingAdmissionPolicy", name)["spec"]["failurePolicy"] == "Fail"
 
 
 @pytest.mark.parametrize("name", ["migproxy", "migproxy-announcements"])
-def test_every_policy_is_bound_and_reads_the_annotation(name: str) -> None:
-    binding = document("ValidatingAdmissionPolicyBinding", name)["spec"]
-    assert binding == {"policyName": name, "validationActions": ["Deny"]}
+def test_the_policies_about_vmis_read_the_annotation(name: str) -> None:
     assert f"'{TARGET_ANNOTATION}'" in str(document("ValidatingAdmissionPolicy", name)["spec"])
+
+
+def test_the_daemon_knows_the_refusal_by_the_policys_words() -> None:
+    validations = document("ValidatingAdmissionPolicy", "migproxy")["spec"]["validations"]
+    assert announcements._REFUSAL in [one["message"] for one in validations]
+
+
+def test_events_are_of_the_reasons_that_the_program_has() -> None:
+    (expression,) = (
+        one["expression"]
+        for one in document("ValidatingAdmissionPolicy", "migproxy-events")["spec"]["validations"]
+        if "object.reason in" in one["expression"]
+    )
+    assert set(re.findall(r"'(\w+)'", expression)) == {LISTENING, BYPASSED, FAILED}
 
 
 def test_kubernetes_1_30_has_every_object() -> None:
@@ -301,6 +342,20 @@ def test_kustomization_changes_what_is_there() -> None:
             part = part.replace("~1", "/")
             found = found[int(part) if isinstance(found, list) else part]
         assert found == operation["value"], "as it stands, it changes nothing"
+
+
+def test_kustomization_puts_the_accounts_namespace_into_the_policy() -> None:
+    """As kustomize does: it splits the text at the delimiter, and exchanges one part."""
+    kustomization = yaml.safe_load((ROOT / "kustomization.yaml").read_text())
+    (replacement,) = kustomization["replacements"]
+    assert replacement["source"] == {"kind": "ServiceAccount", "name": "migproxy", "fieldPath": "metadata.namespace"}
+    (target,) = replacement["targets"]
+    assert target["select"] == {"kind": "ValidatingAdmissionPolicy", "name": "migproxy-announcements"}
+    assert target["fieldPaths"] == ["spec.validations.0.expression"]
+    parts = announcer().split(target["options"]["delimiter"])
+    assert parts[target["options"]["index"]] == kustomization["namespace"]
+    parts[target["options"]["index"]] = "elsewhere"
+    assert account_of(":".join(parts)).search("system:serviceaccount:elsewhere:migproxy")
 
 
 def test_failsafe_reaches_what_the_daemon_reaches_and_has_no_other_rights() -> None:

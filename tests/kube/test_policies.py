@@ -1,13 +1,31 @@
-"""Each clause of daemonset.yaml's admission policies has a row: a VMI, a write to it, and what becomes of that."""
+"""Each clause of daemonset.yaml's admission policies has a row: an object, a write to it, and what becomes of that."""
 
+import asyncio
+import copy
+import os
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from migproxy.announcement import TARGET_ANNOTATION
+from migproxy.inventory import BYPASSED, FAILED
+from migproxy.inventory.kube import LISTENING
+from migproxy.kube.events import COMPONENT
 from tests.kube.apiserver import apply_merge_patch
-from tests.kube.cluster import MERGE_PATCH, NODES, VMIS, Cluster, Refused, begin, vmi
+from tests.kube.cluster import (
+    MANIFESTS,
+    MERGE_PATCH,
+    NODES,
+    VMIS,
+    Cluster,
+    Refused,
+    begin,
+    documents,
+    resource_definition,
+    vmi,
+)
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -45,6 +63,8 @@ async def stored(kubernetes: Cluster, name: str, before: dict[str, Any]) -> None
 
 
 MIGPROXY, OTHER_NODE, SOMEBODY, UNBOUND = "migproxy", "migproxy on the other node", "somebody", "an unbound token"
+PREFIXED = "prefixed-migproxy"
+"""A ServiceAccount as kustomize's namePrefix makes it."""
 ONLY = "only migproxy announces"
 ELSEWHERE = "only for VMIs that migrate to the node of its token, and not after the start"
 
@@ -113,6 +133,8 @@ ADMISSION: dict[str, Write] = {
         MIGPROXY, annotated(None), both(annotated(), UNTARGETED, {"status": None}), None
     ),
     "takes away with an unbound token": Write(UNBOUND, annotated(None), annotated(), "names no node"),
+    "announces under a prefix": Write(PREFIXED, annotated(), NOTHING, None),
+    "adds a label under a prefix": Write(PREFIXED, LABEL, NOTHING, "no metadata"),
     "adds a label": Write(MIGPROXY, LABEL, NOTHING, "no metadata"),
     "changes a label": Write(MIGPROXY, {"metadata": {"labels": {"kubevirt.io/nodeName": "x"}}}, NOTHING, "no metadata"),
     "removes the labels": Write(MIGPROXY, {"metadata": {"labels": None}}, NOTHING, "no metadata"),
@@ -138,21 +160,163 @@ ADMISSION: dict[str, Write] = {
 }
 
 
-async def test_who_may_write_what(kubernetes: Cluster) -> None:
-    if kubernetes.double:
-        kubernetes.double.has_virt_api = False  # it would set back what the policies are to refuse
+def event(**fields: Any) -> dict[str, Any]:
+    """An Event as migproxy on node02 writes it, with other fields."""
+    made = {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "involvedObject": {
+            "apiVersion": "kubevirt.io/v1",
+            "kind": "VirtualMachineInstance",
+            "namespace": "default",
+            "name": "one",
+        },
+        "reason": FAILED,
+        "message": "text",
+        "type": "Warning",
+        "source": {"component": COMPONENT, "host": HERE},
+        "reportingComponent": COMPONENT,
+        "reportingInstance": HERE,
+        "count": 1,
+    }
+    return apply_merge_patch(made, fields)  # type: ignore[no-any-return]
+
+
+OWN_NAME, SUBJECT, NO_OTHER = "in its own name and that of its token's node", "about VMIs alone", "changes no Events of"
+MADE: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "migproxy": (MIGPROXY, event(), None),
+    "a path": (MIGPROXY, event(reason=BYPASSED, type="Normal"), None),
+    "listening": (MIGPROXY, event(reason=LISTENING, type="Normal"), None),
+    "under a prefix": (PREFIXED, event(), None),
+    "somebody": (SOMEBODY, event(reason="Killing", source={"component": "kubelet", "host": "x"}), None),
+    "another node": (OTHER_NODE, event(), OWN_NAME),
+    "another host": (MIGPROXY, event(source={"host": NODES[0]}), OWN_NAME),
+    "another instance": (MIGPROXY, event(reportingInstance=NODES[0]), OWN_NAME),
+    "another component": (MIGPROXY, event(source={"component": "kubelet"}), OWN_NAME),
+    "another controller": (MIGPROXY, event(reportingComponent="kubelet"), OWN_NAME),
+    "no source": (MIGPROXY, event(source=None), OWN_NAME),
+    "no instance": (MIGPROXY, event(reportingInstance=None), OWN_NAME),
+    "a pod": (MIGPROXY, event(involvedObject={"apiVersion": "v1", "kind": "Pod"}), SUBJECT),
+    "a VMI of another group": (MIGPROXY, event(involvedObject={"apiVersion": "evil.io/v1"}), SUBJECT),
+    "nothing": (MIGPROXY, event(involvedObject={"kind": None}), SUBJECT),
+    "something else besides": (MIGPROXY, event(related={"kind": "Pod", "name": "x", "namespace": "default"}), SUBJECT),
+    "another reason": (MIGPROXY, event(reason="Killing"), "of other reasons"),
+    "an unbound token": (UNBOUND, event(), "names no node"),
+}
+CHANGED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str | None]] = {
+    "its count": (MIGPROXY, event(), {"count": 2, "message": "other", "type": "Normal"}, None),
+    "nothing": (MIGPROXY, event(), {}, None),
+    "from another node": (OTHER_NODE, event(), {"count": 2}, OWN_NAME),
+    "somebody's": (MIGPROXY, event(reason="Killing", source={"component": "kubelet", "host": HERE}), {}, OWN_NAME),
+    "somebody's, taken over": (
+        MIGPROXY,
+        event(source={"component": "kubelet"}),
+        {"source": {"component": COMPONENT}},
+        NO_OTHER,
+    ),
+    "another node's, taken over": (
+        MIGPROXY,
+        event(source={"host": NODES[0]}, reportingInstance=NODES[0]),
+        {"source": {"host": HERE}, "reportingInstance": HERE},
+        NO_OTHER,
+    ),
+    "its subject": (MIGPROXY, event(), {"involvedObject": {"name": "two"}}, NO_OTHER),
+    "its reason": (MIGPROXY, event(), {"reason": BYPASSED}, NO_OTHER),
+}
+
+
+async def tokens_of(kubernetes: Cluster) -> dict[str, str]:
+    """A token of each of those who write."""
     tokens = {MIGPROXY: kubernetes.token(HERE), OTHER_NODE: kubernetes.token(NODES[0]), SOMEBODY: "admin"}
     await kubernetes.use_unbound_token(HERE)
     tokens[UNBOUND] = kubernetes.token(HERE)
+    await kubernetes.use_renamed_account(HERE, PREFIXED)
+    tokens[PREFIXED] = kubernetes.token(HERE)
+    return tokens
+
+
+async def refusal_of(request: Awaitable[Any]) -> str | None:
+    """Why a request is refused; None where it is not."""
+    try:
+        await request
+    except Refused as error:
+        return str(error)
+    return None
+
+
+def is_wrong(refusal: str | None, expected: str | None) -> bool:
+    return (refusal is None) != (expected is None) or (expected or "") not in (refusal or "")
+
+
+async def place_of_events(kubernetes: Cluster) -> tuple[str, str]:
+    """Where Events are written, and their apiVersion.
+
+    The server of scripts/policy-server has custom resources alone: Events are one there, under the same policy.
+    """
+    if "MIGPROXY_POLICY_SERVER" not in os.environ:
+        return "/api/v1/namespaces/default/events", "v1"
+    await kubernetes.create(resource_definition("Event"))
+    for document in copy.deepcopy(documents(MANIFESTS)):
+        is_role, name = document["kind"] == "ClusterRole", document["metadata"]["name"]
+        if is_role or (name == "migproxy-events" and document["kind"] == "ValidatingAdmissionPolicy"):
+            rules = document["rules"] if is_role else document["spec"]["matchConstraints"]["resourceRules"]
+            for rule in rules:
+                rule["apiGroups"] = ["kubevirt.io"]
+            document["metadata"]["name"] = "custom-events"
+            await kubernetes.create(document)
+        elif name == "migproxy-events":
+            await kubernetes.create(
+                {
+                    **document,
+                    "metadata": {"name": "custom-events"},
+                    "spec": {**document["spec"], "policyName": "custom-events"},
+                }
+            )
+        elif document["kind"] == "ClusterRoleBinding":
+            subjects = [{**document["subjects"][0], "name": account} for account in ("migproxy", PREFIXED)]
+            reference = {**document["roleRef"], "name": "custom-events"}
+            await kubernetes.create(
+                {**document, "metadata": {"name": "custom-events"}, "subjects": subjects, "roleRef": reference}
+            )
+    async with asyncio.timeout(60):
+        while await refusal_of(kubernetes.request("GET", VMIS.replace("virtualmachineinstances", "events"))):
+            await asyncio.sleep(0.2)
+        probe = event(apiVersion="kubevirt.io/v1", metadata={"name": "probe"}, reason="Killing")
+        token = kubernetes.token(NODES[0])
+        where = VMIS.replace("virtualmachineinstances", "events") + "?dryRun=All"
+        while not await refusal_of(kubernetes.request("POST", where, probe, token=token)):
+            await asyncio.sleep(0.2)  # until the server follows the policy
+    return VMIS.replace("virtualmachineinstances", "events"), "kubevirt.io/v1"
+
+
+async def test_who_may_write_which_events(kubernetes: Cluster) -> None:
+    tokens = await tokens_of(kubernetes)
+    events, version = await place_of_events(kubernetes)
+    wrong = {}
+    for number, (row, (who, made, expected)) in enumerate(MADE.items()):
+        body = {**made, "apiVersion": version, "metadata": {"name": f"made-{number}"}}
+        refusal = await refusal_of(kubernetes.request("POST", events, body, token=tokens[who]))
+        if is_wrong(refusal, expected):
+            wrong[f"made: {row}"] = refusal
+    for number, (row, (who, before, patch, expected)) in enumerate(CHANGED.items()):
+        body = {**before, "apiVersion": version, "metadata": {"name": f"changed-{number}"}}
+        await kubernetes.request("POST", events, body)
+        path = f"{events}/changed-{number}"
+        refusal = await refusal_of(kubernetes.request("PATCH", path, patch, MERGE_PATCH, token=tokens[who]))
+        if is_wrong(refusal, expected):
+            wrong[f"changed: {row}"] = refusal
+    assert not wrong
+
+
+async def test_who_may_write_what(kubernetes: Cluster) -> None:
+    if kubernetes.double:
+        kubernetes.double.has_virt_api = False  # it would set back what the policies are to refuse
+    tokens = await tokens_of(kubernetes)
     wrong = {}
     for number, (row, write) in enumerate(ADMISSION.items()):
         await stored(kubernetes, f"vmi-{number}", write.before)
-        refusal = None
-        try:
-            path = f"{VMIS}/vmi-{number}"
-            await kubernetes.request("PATCH", path, write.patch, MERGE_PATCH, token=tokens[write.who])
-        except Refused as error:
-            refusal = str(error)
-        if (refusal is None) != (write.refusal is None) or (write.refusal or "") not in (refusal or ""):
+        path, token = f"{VMIS}/vmi-{number}", tokens[write.who]
+        refusal = await refusal_of(kubernetes.request("PATCH", path, write.patch, MERGE_PATCH, token=token))
+        if is_wrong(refusal, write.refusal):
             wrong[row] = refusal
     assert not wrong

@@ -252,6 +252,34 @@ async def test_status_that_kubevirts_webhook_sets_back_is_not_published(
         assert not target.inventory.has_notes
 
 
+async def test_an_account_that_no_policy_binds_announces_nothing(
+    kubernetes: Cluster, target: Listener, door: Gate, tmp_path: Path
+) -> None:
+    await kubernetes.use_renamed_account(HERE, "proxy")
+    found = target.named("one")
+    assert found
+    async with ApiServer(str(kubernetes.kubeconfig(tmp_path, HERE, door.url))) as api:
+        with pytest.raises(PublishError, match=r"VMI default/one: not announced: .*apply daemonset\.yaml again"):
+            await Announcements(api).announce(found, Announcement("first", PORTS, ADDRESS))
+    metadata = (await read(kubernetes))["metadata"]
+    assert metadata["annotations"] == vmi("one")["metadata"]["annotations"], "and the attempt had no effect"
+
+
+async def test_whether_the_policy_is_in_force_is_asked_once_whatever_prefix_the_account_has(
+    kubernetes: Cluster, target: Listener, door: Gate, tmp_path: Path
+) -> None:
+    await kubernetes.use_renamed_account(HERE, "prefixed-migproxy-suffixed")
+    async with ApiServer(str(kubernetes.kubeconfig(tmp_path, HERE, door.url))) as api:
+        announcements = Announcements(api)
+        for text in ("first", "second"):
+            found = target.named("one")
+            assert found
+            await announcements.announce(found, Announcement(text, PORTS, ADDRESS))
+            await eventually(lambda: announced(target) != found.announced, "what was announced")  # noqa: B023
+    assert len(patches(door, 403)) == 1
+    assert len(patches(door)) == 2
+
+
 async def test_announcing_with_a_token_without_a_nodes_name_is_no_conflict(
     kubernetes: Cluster, target: Listener, door: Gate, tmp_path: Path
 ) -> None:
@@ -262,6 +290,11 @@ async def test_announcing_with_a_token_without_a_nodes_name_is_no_conflict(
         with pytest.raises(PublishError, match=r"cannot announce: .*Kubernetes 1\.30"):
             await Announcements(api).announce(found, Announcement("first", PORTS, ADDRESS))
     assert len(patches(door, 403)) == 1
+
+
+def announced(target: Listener) -> str | None:
+    found = target.named("one")
+    return found.announced if found else None
 
 
 def told(target: Listener) -> str | None:

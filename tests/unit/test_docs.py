@@ -23,3 +23,15 @@ def test_the_readmes_options_are_the_daemons() -> None:
 def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+RIGHTS = sorted([*PAGES, *ROOT.glob("*.yaml"), *ROOT.glob("systemd/*.service")])
+LISTS_RIGHTS = re.compile(r"SYS_PTRACE|DAC_OVERRIDE|\b(?:four|five|six) capabilities\b")
+
+
+def test_whatever_lists_the_daemons_capabilities_says_what_they_amount_to() -> None:
+    texts = {str(page.relative_to(ROOT)): re.sub(r"[\s#]+", " ", page.read_text()) for page in RIGHTS}
+    listing = {name for name, text in texts.items() if LISTS_RIGHTS.search(text)}
+    assert {"SECURITY.md", "docs/kubernetes.md", "docs/systemd.md", "daemonset.yaml"} <= listing
+    assert "systemd/migproxy.service" in listing
+    assert [name for name in sorted(listing) if "root on the node" not in texts[name]] == []

@@ -105,6 +105,18 @@ async def test_the_clusters_ca_is_used_and_kept_for_a_restart_without_the_api(
     assert (tmp_path / "kubevirt-ca.crt").read_text() == (certificates / "ca.crt").read_text()
 
 
+async def test_a_link_in_the_place_of_the_clusters_ca_is_told_and_not_followed(
+    certificates: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "precious").write_text("a file of root's")
+    (tmp_path / "kubevirt-ca.crt").symlink_to(tmp_path / "precious")
+    security = ClusterSecurity(settings(certificates, tmp_path))
+    security.apply(cluster(certificates))
+    told = f"cannot keep KubeVirt's CA in {tmp_path}/kubevirt-ca.crt: a symbolic link stands there"
+    assert told in (security.problem or "")
+    assert (tmp_path / "precious").read_text() == "a file of root's"
+
+
 async def test_plaintext_is_what_kubevirts_disable_tls_asks_for_and_ends_with_it(
     certificates: Path, tmp_path: Path
 ) -> None:
