@@ -1,16 +1,17 @@
-"""The control socket: the running daemon tells whoever connects to a unix socket its status, for `migproxy status`."""
+"""The control socket: the running daemon's status over HTTP on a unix socket, for `migproxy status` and curl."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from migproxy import httpd
 from migproxy.safefiles import bind
+from migproxy.sockets import BACKLOG
 
 _SECONDS = 5.0  # that the daemon may take to answer
 
@@ -21,33 +22,31 @@ class ControlError(Exception):
 
 @asynccontextmanager
 async def serve(path: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
-    """Answers on a unix socket, readable by its owner and group, while the context lasts: JSON, to the stream's end.
+    """Answers `GET /status` on a unix socket, for its owner and group, while the context lasts.
 
     Args:
         path: Where; its folder is made if need be, a socket that a dead daemon left is replaced.
-        report: What to answer; called for each connection.
+        report: What to answer; called for each request.
 
     Raises:
         ControlError: Another daemon answers there, or the socket cannot be made.
     """
 
-    def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer):
-            writer.write(json.dumps(report()).encode())
+    async def status(_: httpd.Request) -> httpd.Answer:
+        return httpd.json_answer(report())
 
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        bind(listener, path, 0o660)
-        server = await asyncio.start_unix_server(answer, sock=listener)
-    except OSError as error:
-        listener.close()
-        raise ControlError(f"--control-socket {path}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        server.close()
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            bind(listener, path, 0o660)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            raise ControlError(f"--control-socket {path}: {error.strerror or error}") from error
+        try:
+            async with httpd.serve(listener, {"/status": status}, lambda *_: None):
+                yield
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def ask(path: str) -> dict[str, Any]:
@@ -63,8 +62,12 @@ def ask(path: str) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_SECONDS)
             connection.connect(path)
+            connection.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
             with connection.makefile("rb") as stream:
-                answer: dict[str, Any] = json.load(stream)
+                head, _, body = stream.read().partition(b"\r\n\r\n")
+        if head.split(b" ")[1:2] != [b"200"]:
+            raise ValueError(f"it answers {head[:80]!r}")
+        answer: dict[str, Any] = json.loads(body)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ControlError(

@@ -7,7 +7,9 @@ the node, and lasts as long as the process.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
+from migproxy.httpd import Refusal
 from migproxy.imports import bare
 
 with bare("prometheus_client"):  # whose __init__ loads an HTTP server
@@ -87,6 +89,20 @@ def _reconcile_errors() -> Counter:
     )
 
 
+def _http_refused() -> Counter:
+    counter = Counter(
+        "migproxy_http_refused_total",
+        "HTTP connections that ended without what they asked for: malformed (no HTTP request), tls (a failed "
+        "handshake), timeout (no whole request, or an answer that was not taken, in time), displaced (gave way to a "
+        "newer one), error (this daemon could not answer).",
+        ["reason"],
+        registry=None,
+    )
+    for reason in get_args(Refusal):
+        counter.labels(reason)
+    return counter
+
+
 @dataclass(frozen=True, slots=True)
 class Measures:
     """The instruments of one daemon."""
@@ -97,3 +113,4 @@ class Measures:
     failures: Counter = field(default_factory=_failures)
     resumed: Counter = field(default_factory=_resumed)
     reconcile_errors: Counter = field(default_factory=_reconcile_errors)
+    http_refused: Counter = field(default_factory=_http_refused)

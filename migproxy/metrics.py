@@ -58,6 +58,7 @@ class Exporter:
             measures.dials,
             measures.handshakes,
             measures.durations,
+            measures.http_refused,
         )
         found = [*families(self._report()), *(one for instrument in instruments for one in instrument.collect())]
         return [family for family in [*found, *self._process.collect()] if family.samples]

@@ -4,89 +4,125 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import hashlib
 import re
-import socket
-import ssl
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from importlib.resources import files
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
-from aiohttp import web
-
+from migproxy.httpd import Answer, Handler, Request, json_answer
 from migproxy.measure import Measures
-from migproxy.metrics import Exporter, render
 
 Report = Mapping[str, Any]
 Checks = Mapping[str, str | None]
 
+_OPENMETRICS = "application/openmetrics-text"
+_SHARED_SECONDS = 1.0  # from when it began to be made
+_COMPRESSED_BYTES = 1400  # less is one packet anyway
 
-@asynccontextmanager
-async def answer(
-    listener: socket.socket,
-    protection: ssl.SSLContext | None,
+
+def routes(
     report: Callable[[], Report],
     checks: Callable[[], Checks],
     measures: Measures,
     hangs: Callable[[], Sequence[str]],
-) -> AsyncIterator[None]:
-    """Answers who connects to a socket while the context lasts.
+) -> dict[str, Handler]:
+    """Returns who answers which path.
 
     Args:
-        listener: The socket.
-        protection: For HTTPS, None for HTTP.
         report, checks, measures, hangs: See `web.serve`.
     """
-    runner = web.AppRunner(_application(report, checks, Exporter(report, measures), hangs), access_log=None)
-    await runner.setup()
-    try:
-        await web.SockSite(runner, listener, ssl_context=protection).start()
-        yield
-    finally:
-        await runner.cleanup()
 
+    async def make_status(compressed: bool) -> Answer:
+        return await _compress(json_answer(report()), compressed)
 
-def _application(
-    report: Callable[[], Report],
-    checks: Callable[[], Checks],
-    exporter: Exporter,
-    hangs: Callable[[], Sequence[str]],
-) -> web.Application:
-    page = files("migproxy").joinpath("page.html").read_text(encoding="utf-8")
-    headers = {"Content-Security-Policy": _policy(page), "X-Content-Type-Options": "nosniff"}
+    async def make_metrics(openmetrics: bool, compressed: bool) -> Answer:
+        await asyncio.to_thread(import_module, "migproxy.metrics")  # at the first scrape, and aside: it takes 0.1 s
+        from migproxy.metrics import Exporter, render
 
-    async def status_page(_: web.Request) -> web.Response:
-        return web.Response(text=page, content_type="text/html", headers=headers)
-
-    async def status(_: web.Request) -> web.Response:
-        return web.json_response(report(), headers={"Cache-Control": "no-store"})
-
-    async def metrics(request: web.Request) -> web.Response:
         # Formatting takes most of the time, and needs nothing of the event loop's.
-        body, content_type = await asyncio.to_thread(render, exporter.scrape(), request.headers.get("Accept", ""))
-        return web.Response(body=body, headers={"Content-Type": content_type})
+        families = Exporter(report, measures).scrape()
+        body, content_type = await asyncio.to_thread(render, families, _OPENMETRICS if openmetrics else "")
+        return await _compress(Answer(body, content_type), compressed)
 
-    async def alive(_: web.Request) -> web.Response:
+    shared_status, shared_metrics = _Shared(make_status), _Shared(make_metrics)
+
+    async def status_page(request: Request) -> Answer:
+        return await _compress(_page(), _takes_gzip(request))
+
+    async def status(request: Request) -> Answer:
+        return await shared_status.get(_takes_gzip(request))
+
+    async def metrics(request: Request) -> Answer:
+        openmetrics = accepts(request.headers.get("accept", ""), _OPENMETRICS)
+        return await shared_metrics.get(openmetrics, _takes_gzip(request))
+
+    async def alive(_: Request) -> Answer:
         problems = hangs()
-        return web.Response(text="\n".join(problems or ["ok"]) + "\n", status=503 if problems else 200)
+        return _lines(problems or ["ok"], well=not problems)
 
-    async def ready(_: web.Request) -> web.Response:
+    async def ready(_: Request) -> Answer:
         now = checks()
         lines = [f"[{'-' if reason else '+'}] {name}: {reason or 'ok'}" for name, reason in now.items()]
-        return web.Response(text="\n".join(lines) + "\n", status=503 if any(now.values()) else 200)
+        return _lines(lines, well=not any(now.values()))
 
-    app = web.Application()
-    routes: dict[str, Any] = {
-        "/": status_page,
-        "/api/status": status,
-        "/metrics": metrics,
-        "/healthz": alive,
-        "/readyz": ready,
-    }
-    for path, handler in routes.items():
-        app.router.add_get(path, handler)
-    return app
+    return {"/": status_page, "/api/status": status, "/metrics": metrics, "/healthz": alive, "/readyz": ready}
+
+
+class _Shared:
+    """An answer that takes long to make: each variant is made once for all who ask meanwhile, or within a second."""
+
+    def __init__(self, make: Callable[..., Awaitable[Answer]]) -> None:
+        self._make = make
+        self._made: dict[tuple[bool, ...], asyncio.Future[Answer]] = {}
+
+    async def get(self, *variant: bool) -> Answer:
+        if variant not in self._made:
+            loop = asyncio.get_running_loop()
+            until = loop.time() + _SHARED_SECONDS
+            made = self._made[variant] = asyncio.ensure_future(self._make(*variant))
+            made.add_done_callback(lambda _: loop.call_at(until, self._made.pop, variant))
+        return await asyncio.shield(self._made[variant])  # who asked first may leave
+
+
+def accepts(header: str, name: str) -> bool:
+    """Whether an Accept or Accept-Encoding header names something, with a quality above 0 (RFC 9110, 12.4.2).
+
+    Args:
+        name: In lower case.
+    """
+    for one in header.lower().split(","):
+        found, *parameters = (part.strip() for part in one.split(";"))
+        if found == name:
+            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return False
+
+
+def _takes_gzip(request: Request) -> bool:
+    return accepts(request.headers.get("accept-encoding", ""), "gzip")
+
+
+async def _compress(answer: Answer, wanted: bool) -> Answer:
+    if not wanted or len(answer.body) < _COMPRESSED_BYTES:
+        return replace(answer, headers={**answer.headers, "Vary": "Accept-Encoding"})
+    body = await asyncio.to_thread(zlib.compress, answer.body, wbits=31)  # gzip's header, says zlib
+    return replace(answer, body=body, headers={**answer.headers, "Vary": "Accept-Encoding", "Content-Encoding": "gzip"})
+
+
+def _lines(lines: Sequence[str], *, well: bool) -> Answer:
+    return Answer(("\n".join(lines) + "\n").encode(), status=200 if well else 503)
+
+
+@functools.cache
+def _page() -> Answer:
+    from importlib.resources import files
+
+    page = files("migproxy").joinpath("page.html").read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": _policy(page), "X-Content-Type-Options": "nosniff"}
+    return Answer(page.encode(), "text/html; charset=utf-8", headers=headers)
 
 
 def _policy(page: str) -> str:

@@ -217,8 +217,8 @@ class SocketFolder:
             is_as_made = stat.S_ISSOCK(status.st_mode) and (status.st_uid, status.st_nlink) == (os.geteuid(), 1)
             if not is_as_made:
                 raise ProxyError(f"{path}: somebody in the pod replaced the socket while it was being made")
+            os.chmod(f"/proc/self/fd/{node}", self.mode)  # while it is still ours (CAP_FOWNER)
             self.give(node, path)
-            os.chmod(f"/proc/self/fd/{node}", self.mode)
         finally:
             os.close(node)
         return status.st_dev, status.st_ino

@@ -1,30 +1,24 @@
-"""HTTP for Prometheus, for probes and for people: where it is served, and its certificate.
-
-What is answered (`pages`) is loaded at the first connection: it would double what a start costs.
-"""
+"""HTTP for Prometheus, for probes and for people: where it is served, its certificate, and who is refused."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING
 
 import structlog
 
+from migproxy import httpd, pages
+from migproxy.logs import Limit
 from migproxy.measure import Measures
-from migproxy.sockets import ready
-
-if TYPE_CHECKING:
-    from migproxy.pages import Checks, Report
 
 log = structlog.get_logger(__name__)
+
+_BACKLOG = 4096  # what net.core.somaxconn allows: under a second of work. Who finds it full waits a second
 
 
 class HTTPError(Exception):
@@ -53,8 +47,8 @@ class HTTPOptions:
 @asynccontextmanager
 async def serve(
     options: HTTPOptions,
-    report: Callable[[], Report],
-    checks: Callable[[], Checks],
+    report: Callable[[], pages.Report],
+    checks: Callable[[], pages.Checks],
     measures: Measures,
     hangs: Callable[[], Sequence[str]],
 ) -> AsyncIterator[str]:
@@ -74,35 +68,40 @@ async def serve(
         HTTPError: The port is taken, the address is not this machine's, or the certificate cannot be used.
     """
     protection = _protection(options)
-    with _listen(options) as listener:
-
-        async def answer() -> None:
-            await ready(listener.fileno(), writing=False)
-            try:
-                await asyncio.to_thread(import_module, "migproxy.pages")  # aside: it takes 0.1 s
-                from migproxy import pages
-
-                async with pages.answer(listener, protection, report, checks, measures, hangs):
-                    await asyncio.Event().wait()
-            except Exception:  # such as files that an upgrade has replaced meanwhile
-                log.error("HTTP cannot be answered: restart the daemon", exc_info=True)
-
-        answering = asyncio.create_task(answer())
-        try:
+    routes = pages.routes(report, checks, measures, hangs)
+    with _listen(options) as listener, closing(_Refusals(measures)) as refusals:
+        async with httpd.serve(listener, routes, refusals.note, protection):
             port = listener.getsockname()[1]
             host = f"[{options.host}]" if ":" in options.host else options.host or socket.gethostname()
             yield f"{'https' if protection else 'http'}://{host}:{port}/"
-        finally:
-            answering.cancel()
-            with suppress(asyncio.CancelledError):
-                await answering
+
+
+class _Refusals:
+    """Counts who was refused, and writes a line of the first few."""
+
+    def __init__(self, measures: Measures) -> None:
+        self._count = measures.http_refused
+        self._lines = Limit(self._log_more)
+        self.close = self._lines.close
+
+    def note(self, reason: httpd.Refusal, peer: str, error: Exception) -> None:
+        self._count.labels(reason).inc()
+        if reason == "timeout" or not self._lines.admits(reason):  # browsers connect in advance, and ask nothing
+            return
+        if reason == "error":
+            log.error("HTTP request cannot be answered", peer=peer, exc_info=error)
+        else:
+            log.warning("HTTP connection refused", reason=reason, peer=peer, error=str(error))
+
+    def _log_more(self, reason: httpd.Refusal, count: int) -> None:
+        log.warning("more HTTP connections refused", reason=reason, count=count)
 
 
 def _listen(options: HTTPOptions) -> socket.socket:
     dual = not options.host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual or ":" in options.host else socket.AF_INET
     try:
-        return socket.create_server((options.host, options.port), family=family, dualstack_ipv6=dual, backlog=64)
+        return socket.create_server((options.host, options.port), family=family, dualstack_ipv6=dual, backlog=_BACKLOG)
     except OSError as error:
         remedies = {
             errno.EADDRINUSE: f"another program listens there (ss -ltnp 'sport = :{options.port}'): end it, "

@@ -22,6 +22,7 @@ FILES = sorted([ROOT / "daemonset.yaml", ROOT / "kustomization.yaml", *(ROOT / "
 DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "daemonset.yaml").read_text()))
 VERSIONS = ("1.30", "1.34", "1.37")
 TLS_FOLDERS = (SERVER_DIR, CLIENT_DIR)
+POD_IP = "fd00::7"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
@@ -38,7 +39,8 @@ def flags() -> dict[str, str | None]:
     """The container's flags and their values."""
     command, *arguments = CONTAINER["args"]
     assert command == "run"
-    return {flag: value or None for flag, _, value in (one.partition("=") for one in arguments)}
+    expanded = (one.replace("$(MY_POD_IP)", POD_IP) for one in arguments)  # as the kubelet does
+    return {flag: value or None for flag, _, value in (one.partition("=") for one in expanded)}
 
 
 def environment() -> dict[str, Any]:
@@ -219,7 +221,8 @@ def test_container_has_no_more_rights_than_it_needs() -> None:
 def test_probes_ask_what_the_daemon_answers() -> None:
     probes = {kind: CONTAINER[f"{kind}Probe"] for kind in ("startup", "liveness", "readiness")}
     (port,) = CONTAINER["ports"]
-    assert effective("http_listen") == f":{port['containerPort']}"
+    assert options.parse_listen(effective("http_listen")) == (POD_IP, port["containerPort"])
+    assert not any("host" in probe["httpGet"] for probe in probes.values()), "the kubelet asks at the pod's IP"
     asked = {kind: probe["httpGet"] for kind, probe in probes.items()}
     alive, ready = {"path": "/healthz", "port": port["name"]}, {"path": "/readyz", "port": port["name"]}
     assert asked == {"startup": alive, "liveness": alive, "readiness": ready}
@@ -243,6 +246,20 @@ def test_service_and_monitor_find_the_pods_and_their_port() -> None:
     monitor = yaml.safe_load((ROOT / "deploy/podmonitor.yaml").read_text())["spec"]
     assert monitor["selector"]["matchLabels"].items() <= labels.items()
     assert [one["port"] for one in monitor["podMetricsEndpoints"]] == [port["name"]]
+
+
+def test_the_network_policy_is_of_these_pods_and_names_their_port() -> None:
+    policy = yaml.safe_load((ROOT / "deploy/networkpolicy.yaml").read_text())
+    for version in VERSIONS:
+        kubernetes_validate.validate(policy, version, strict=True)
+    template = document("DaemonSet")["spec"]["template"]
+    assert policy["metadata"]["namespace"] == document("DaemonSet")["metadata"]["namespace"]
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert not POD.get("hostNetwork"), "it would have no effect"
+    nodes, observers = policy["spec"]["ingress"]
+    assert policy["spec"]["podSelector"] in [one["podSelector"] for one in nodes["from"]]
+    assert "ports" not in nodes, "a target's ports are the kernel's choice"
+    assert [one["port"] for one in observers["ports"]] == [port["name"] for port in CONTAINER["ports"]]
 
 
 def test_everything_is_in_one_namespace_and_bound_to_one_account() -> None:
