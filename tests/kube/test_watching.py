@@ -359,11 +359,13 @@ async def test_vmi_that_cannot_be_read_keeps_its_last_good_state(kubernetes: Clu
     await kubernetes.request("POST", VMIS, vmi("one"))
     async with listening(kubernetes, tmp_path) as listener:
         await kubernetes.request("PATCH", f"{VMIS}/one", {"status": {"phase": 3}}, MERGE_PATCH)
-        await eventually(lambda: bool(listener.inventory.problems), "the problem")
-        assert any("default/one" in problem for problem in listener.inventory.problems.values())
+        await eventually(lambda: bool(listener.inventory.flaws), "the flaw")
+        (flaw,) = listener.inventory.flaws.values()
+        assert "default/one" in flaw
+        assert not listener.inventory.problems, "it says nothing of the node"
         assert listener.names == {"one"}
         await kubernetes.request("PATCH", f"{VMIS}/one", {"status": {"phase": "Running"}}, MERGE_PATCH)
-        await eventually(lambda: not listener.inventory.problems, "the end of the problem")
+        await eventually(lambda: not listener.inventory.flaws, "the end of the flaw")
         assert len(listener.batches) == 1
 
 

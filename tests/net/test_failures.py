@@ -466,12 +466,12 @@ async def test_file_that_does_not_parse_is_told_and_what_it_held_stays(nodes: No
         async with vm.connection() as (near, far):
             good = vm.path.read_text()
             vm.path.write_text(good + "]\n")
-            await until(lambda: str(vm.path) in str(nodes.source.status()["problems"]), "the file to be a problem")
+            await until(lambda: str(vm.path) in str(nodes.source.status()["flaws"]), "the flaw to be told")
             await assert_logged(nodes.source, "problem with VMI files", path=str(vm.path))
-            assert not nodes.source.status()["ready"]
+            assert nodes.source.status()["ready"], "it is that file's flaw, not the node's"
             await assert_carries(near, far)
             vm.path.write_text(good)
-            await until(lambda: not nodes.source.status()["problems"], "the problem to be over")
+            await until(lambda: not nodes.source.status()["flaws"]["count"], "the flaw to be over")
             await assert_carries(near, far)
 
 

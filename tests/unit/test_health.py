@@ -34,10 +34,14 @@ class Watched:
     """An inventory that watches an API server."""
 
     problems: Mapping[str, str] = {}
+    flaws: Mapping[str, str] = {}
     health = WatchHealth("kubernetes", 1700000000.0, reconnects=2, relists=1)
 
     async def changes(self) -> AsyncIterator[Mapping[str, Any]]:
         yield {}
+
+    def may_hide(self, uid: str) -> bool:
+        raise AssertionError
 
     async def publish(self, *_: Any) -> None:
         raise AssertionError
