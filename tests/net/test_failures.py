@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,31 @@ async def test_full_port_range_is_told_and_a_freed_port_is_taken(nodes: Nodes) -
         await vm.served()
         assert set(vm.published().values()) == set(free)
         await assert_logged(nodes.target, "migration is served again", vm.migration_uid)
+
+
+@pytest.mark.parametrize(
+    ("options", "port", "allowed"), [([], 22, "1024-65535"), (["--port-range", "47000-47099"], 31337, "--port-range 47000-47099")]
+)
+async def test_port_that_somebody_else_put_into_the_status_is_not_listened_on(
+    nodes: Nodes, options: list[str], port: int, allowed: str
+) -> None:
+    await nodes.start(target=options)
+    status: dict[str, Any] = {
+        "targetNodeAddress": nodes.target.address,
+        "targetDirectMigrationNodePorts": {str(port): 0, "47098": 49152},
+    }
+    async with nodes.undisturbed():
+        vm = nodes.migration()
+        vm.begin(**status)
+        await vm.served()
+        assert port not in listeners(nodes.target.address)
+        assert vm.published()[Channel.DIRECT] == 47098, "the port that is right is kept"
+        running = nodes.migration("other")
+        running.begin(
+            **status | {"startTimestamp": "2026-08-01T12:00:00Z", "targetDirectMigrationNodePorts": {str(port): 0}}
+        )
+        await assert_reported(nodes.target, running, f"port {port} is published, is outside {allowed}", "abort it")
+        assert port not in listeners(nodes.target.address)
 
 
 async def test_published_port_that_is_taken_after_the_start_is_told(nodes: Nodes) -> None:
