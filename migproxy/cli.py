@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import shlex
 import sys
@@ -15,7 +16,7 @@ from migproxy import __version__
 from migproxy import settings as options
 from migproxy.imports import uncollected
 from migproxy.portmap import LAUNCHER_RUN_DIR, migration_uris, virsh_command
-from migproxy.text import printable, to_json
+from migproxy.text import printable
 
 app = typer.Typer(
     name="migproxy",
@@ -201,7 +202,7 @@ def status(
         report = control.ask(control_socket)
     except control.ControlError as error:
         _fail(str(error))
-    typer.echo(to_json(report, indent=2) if as_json else render(report))
+    typer.echo(json.dumps(report, indent=2) if as_json else render(report))
 
 
 @app.command()

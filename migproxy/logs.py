@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Generic, Literal, TextIO, TypeVar
 
 from migproxy.imports import without
-from migproxy.text import printable, to_json
+from migproxy.text import printable
 
 with without("rich"):  # which structlog loads for its own tracebacks
     import structlog
@@ -99,7 +99,7 @@ def _choose(style: Style) -> tuple[list[structlog.typing.Processor], Any]:
         console = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_print_traceback)
         return [_as_printable, console], lines
     tracebacks = ExceptionDictTransformer(show_locals=False)
-    return [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer(to_json)], lines
+    return [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()], lines
 
 
 def _as_printable(_: object, _method: str, event: Event) -> Event:

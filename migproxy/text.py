@@ -1,6 +1,5 @@
 """What others wrote, in our own words: excerpts for errors, and text that no terminal takes for a command. Pure."""
 
-import json
 import reprlib
 from typing import Any, Final
 
@@ -43,13 +42,3 @@ def printable_values(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [printable_values(one) for one in value]
     return value
-
-
-def to_json(value: Any, **options: Any) -> str:
-    """JSON in ASCII, as `json.dumps` has it, DEL escaped too: it is the one control character that json leaves.
-
-    Args:
-        value: What `json.dumps` takes.
-        options: Of `json.dumps`.
-    """
-    return json.dumps(value, **options).replace("\x7f", r"\u007f")

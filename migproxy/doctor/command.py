@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import signal
 import sys
 import threading
@@ -16,7 +17,6 @@ from migproxy.doctor.peer import PeerError
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.portmap import IPAddress
 from migproxy.settings import Settings, option
-from migproxy.text import to_json
 
 __all__ = ["PeerError", "Request", "examine", "serve"]
 
@@ -96,7 +96,7 @@ def examine(request: Request, *, as_json: bool) -> int:
             print(render([finding]).rpartition("\n")[0], flush=True)  # noqa: T201 - the command's output
     if as_json:
         failed = any(one.level is Level.FAIL for one in findings)
-        print(to_json({"ok": not failed, "findings": [asdict(one) for one in findings]}, indent=2))  # noqa: T201
+        print(json.dumps({"ok": not failed, "findings": [asdict(one) for one in findings]}, indent=2))  # noqa: T201
     elif sys.stdout.isatty():
         print(render(findings).rpartition("\n")[2])  # noqa: T201
     else:

@@ -55,7 +55,8 @@ async def test_full_port_range_is_told_and_a_freed_port_is_taken(nodes: Nodes) -
 
 
 @pytest.mark.parametrize(
-    ("options", "port", "allowed"), [([], 22, "1024-65535"), (["--port-range", "47000-47099"], 31337, "--port-range 47000-47099")]
+    ("options", "port", "allowed"),
+    [([], 22, "1024-65535"), (["--port-range", "47000-47099"], 31337, "--port-range 47000-47099")],
 )
 async def test_port_that_somebody_else_put_into_the_status_is_not_listened_on(
     nodes: Nodes, options: list[str], port: int, allowed: str

@@ -28,7 +28,6 @@ from migproxy.plan import Migration, Plan, Readiness, Role, make_plan
 from migproxy.portmap import IPAddress
 from migproxy.retention import MOST, Ended, Retention
 from migproxy.status import render as render_status
-from migproxy.text import to_json
 from migproxy.tls import Plaintext
 from migproxy.top import Style, picture
 from migproxy.traffic import Progress
@@ -200,12 +199,13 @@ class Fuzz:
     def lead(self, number: int) -> list[dict[str, Any]]:
         """Leads a document as far as it goes; returns the rows of its migrations."""
         document = hostile(number)
+        raw = "".join(random.Random(number).sample(NASTY, 5))
         vmi, told = self._parse(document, from_file=number % 50 == 0)
         for text in told:
             assert text.isprintable()
             assert len(text) <= LONGEST
-            self._flaws[f"uid-{number % 100}"] = text
-            structlog.get_logger().error("VMI cannot be read", error=text, document=repr(document)[:2000])
+            self._flaws[f"/vmis/{raw[: number % 9]}.yaml:{number % 10}"] = text
+            structlog.get_logger().error("VMI cannot be read", error=text, raw=raw)
         self.bad += bool(told)
         if vmi is None:
             return []
@@ -213,6 +213,7 @@ class Fuzz:
         plans = [make_plan([vmi], NODE, own, NOW, known) for own, known in (([OWN], None), ((), Readiness(OWN)))]
         found = [row for plan in plans for row in self._rows(plan)]
         for row in found:
+            row["last_error"] = raw  # as of a launcher's socket
             structlog.get_logger().error("migration cannot be served", error=row["error"], name=row["name"])
         return found
 
@@ -253,11 +254,11 @@ class Fuzz:
         kept = [ended.report for _, ended in self._ended.items()]
         assert len(kept) <= MOST
         report = {**self._node.report(), "migrations": found + kept}
-        assert len(to_json(report["flaws"])) < 30 * LONGEST
+        assert len(json.dumps(report["flaws"])) < 30 * LONGEST
         lines = render_status(report).split("\n")
         lines += picture(report, 100, None, "rate", Style(colour=False, unicode=True, cursor=False))
         lines += render(Exporter(lambda: report, Measures()).scrape(), "")[0].decode().split("\n")
-        lines += to_json(report).split("\n")
+        lines += json.dumps(report).split("\n")
         lines += self._log.getvalue().split("\n")
         self._log.seek(0)
         self._log.truncate()
