@@ -6,6 +6,7 @@ makes the same document again.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -136,7 +137,7 @@ def hostile_value(chance: random.Random, depth: int = 0) -> Any:
     """Something that does not belong there, or just might."""
     kind = chance.randrange(9 if depth < 3 else 6)
     if kind == 0:
-        return chance.choice(VALUES)
+        return copy.deepcopy(chance.choice(VALUES))
     if kind == 1:
         return chance.choice(ADDRESSES)
     if kind == 2:
@@ -152,7 +153,7 @@ def hostile_value(chance: random.Random, depth: int = 0) -> Any:
     if kind == 7:
         return {str(chance.choice([22, 70000, "x", "\x1b", 32899])): chance.choice([0, 49152, 7, "0", 10**30])}
     if chance.random() < 0.3:
-        return {f"{chance.choice(NASTY)}{n}": chance.choice(VALUES) for n in range(70)}
+        return {f"{chance.choice(NASTY)}{n}": copy.deepcopy(chance.choice(VALUES)) for n in range(70)}
     return {str(hostile_value(chance, 3)): hostile_value(chance, depth + 1)}
 
 
