@@ -718,6 +718,9 @@ def test_address_that_has_changed_is_announced_anew_before_the_start() -> None:
         pytest.param(published(str(OWN), **STARTED), None, {}, Reason.STARTED, id="never announced"),
         pytest.param(STARTED, f"1 other 32899:0,42691:49152 {OWN}", {}, Reason.STARTED, id="for another one"),
         pytest.param(STARTED, "2 whatever", {}, Reason.STARTED, id="by another version"),
+        pytest.param(
+            STARTED, f"1 m-{UID} 32899:0,42691:49152 {OTHER}", {}, Reason.MALFORMED, id="another node's address"
+        ),
         pytest.param(None, ANNOUNCED, {"unready": "no certificate"}, Reason.UNREADY, id="no certificate"),
         pytest.param(None, ANNOUNCED, {"address": None}, Reason.UNREADY, id="no address"),
     ],
@@ -760,6 +763,8 @@ def test_source_is_there_for_every_channel_and_prefers_what_is_announced(migrati
         (f"m-{UID} 32899:0,42691:49152 {OWN}", Reason.VERSION),
         ("2 anything at all", Reason.VERSION),
         (f"1 m-{UID} nonsense {OWN}", Reason.MALFORMED),
+        (f"1 m-{UID} 32899:0,42691:49152 127.0.0.1", Reason.MALFORMED),
+        (f"1 m-{UID} 32899:0,42691:49152 169.254.169.254", Reason.MALFORMED),
     ],
 )
 def test_source_that_has_nothing_announced_says_why(announced: str | None, reason: Reason) -> None:
