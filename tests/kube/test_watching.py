@@ -389,6 +389,7 @@ async def test_vmi_that_cannot_be_read_keeps_its_last_good_state(kubernetes: Clu
         await eventually(lambda: bool(listener.inventory.flaws), "the flaw")
         (flaw,) = listener.inventory.flaws.values()
         assert "default/one" in flaw
+        assert [listener.inventory.may_hide(uid) for uid in (*listener.inventory.flaws, "another")] == [True, False]
         assert not listener.inventory.problems, "it says nothing of the node"
         told: list[str] = []
         async with asyncio.timeout(30):

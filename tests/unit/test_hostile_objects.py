@@ -205,7 +205,7 @@ class Fuzz:
         for text in told:
             assert text.isprintable()
             assert len(text) <= LONGEST
-            self._flaws[f"/vmis/{raw[: number % 9]}.yaml:{number % 10}"] = text
+            self._flaws[f"/vmis/{NASTY[number % len(NASTY)]}.yaml:{number % 10}"] = text
             structlog.get_logger().error("VMI cannot be read", error=text, raw=raw)
         self.bad += bool(told)
         if vmi is None:
