@@ -16,6 +16,7 @@ from migproxy import __version__
 from migproxy import settings as options
 from migproxy.imports import uncollected
 from migproxy.portmap import LAUNCHER_RUN_DIR, migration_uris, virsh_command
+from migproxy.text import printable
 
 app = typer.Typer(
     name="migproxy",
@@ -43,8 +44,12 @@ _CONTROL_SOCKET = typer.Option(
 _DEFAULT_CONTROL_SOCKET = str(options.Settings.model_fields["control_socket"].default)
 
 
+def _complain(message: str) -> None:
+    typer.echo(printable(f"migproxy: {message}", keep="\n"), err=True)
+
+
 def _fail(message: str, status: int = 1) -> NoReturn:
-    typer.echo(f"migproxy: {message}", err=True)
+    _complain(message)
     raise typer.Exit(status)
 
 
@@ -318,12 +323,12 @@ def uri(
     except (OSError, UnicodeDecodeError, SyntaxFlaw) as error:
         _fail(f"{file}: {error}")
     for flaw in contents.flaws:
-        typer.echo(f"migproxy: {file}:{flaw.line}: {flaw.reason}", err=True)
+        _complain(f"{file}:{flaw.line}: {flaw.reason}")
     found = [entry.vmi for entry in contents.entries]
     if vmi is not None:
         found = [one for one in found if f"{one.namespace}/{one.name}" == vmi]
     if len(found) != 1:
-        names = ", ".join(f"{one.namespace}/{one.name}" for one in found)
+        names = ", ".join(f"{one.namespace}/{one.name}" for one in found[:20]) + (", ..." if found[20:] else "")
         _fail(f"{file}: " + (f"holds several VMIs, choose with --vmi: {names}" if found else "holds no such VMI"))
     try:
         uris = migration_uris(run_dir, found[0].source_key(), session=session)

@@ -14,9 +14,10 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TextIO, TypeVar
 
 from migproxy.imports import without
+from migproxy.text import printable
 
 with without("rich"):  # which structlog loads for its own tracebacks
     import structlog
@@ -95,10 +96,23 @@ def _choose(style: Style) -> tuple[list[structlog.typing.Processor], Any]:
     # A line is one write(2), so that a SIGKILL leaves none without its end: the next daemon's would follow on it.
     lines = structlog.WriteLogger(sys.stderr).msg
     if style == "console" or (style == "auto" and sys.stderr.isatty()):
-        plain = structlog.dev.plain_traceback
-        return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)], lines
+        console = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_print_traceback)
+        return [_as_printable, console], lines
     tracebacks = ExceptionDictTransformer(show_locals=False)
     return [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()], lines
+
+
+def _as_printable(_: object, _method: str, event: Event) -> Event:
+    """Names, errors and paths come from others: nothing in them reaches the terminal as a control."""
+    return {key: _shown(value) if key != "exc_info" else value for key, value in event.items()}
+
+
+def _shown(value: object) -> object:
+    return value if value is None or isinstance(value, (bool, int, float)) else printable(str(value))
+
+
+def _print_traceback(out: TextIO, error: structlog.typing.ExcInfo) -> None:
+    out.write("\n" + printable("".join(traceback.format_exception(*error)).rstrip(), keep="\n"))
 
 
 def leads_to_journal(environment: Mapping[str, str], descriptor: int) -> bool:
@@ -124,7 +138,7 @@ def journal_entry(event: Mapping[str, Any]) -> dict[str, str]:
         fields["exception"] = "".join(traceback.format_exception(error)).rstrip()
     told = "".join(f" {key}={value!r}" if " " in value else f" {key}={value}" for key, value in fields.items())
     return {_field_name(key): value for key, value in fields.items()} | {
-        "MESSAGE": f"{event.get('event', '')}{told}",
+        "MESSAGE": printable(f"{event.get('event', '')}{told}", keep="\n"),
         "PRIORITY": str(_PRIORITIES.get(str(event.get("level")), 5)),
         "SYSLOG_IDENTIFIER": "migproxy",
         "EVENT": str(event.get("event", "")),

@@ -160,8 +160,18 @@ def _health(report: Report) -> Iterator[Metric]:
         yield family
     yield GaugeMetricFamily(
         "migproxy_inventory_problems",
-        "Things that are wrong with what the inventory reads, such as VMI files that do not parse.",
+        "What keeps the inventory from reading VMIs: folders, files or an API server that cannot be read.",
         len(report["problems"].keys() - {"inventory", "address"}),
+    )
+    yield GaugeMetricFamily(
+        "migproxy_inventory_flaws",
+        "VMIs, or documents in VMI files, that cannot be read: their last good state stays in force.",
+        report["flaws"]["count"],
+    )
+    yield CounterMetricFamily(
+        "migproxy_ended_migrations_dropped",
+        "Ended migrations that were forgotten before their time, because there were too many of a VMI, or in all.",
+        report["ended_dropped"],
     )
     relay = report["relay"]
     yield GaugeMetricFamily(

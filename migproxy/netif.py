@@ -13,11 +13,11 @@ import socket
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, ip_address
 from typing import Any, Final
 
 from migproxy.imports import bare
-from migproxy.portmap import IPAddress
+from migproxy.portmap import IPAddress, unmapped
 
 with bare("pyroute2"):  # whose __init__ loads every protocol there is
     from pyroute2.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE
@@ -89,8 +89,7 @@ class Interface:
 
 def is_global_unicast(address: IPAddress) -> bool:
     """What Go's net.IP.IsGlobalUnicast says; private ranges count, unlike in Python's `is_global`."""
-    if isinstance(address, IPv6Address) and address.ipv4_mapped:
-        address = address.ipv4_mapped
+    address = unmapped(address)
     return not (
         address.is_unspecified
         or address.is_loopback
@@ -191,8 +190,8 @@ class AddressWatcher:
         pod_ip: IPAddress | None = None,
     ) -> None:
         self._interface = interface
-        self._override = override
-        self._pod_ip = pod_ip
+        self._override = override and unmapped(override)
+        self._pod_ip = pod_ip and unmapped(pod_ip)
 
     async def states(self) -> AsyncGenerator[MigrationAddress, None]:
         """Yield the migration address as it is now, and then each time it is another one or has a problem.

@@ -29,6 +29,7 @@ from migproxy.source import SocketFolder, Source
 from migproxy.survival import fingerprint
 from migproxy.takeover import AdoptedProxy, take_over
 from migproxy.target import PortRange, Target
+from migproxy.text import printable
 from migproxy.traffic import Progress
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
@@ -115,7 +116,7 @@ class Node:
         self._void: set[str] = set()  # those whose announcement is to go
         self._withdrawing: dict[str, asyncio.Task[None]] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # one request at a time for each
-        self._ended: Retention[Key] = Retention(options.retention, self._clock)
+        self._ended: Retention[Key] = Retention(options.retention, lambda key: key[0].vmi_uid, self._clock)
         self._adopted: dict[survival.Key, AdoptedProxy] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._next_start: asyncio.TimerHandle | None = None
@@ -271,7 +272,8 @@ class Node:
 
     def _is_over(self, adopted: AdoptedProxy) -> bool:
         """Whether a migration that nothing is planned for has ended; a VMI that cannot be read now says nothing."""
-        return adopted.migration.vmi_uid in self._vmis or not self._inventory.problems
+        uid = adopted.migration.vmi_uid
+        return uid in self._vmis or not self._inventory.may_hide(uid)
 
     def _note_held(self, held: Mapping[Key, Held]) -> None:
         for (migration, role), item in held.items():
@@ -495,7 +497,7 @@ class Node:
 
     @property
     def checks(self) -> dict[str, str | None]:
-        """What a ready node needs, by name: None where it is well, else what is wrong and what to do."""
+        """What a ready node needs, by name: None where it is well, else what is wrong and what to do; printable."""
         problems = self.problems
         checks = {
             "synchronised": problems.pop("inventory", None),
@@ -507,7 +509,7 @@ class Node:
         tls = self._around.security.report()
         if tls["mode"] != "plaintext":
             checks["certificates"] = rows.certificate_problem(tls)
-        return checks
+        return {name: printable(problem) if problem else None for name, problem in checks.items()}
 
     @property
     def queue_depth(self) -> int:
@@ -562,6 +564,7 @@ class Node:
             "draining": self.draining,
             "checks": checks,
             "problems": self.problems,
+            "flaws": rows.flaws(inventory.flaws),
             "relay": self._around.relay.report(),
             "address": str(self.address.addresses[0]) if self.address and self.address.addresses else None,
             "vmis": len(self._vmis),
@@ -569,6 +572,7 @@ class Node:
             "watch": asdict(inventory.health) if isinstance(inventory, WatchReporter) else None,
             "tls": self._around.security.report(),
             "beside": {} if self.is_beside else None,
+            "ended_dropped": self._ended.dropped,
             "migrations": held + self._report_ended_and_running(),
         }
 

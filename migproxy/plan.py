@@ -319,7 +319,7 @@ class _Planner:
         launcher, key = self._launcher(vmi), _checked(vmi.source_key(), "the VMI's UID")
         if self.beside:
             return self._source_beside(vmi, migration, self.beside, launcher, key)
-        address, ports, unknown = _published_to_source(vmi, migration)
+        address, ports, unknown = self._published_to_source(vmi, migration)
         return SourceProxy(
             migration=_identity(vmi),
             launcher=launcher,
@@ -338,6 +338,8 @@ class _Planner:
         """A source whose sockets stand over virt-handler's: those are made, in their time, for any channel."""
         running = migration.start is not None
         announced, why, reason = _where_announced(vmi)
+        if announced and (wrong := self._unreachable(announced.address)):
+            announced, why, reason = None, wrong, Reason.MALFORMED
         stays_out = out_reason = None
         if running:
             stays_out, out_reason = "the migration had started when this node saw it", Reason.STARTED
@@ -392,6 +394,9 @@ class _Planner:
         if started and announced is None:
             why = "the migration had started before this node could announce where it listens"
             return Bypassed(_identity(vmi), Role.TARGET, Reason.STARTED, why)
+        if started and announced and self._own and announced.address not in self._own:
+            why = f"what is announced, {announced.address}, is not an address of this node"
+            return Bypassed(_identity(vmi), Role.TARGET, Reason.MALFORMED, why)
         if started and announced:
             address = announced.address
         elif beside.why_not and beside.starting:
@@ -412,6 +417,34 @@ class _Planner:
             beside=True,
             announce=not started,
         )
+
+    def _published_to_source(self, vmi: VMI, migration: MigrationState) -> tuple[IPAddress, PortMap, tuple[str, ...]]:
+        text, raw = migration.target_node_address, migration.target_ports
+        if vmi.is_decentralized() and (other := migration.target_state):
+            # The target is another VMI, in another cluster: its side of the status tells (virt-handler).
+            text, raw = other.node_address, raw if other.ports is None else other.ports
+        missing = [what for what, value in (("address", text), ("ports", raw)) if value is None]
+        if text is None or raw is None:
+            raise _Hold(f"waiting for the target to publish its {' and '.join(missing)}", error=False)
+        try:
+            address = parse_address(text)
+            if wrong := self._unreachable(address):
+                raise AddressError(wrong)
+            return address, parse_port_map(raw), _unknown_channels(raw)
+        except (AddressError, PortMapError) as error:
+            raise _Hold(f"what the target published cannot be used: {error}", error=True) from None
+
+    def _unreachable(self, target: IPAddress) -> str | None:
+        """Why a source here cannot reach a target: it names this node's own loopback. Nodes of a laboratory may."""
+        if not target.is_loopback or any(own.is_loopback for own in self._own):
+            return None
+        return f"{target} is a loopback address, and this node's own migration address is not"
+
+    @property
+    def _own(self) -> set[IPAddress]:
+        """Every migration address that this node is known to have."""
+        now = {self.beside.address} if self.beside and self.beside.address else set()
+        return {*self.own_addresses, *now}
 
     def _launcher(self, vmi: VMI) -> Launcher:
         pods = sorted(pod for pod, node in vmi.active_pods.items() if node == self.node)
@@ -486,20 +519,6 @@ def _checked(uid: str, what: str) -> str:
         return check_key(uid)
     except ProxyKeyError as error:
         raise _Hold(f"{what} must not be used in a path: {error}", error=True) from None
-
-
-def _published_to_source(vmi: VMI, migration: MigrationState) -> tuple[IPAddress, PortMap, tuple[str, ...]]:
-    text, raw = migration.target_node_address, migration.target_ports
-    if vmi.is_decentralized() and (other := migration.target_state):
-        # The target is another VMI, in another cluster: its side of the status tells (virt-handler).
-        text, raw = other.node_address, raw if other.ports is None else other.ports
-    missing = [what for what, value in (("address", text), ("ports", raw)) if value is None]
-    if text is None or raw is None:
-        raise _Hold(f"waiting for the target to publish its {' and '.join(missing)}", error=False)
-    try:
-        return parse_address(text), parse_port_map(raw), _unknown_channels(raw)
-    except (AddressError, PortMapError) as error:
-        raise _Hold(f"what the target published cannot be used: {error}", error=True) from None
 
 
 def _published_by_us(migration: MigrationState, running: bool) -> PortMap | None:

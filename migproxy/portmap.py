@@ -5,7 +5,6 @@ Pure: nothing here opens a file or a socket.
 
 import ipaddress
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from enum import IntEnum
 from itertools import islice
 from typing import Self, TypeAlias
 from urllib.parse import quote, unquote
+
+from migproxy.text import excerpt
 
 IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -104,7 +105,7 @@ def parse_port_map(raw: object) -> PortMap:
         PortMapError: the map is unusable; nothing of it is guessed.
     """
     if not isinstance(raw, Mapping):
-        raise PortMapError(f"the port map is {_shown(raw)}, not a mapping of ports to channels")
+        raise PortMapError(f"the port map is {excerpt(raw)}, not a mapping of ports to channels")
     if not raw:
         raise PortMapError("the port map is empty")
     ports: dict[Channel, int] = {}
@@ -123,7 +124,7 @@ def parse_port_map(raw: object) -> PortMap:
 def unknown_channels(raw: object) -> str | None:
     """The first channel numbers of a port map that are not known here, for people; None where there are none."""
     values = raw.values() if isinstance(raw, Mapping) else ()
-    return ", ".join(_shown(value) for value in islice(filter(_is_unknown, values), 5)) or None
+    return ", ".join(excerpt(value) for value in islice(filter(_is_unknown, values), 5)) or None
 
 
 def salvage_port_map(raw: object) -> PortMap | None:
@@ -145,11 +146,11 @@ def salvage_port_map(raw: object) -> PortMap | None:
 def _parse_entry(key: object, value: object) -> tuple[int, Channel]:
     digits = str(key) if type(key) is int and 0 <= key < 1_000_000 else key
     if not isinstance(digits, str) or not re.fullmatch(r"0|[1-9][0-9]*", digits):
-        raise PortMapError(f"the port map's key {_shown(key)} is not a decimal port number")
+        raise PortMapError(f"the port map's key {excerpt(key)} is not a decimal port number")
     if len(digits) > 5 or not 1 <= int(digits) <= 65535:
-        raise PortMapError(f"port {_shown(key)} is outside 1-65535")
+        raise PortMapError(f"port {excerpt(key)} is outside 1-65535")
     if isinstance(value, bool) or not isinstance(value, int):
-        raise PortMapError(f"port {digits} has the channel {_shown(value)}, which is not an integer")
+        raise PortMapError(f"port {digits} has the channel {excerpt(value)}, which is not an integer")
     return int(digits), Channel(value)
 
 
@@ -157,28 +158,43 @@ def _is_unknown(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value not in set(Channel)
 
 
-def _shown(value: object) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer beyond Python's limit of 4300 digits
-        return "a huge number"
-
-
 def parse_address(text: str) -> IPAddress:
-    """Read an address from a VMI's status; an IPv6 address may stand in brackets.
+    """Read the address of a migration's target; an IPv6 address may stand in brackets.
+
+    An IPv4-mapped IPv6 address is read as the IPv4 address that the kernel takes it for. Loopback addresses pass: who
+    may migrate there is the plan's to say.
 
     Raises:
-        AddressError: a host name, anything else that is no address, or an address nobody can listen at.
+        AddressError: a host name, anything else that is no address, or an address that no target has: unspecified,
+            multicast, broadcast, reserved, or link-local, but for an IPv6 one with the zone to reach it by.
     """
     bracketed = text.startswith("[") and text.endswith("]")
     try:
         address: IPAddress
         address = ipaddress.IPv6Address(text[1:-1]) if bracketed else ipaddress.ip_address(text)
     except ValueError:
-        raise AddressError(f"{_shown(text)} is not an IP address") from None
-    if address.is_unspecified or address.is_multicast:
+        raise AddressError(f"{excerpt(text)} is not an IP address") from None
+    address = unmapped(address)
+    zone = getattr(address, "scope_id", None)
+    if zone and not (address.is_link_local and _ZONE.fullmatch(zone)):
+        raise AddressError(f"{excerpt(text)} has a zone: only an interface's name, at a link-local address, may be one")
+    if address.is_link_local and not zone:
+        zoned = ": give its zone too, such as %migration0" if address.version == 6 else ""
+        raise AddressError(f"{address} is link-local, which no migration target is{zoned}")
+    # Reserved by IPv4 is 240.0.0.0/4, which some clusters use.
+    is_reserved = (
+        any(address in network for network in _NOBODY)
+        if address.version == 4
+        else address.is_reserved and not address.is_loopback
+    )
+    if address.is_multicast or is_reserved:
         raise AddressError(f"{address} is not the address of a node")
     return address
+
+
+def unmapped(address: IPAddress) -> IPAddress:
+    """The IPv4 address that an IPv4-mapped IPv6 address stands for (RFC 4291, 2.5.5.2); any other, as it is."""
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def check_key(key: str) -> str:
@@ -190,10 +206,10 @@ def check_key(key: str) -> str:
         ProxyKeyError: characters that no Kubernetes UID has, "." or "..", or too long for a socket's path.
     """
     if not re.fullmatch(r"[A-Za-z0-9._-]+", key) or key in (".", ".."):
-        raise ProxyKeyError(f"{_shown(key)} is not a UID: only letters, digits, '-', '.' and '_' may be in it")
+        raise ProxyKeyError(f"{excerpt(key)} is not a UID: only letters, digits, '-', '.' and '_' may be in it")
     if len(key) > MAX_KEY_LENGTH:
         raise ProxyKeyError(
-            f"{_shown(key)} has {len(key)} characters; more than {MAX_KEY_LENGTH} do not fit a socket's path"
+            f"{excerpt(key)} has {len(key)} characters; more than {MAX_KEY_LENGTH} do not fit a socket's path"
         )
     return key
 
@@ -222,6 +238,8 @@ def target_socket_path(key: str, channel: Channel, libvirt_socket: str = LIBVIRT
     return f"{MIGRATION_PROXY_DIR}/{source_socket_name(key, channel)}"
 
 
+_ZONE = re.compile(r"[A-Za-z0-9._-]{1,15}")  # what the kernel allows, and people use, of IFNAMSIZ
+_NOBODY = (ipaddress.IPv4Network("0.0.0.0/8"), ipaddress.IPv4Network("255.255.255.255"))  # RFC 6890, 2.2.2
 _NO_URI_CHARACTER = re.compile(r"[^A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]")
 _DRIVER = re.compile(r"[A-Za-z][A-Za-z0-9.-]*")
 _AUTHORITY = re.compile(r"(?:(?P<user>.*)@)?(?P<host>\[.*\]|[^:\[]*)(?::(?P<port>.*))?")

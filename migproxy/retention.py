@@ -11,6 +11,8 @@ from migproxy.traffic import Progress
 
 MOST = 200
 """Ended migrations kept at most, so that what is exported is bounded whatever the number of migrations."""
+MOST_OF_ONE = 10
+"""Those of one VMI: whoever may edit it can end as many as they like."""
 
 K = TypeVar("K")
 
@@ -33,14 +35,20 @@ class Retention(Generic[K]):
 
     Attributes:
         seconds: How long each is kept.
+        dropped: How many went before their time, because there were too many.
 
     Args:
         seconds: See above.
+        owner: Of a key, whose number is bounded too: the VMI.
         clock: Seconds that only go forward.
     """
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, seconds: float, owner: Callable[[K], object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.seconds = seconds
+        self.dropped = 0
+        self._owner = owner
         self._clock = clock
         self._kept: dict[K, tuple[float, Ended]] = {}
 
@@ -49,6 +57,11 @@ class Retention(Generic[K]):
         self._kept.pop(key, None)
         self._kept[key] = self._clock(), ended
         self._expire()
+        mine = [other for other in self._kept if self._owner(other) == self._owner(key)]
+        surplus = mine[:-MOST_OF_ONE] or list(self._kept)[:-MOST]
+        for other in surplus:
+            del self._kept[other]
+        self.dropped += len(surplus)
 
     def take(self, key: K) -> Ended | None:
         """Lets go of what a proxy left, because another one goes on in its place."""
@@ -64,5 +77,3 @@ class Retention(Generic[K]):
         horizon = self._clock() - self.seconds
         for key in [key for key, (at, _) in self._kept.items() if at < horizon]:
             del self._kept[key]
-        while len(self._kept) > MOST:
-            del self._kept[next(iter(self._kept))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 from migproxy.plan import Bypassed, Migration, Role
@@ -12,6 +13,8 @@ from migproxy.source import Source
 from migproxy.takeover import AdoptedProxy
 from migproxy.target import Target
 from migproxy.traffic import Traffic
+
+_FLAWS = 20  # that are shown: whoever may create VMIs may create many
 
 
 def certificate_problem(tls: Mapping[str, Any]) -> str | None:
@@ -28,6 +31,15 @@ def certificate_problem(tls: Mapping[str, Any]) -> str | None:
     ]
     told = [tls.get("problem"), *tls.get("problems", {}).values(), *expired]
     return "; ".join(dict.fromkeys(problem for problem in told if problem)) or None
+
+
+def flaws(found: Mapping[str, str]) -> dict[str, Any]:
+    """How many VMIs and documents cannot be read, and the first of them by where they are.
+
+    Args:
+        found: What the inventory tells of them.
+    """
+    return {"count": len(found), "first": dict(islice(found.items(), _FLAWS))}
 
 
 def bypass(item: Bypassed) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from migproxy.retention import MOST, MOST_OF_ONE
+from migproxy.text import printable_values
+
 _HEADINGS = (
     "MIGRATION",
     "ROLE",
@@ -24,14 +27,16 @@ _HEADINGS = (
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """Renders what the daemon reports, one line per channel of a migration.
+    """Renders what the daemon reports, one line per channel of a migration; no text in it controls the terminal.
 
     Args:
         report: As `Node.report` makes it.
     """
+    report = printable_values(report)
     state = "draining" if report["draining"] else "ready" if report["ready"] else "NOT READY"
     lines = [f"node {report['node']}, migration address {report['address'] or 'none'}, {state}"]
     lines += [f"  {name}: {problem}" for name, problem in report["problems"].items()]
+    lines += _flaws(report["flaws"])
     if cluster := report.get("cluster"):
         lines += _cluster(cluster)
     if (beside := report.get("beside")) is not None:
@@ -42,6 +47,10 @@ def render(report: Mapping[str, Any]) -> str:
             )
     lines += _security(report["tls"])
     lines += _relay(report["relay"])
+    if dropped := report["ended_dropped"]:
+        lines.append(
+            f"ended migrations: {dropped} are not shown any more; at most {MOST_OF_ONE} of a VMI and {MOST} in all are"
+        )
     if not report["migrations"]:
         return "\n".join([*lines, "no migrations"])
     rows = [_HEADINGS, *(row for migration in report["migrations"] for row in _rows(migration))]
@@ -57,6 +66,14 @@ def render(report: Mapping[str, Any]) -> str:
             if migration.get(label):
                 lines.append(f"{_name(migration)} ({migration['role']}): {migration[label]}")
     return "\n".join(lines)
+
+
+def _flaws(flaws: Mapping[str, Any]) -> Iterator[str]:
+    """VMIs that cannot be read, which is nothing against the node."""
+    for where, why in flaws["first"].items():
+        yield f"  cannot be read: {where}: {why}"
+    if more := flaws["count"] - len(flaws["first"]):
+        yield f"  cannot be read: {more} more"
 
 
 def _because(reason: str) -> str:

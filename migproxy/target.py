@@ -21,6 +21,8 @@ from migproxy.sockets import PortTaken, listen_tcp
 from migproxy.survival import LeftListener
 from migproxy.tls import Meeting
 
+_FIRST_UNPRIVILEGED = 1024  # net.ipv4.ip_unprivileged_port_start, unless somebody lowers it
+
 
 @dataclass(slots=True)
 class PortRange:
@@ -36,6 +38,10 @@ class PortRange:
 
     def __str__(self) -> str:
         return f"{self.low}-{self.high}" if self.low else "the kernel's choice"
+
+    def __contains__(self, port: int) -> bool:
+        """Whether a port may be listened on because a status names it; the kernel would choose no privileged one."""
+        return self.low <= port <= self.high if self.low else port >= _FIRST_UNPRIVILEGED
 
     def candidates(self) -> Iterator[int]:
         """Every port to try, beginning after the last one taken: a port just closed is not reused at once."""
@@ -194,7 +200,19 @@ class Target(Proxy):
         """Binds the port that was promised, or any that is free."""
         tcp = self.around.tcp
         try:
-            if port is not None:
+            if port is not None and port not in self._range:
+                # Whoever may write the status may name any port. One that an earlier daemon left is not bound anew.
+                allowed = f"--port-range {self._range}" if self._range.low else f"{_FIRST_UNPRIVILEGED}-65535"
+                if self.plan.running:
+                    raise ProxyError(
+                        f"channel {channel.label}: port {port} is published, is outside {allowed} and is not listened "
+                        "on, and the migration has started with it: abort it and start it anew"
+                    )
+                self.log.warning(
+                    "published port is outside the range, choosing another",
+                    channel=channel.label, port=port, range=allowed,
+                )  # fmt: skip
+            elif port is not None:
                 try:
                     return listen_tcp(address, port, tcp)
                 except PortTaken as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from migproxy.status import duration, milliseconds, size
+from migproxy.text import printable_values
 
 Report = Mapping[str, Any]
 
@@ -128,7 +129,7 @@ def _key(seconds: float) -> str:
 
 
 def picture(report: Report, columns: int, lines: int | None, sort: str, style: Style) -> list[str]:
-    """One picture of the report.
+    """One picture of the report; no text in it controls the terminal.
 
     Args:
         report: As `Node.report` makes it.
@@ -136,6 +137,7 @@ def picture(report: Report, columns: int, lines: int | None, sort: str, style: S
         sort: One of `SORTS`' values.
         style: What the terminal can show.
     """
+    report = printable_values(report)
     width = max(columns, 72)
     migrations = sorted(report["migrations"], key=_order(sort))
     head = [*_node(report, migrations, style), "", style.paint(_BOLD, _row(_HEADINGS, width))]
@@ -166,7 +168,7 @@ def _node(report: Report, migrations: Sequence[Report], style: Style) -> list[st
     )
     title = f"migproxy {report['node']}  {report['address'] or 'no address'}  "
     line = style.paint(_BOLD, title) + style.paint(_GREEN if report["ready"] else _RED, state)
-    problems = [style.paint(_RED, _clean(f"  {name}: {why}")) for name, why in report["problems"].items()]
+    problems = [style.paint(_RED, f"  {name}: {why}") for name, why in report["problems"].items()]
     return [f"{line}  {size(total)}/s", *problems, counts or "idle"]
 
 
@@ -174,7 +176,7 @@ def _migration(one: Report, most: float, width: int, style: Style) -> list[str]:
     channels = one.get("channels") or []
     total = sum(channel["bytes_sent"] + channel["bytes_received"] for channel in channels)
     cells = (
-        _clean(f"{one['namespace']}/{one['name']}"),
+        f"{one['namespace']}/{one['name']}",
         one["role"],
         one["state"],
         duration(one.get("age_seconds")),
@@ -186,7 +188,7 @@ def _migration(one: Report, most: float, width: int, style: Style) -> list[str]:
     if one.get("history") and one["state"] == "running":
         block.append(_bars(one, most, width, style))
     if why := one.get("error") or (one.get("last_error") if one["state"] != "ended" else None):
-        block.append(style.paint(_RED, f"  {_clean(why)}"[:width]))
+        block.append(style.paint(_RED, f"  {why}"[:width]))
     return block
 
 
@@ -208,11 +210,6 @@ def _bars(one: Report, most: float, width: int, style: Style) -> str:
     spark = "".join(levels[min(len(levels) - 1, -(-rate * (len(levels) - 1) // peak))] for rate in history)
     filled = round(_BAR * _rate(one) / most) if most else 0
     return f"  {full * filled}{empty * (_BAR - filled)}  {spark.ljust(room)}  {tail}"
-
-
-def _clean(text: str) -> str:
-    """Names and errors come from VMIs that others write: nothing in them reaches the terminal as a control."""
-    return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in text)
 
 
 def _row(cells: Sequence[str], width: int) -> str:

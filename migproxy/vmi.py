@@ -1,21 +1,30 @@
 """The few fields of a VirtualMachineInstance that migproxy reads, and the role predicates.
 
-Pure. Everything else in the document is ignored, whatever its type.
+Pure. Everything else in the document is ignored, whatever its type. Whoever may edit a VMI may be hostile: what is
+read is bounded, and no name, UID or text has a character that Kubernetes would not take there.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
 
 from migproxy.announcement import TARGET_ANNOTATION
+from migproxy.text import excerpt
 
 TARGET_NODE_LABEL = "kubevirt.io/migrationTargetNodeName"
 MIGRATION_TARGET_ANNOTATION = "kubevirt.io/create-migration-target"
 UNIX_TRANSPORT = "Unix"
 BLOCK_MIGRATION = "BlockMigration"
 FINAL_PHASES = ("Succeeded", "Failed")
+
+MAX_PODS: Final = 64
+"""Of status.activePods. A VMI has one pod, and a second one while it migrates."""
+MAX_PORTS: Final = 64
+"""Of a port map. A migration has three channels."""
+MAX_TEXT: Final = 1024
+"""Characters of any other string: annotations, addresses."""
 
 
 class InvalidVMI(ValueError):
@@ -30,7 +39,7 @@ class SideState:
         vmi_uid: virtualMachineInstanceUID.
         sync_address: where that side's cluster synchronises a decentralized migration.
         node_address: nodeAddress, as it stands there.
-        ports: directMigrationNodePorts, unparsed.
+        ports: directMigrationNodePorts, unparsed; see MigrationState.target_ports.
     """
 
     vmi_uid: str | None
@@ -45,24 +54,19 @@ class MigrationState:
 
     Args:
         target_node_address: as it stands there.
-        target_ports: targetDirectMigrationNodePorts, unparsed, so that a malformed map does not hide the VMI.
-        start, end: aware datetimes.
+        target_ports: targetDirectMigrationNodePorts, unparsed, so that a malformed map does not hide the VMI; what is
+            neither a mapping nor a number or short text in it is replaced by an excerpt.
+        start, end: in UTC; what lies outside the years 1 to 9999 is the first or last moment of those.
     """
 
     migration_uid: str | None
     source_node: str | None
-    source_pod: str | None
-    target_node: str | None
-    target_pod: str | None
     target_node_address: str | None
     target_ports: object
     start: datetime | None
     end: datetime | None
     completed: bool
     failed: bool
-    abort_requested: bool
-    abort_status: str | None
-    mode: str | None
     source_state: SideState | None
     target_state: SideState | None
 
@@ -140,10 +144,6 @@ class VMI:
             migration is not None and migration.start is not None and migration.start <= now and migration.end is None
         )
 
-    def is_aborting(self) -> bool:
-        """An abort was asked for, and the source has not reported its end."""
-        return self.migration is not None and self.migration.abort_requested and not self.is_done()
-
     def uses_block(self) -> bool:
         """Disks are copied too, so that the block channel is needed."""
         return self.migration_method == BLOCK_MIGRATION or self.migrated_volumes
@@ -174,14 +174,15 @@ class VMI:
 def parse(document: Mapping[str, Any]) -> VMI:
     """Read a VMI as kubectl prints it, or as the API sends it.
 
-    A null is as good as a missing field, and so is an empty string. Times are RFC 3339 strings, or what a
-    YAML loader makes of them: datetimes (naive ones are UTC) or Unix seconds.
+    A null is as good as a missing field, and so is an empty string. Times are RFC 3339 strings as Go reads them
+    (Kubernetes), or what a YAML loader makes of them: datetimes (naive ones are UTC) or Unix seconds.
 
     Args:
         document: the whole object, metadata and status.
 
     Raises:
-        InvalidVMI: a field that is needed is missing or of a wrong type; the message has namespace/name.
+        InvalidVMI: a field that is needed is missing, of a wrong type, too large, or has characters that are not
+            allowed there; the message has namespace/name, and is short and printable whatever the document holds.
     """
     try:
         return _parse(_Fields(document))
@@ -193,15 +194,15 @@ def _parse(vmi: "_Fields") -> VMI:
     metadata, status = vmi.fields("metadata"), vmi.fields("status")
     migration = status.fields("migrationState")
     return VMI(
-        namespace=metadata.object_name("namespace", default="default"),
-        name=metadata.object_name("name"),
-        uid=metadata.required_text("uid"),
-        target_node_label=metadata.fields("labels").text(TARGET_NODE_LABEL),
+        namespace=metadata.required("namespace", _NAMESPACE, default="default"),
+        name=metadata.required("name", _OBJECT_NAME),
+        uid=metadata.required("uid", _UID),
+        target_node_label=metadata.fields("labels").text(TARGET_NODE_LABEL, _NODE_NAME),
         created_for_migration=metadata.fields("annotations").text(MIGRATION_TARGET_ANNOTATION) == "true",
         deleted=metadata.time("deletionTimestamp") is not None,
         phase=status.text("phase"),
-        node_name=status.text("nodeName"),
-        active_pods=status.fields("activePods").texts(),
+        node_name=status.text("nodeName", _NODE_NAME),
+        active_pods=status.fields("activePods").pods(),
         migration_transport=status.text("migrationTransport"),
         migration_method=status.text("migrationMethod"),
         migrated_volumes=status.has_items("migratedVolumes"),
@@ -212,20 +213,14 @@ def _parse(vmi: "_Fields") -> VMI:
 
 def _parse_migration(migration: "_Fields") -> MigrationState:
     return MigrationState(
-        migration_uid=migration.text("migrationUid"),
-        source_node=migration.text("sourceNode"),
-        source_pod=migration.text("sourcePod"),
-        target_node=migration.text("targetNode"),
-        target_pod=migration.text("targetPod"),
+        migration_uid=migration.text("migrationUid", _UID),
+        source_node=migration.text("sourceNode", _NODE_NAME),
         target_node_address=migration.text("targetNodeAddress"),
-        target_ports=migration.raw("targetDirectMigrationNodePorts"),
+        target_ports=migration.ports("targetDirectMigrationNodePorts"),
         start=migration.time("startTimestamp"),
         end=migration.time("endTimestamp"),
         completed=migration.flag("completed"),
         failed=migration.flag("failed"),
-        abort_requested=migration.flag("abortRequested"),
-        abort_status=migration.text("abortStatus"),
-        mode=migration.text("mode"),
         source_state=_parse_side(migration.fields("sourceState")),
         target_state=_parse_side(migration.fields("targetState")),
     )
@@ -235,11 +230,39 @@ def _parse_side(side: "_Fields") -> SideState | None:
     if not side.present:
         return None
     return SideState(
-        vmi_uid=side.text("virtualMachineInstanceUID"),
+        vmi_uid=side.text("virtualMachineInstanceUID", _UID),
         sync_address=side.text("syncAddress"),
         node_address=side.text("nodeAddress"),
-        ports=side.raw("directMigrationNodePorts"),
+        ports=side.ports("directMigrationNodePorts"),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a string may be.
+
+    Args:
+        pattern: of all of it.
+        longest: its characters at most.
+        what: for people: it "is not ...".
+    """
+
+    pattern: re.Pattern[str]
+    longest: int
+    what: str
+
+
+_TEXT = _Kind(re.compile(r".*", re.DOTALL), MAX_TEXT, f"a text of at most {MAX_TEXT} printable characters")
+# To Kubernetes a UID is opaque; its own are UUIDs. Files may have shorter ones.
+_UID = _Kind(re.compile(r"[A-Za-z0-9._-]+"), 128, "a UID: letters, digits, '-', '_' and '.', at most 128")
+_NODE_NAME = _Kind(re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*"), 253, "the name of a node")
+# RFC 1123 by way of k8s.io/apimachinery/pkg/util/validation: a subdomain, and a label.
+_OBJECT_NAME = _Kind(
+    re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"),
+    253,
+    "the name of a Kubernetes object",
+)
+_NAMESPACE = _Kind(re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"), 63, "the name of a Kubernetes namespace")
 
 
 class _FieldError(ValueError):
@@ -260,40 +283,47 @@ class _Fields:
             raise _FieldError(f"{path or 'the document'} must be a mapping, not {_kind(values)}")
         self._values: Mapping[Any, Any] = values
 
-    def raw(self, name: str) -> object:
-        return self._values.get(name)
-
     def fields(self, name: str) -> "_Fields":
         return _Fields(self._values.get(name), self._at(name))
 
-    def text(self, name: str) -> str | None:
+    def text(self, name: str, kind: _Kind = _TEXT) -> str | None:
         value = self._values.get(name)
         if value is None or value == "":
             return None
         if not isinstance(value, str):
             raise _FieldError(f"{self._at(name)} must be a string, not {_kind(value)} (in YAML, quote it)")
+        if not _is(value, kind):
+            raise _FieldError(f"{self._at(name)} is not {kind.what}: {excerpt(value)}")
         return value
 
-    def required_text(self, name: str, default: str | None = None) -> str:
-        value = self.text(name) or default
+    def required(self, name: str, kind: _Kind, default: str | None = None) -> str:
+        value = self.text(name, kind) or default
         if value is None:
             raise _FieldError(f"{self._at(name)} is missing")
         return value
 
-    def object_name(self, name: str, default: str | None = None) -> str:
-        """A name that the API server would take: it may stand in a path (--launcher-run-dir)."""
-        value = self.required_text(name, default)
-        if len(value) > 253 or not _OBJECT_NAME.fullmatch(value):
-            raise _FieldError(f"{self._at(name)} is not the name of a Kubernetes object")
-        return value
+    def pods(self) -> dict[str, str]:
+        """The whole mapping, of pods' UIDs to nodes' names; entries that are null are left out."""
+        self._limit("pods", self._values, MAX_PODS)
+        for uid in self._values:
+            if not isinstance(uid, str):
+                raise _FieldError(f"{self._path} has a key that is no string but {_kind(uid)} (quote it)")
+            if not _is(uid, _UID):
+                raise _FieldError(f"{self._path} has a key that is not {_UID.what}: {excerpt(uid)}")
+        nodes = {uid: self.text(uid, _NODE_NAME) for uid in self._values}
+        return {uid: node for uid, node in nodes.items() if node is not None}
 
-    def texts(self) -> dict[str, str]:
-        """The whole mapping, of strings to strings; entries that are null are left out."""
-        for name in self._values:
-            if not isinstance(name, str):
-                raise _FieldError(f"{self._path} has a key that is no string but {_kind(name)} (quote it)")
-        values = {name: self.text(name) for name in self._values}
-        return {name: value for name, value in values.items() if value is not None}
+    def ports(self, name: str) -> object:
+        """A port map as it stands there, but for what no port map has."""
+        value = self._values.get(name)
+        if not isinstance(value, Mapping):
+            return _bounded(value)
+        self._limit(f"entries in {name}", value, MAX_PORTS)
+        return {_bounded(port): _bounded(channel) for port, channel in value.items()}
+
+    def _limit(self, what: str, values: Mapping[Any, Any], most: int) -> None:
+        if len(values) > most:
+            raise _FieldError(f"{self._path} has {len(values)} {what}; more than {most} are not read")
 
     def flag(self, name: str) -> bool:
         value = self._values.get(name)
@@ -312,23 +342,69 @@ class _Fields:
         if value is None or value == "":
             return None
         try:
-            time = _read_time(value)
+            return _read_time(value)
         except (ValueError, OverflowError, OSError):
             raise _FieldError(f"{self._at(name)} is not a time such as 2026-08-01T12:00:00Z") from None
-        return time if time.tzinfo else time.replace(tzinfo=UTC)
 
     def _at(self, name: str) -> str:
         return f"{self._path}.{name}" if self._path else name
 
 
-def _read_time(value: object) -> datetime:
-    if isinstance(value, datetime):
+def _is(value: str, kind: _Kind) -> bool:
+    return len(value) <= kind.longest and value.isprintable() and bool(kind.pattern.fullmatch(value))
+
+
+def _bounded(value: object) -> object:
+    """A number or a short text itself, an excerpt of anything else."""
+    if value is None or isinstance(value, (bool, float)):
         return value
+    is_short = value.bit_length() <= 64 if isinstance(value, int) else isinstance(value, str) and _is(value, _TEXT)
+    return value if is_short else excerpt(value)
+
+
+_RFC_3339: Final = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:[.,](\d+))?(?:[Zz]|([+-])(\d\d):([0-5]\d))", re.ASCII
+)
+
+
+def _read_time(value: object) -> datetime:
+    """A time in UTC, whatever its year.
+
+    Raises:
+        ValueError, OverflowError, OSError: it is no time.
+    """
+    if isinstance(value, str) and len(value) <= MAX_TEXT and (match := _RFC_3339.fullmatch(value)):
+        return _rfc_3339(*match.groups())
     if isinstance(value, str):
-        return datetime.fromisoformat(value)
+        value = datetime.fromisoformat(value)
+    if isinstance(value, datetime):
+        return _shifted(value.replace(tzinfo=None), value.utcoffset() or timedelta())
     if isinstance(value, int) and not isinstance(value, bool):
         return datetime.fromtimestamp(value, UTC)
     raise ValueError(value)
+
+
+def _rfc_3339(
+    year: str, month: str, day: str, hour: str, minute: str, second: str, fraction: str | None,
+    sign: str | None, hours: str | None, minutes: str | None,
+) -> datetime:  # fmt: skip
+    # A leap second is as good as the one before it. Year 0, which datetime does not have, is a leap year as 4 is.
+    parts = (int(month), int(day), int(hour), int(minute), 59 if second == "60" else int(second))
+    local = datetime(int(year) or 4, *parts, int((fraction or "0")[:6].ljust(6, "0")))  # noqa: DTZ001 - shifted below
+    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
+    if offset > timedelta(hours=24):
+        raise ValueError("no zone is further from UTC than a day")
+    return _FIRST if not int(year) else _shifted(local, -offset if sign == "-" else offset)
+
+
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+
+
+def _shifted(local: datetime, offset: timedelta) -> datetime:
+    try:
+        return (local - offset).replace(tzinfo=UTC)
+    except OverflowError:
+        return _FIRST if offset > timedelta() else _LAST
 
 
 def _kind(value: object) -> str:
@@ -341,7 +417,8 @@ def _who(document: object) -> str:
     namespace, name = values.get("namespace"), values.get("name")
     if not isinstance(name, str):
         return "without a name"
-    return f"{namespace if isinstance(namespace, str) else 'default'}/{name}"
+    return f"{_shown(namespace, _NAMESPACE) if isinstance(namespace, str) else 'default'}/{_shown(name, _OBJECT_NAME)}"
 
 
-_OBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+def _shown(name: str, kind: _Kind) -> str:
+    return name if _is(name, kind) else excerpt(name)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from migproxy.text import printable
+
 
 class Level(StrEnum):
     """How bad a finding is; only FAIL keeps migrations from working."""
@@ -34,7 +36,7 @@ class Finding:
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """The findings for people, and a last line that sums them up."""
+    """The findings for people, and a last line that sums them up; no text in them controls the terminal."""
     width = max((len(one.check) for one in findings), default=0)
     lines = []
     for one in findings:
@@ -42,4 +44,5 @@ def render(findings: Sequence[Finding]) -> str:
         if one.remedy:
             lines.append(f"{'':4}  {'':{width}}  -> {one.remedy}")
     failed, warned = (sum(one.level is level for one in findings) for level in (Level.FAIL, Level.WARN))
-    return "\n".join([*lines, f"{len(findings)} checks: {failed} failed, {warned} warnings"])
+    lines.append(f"{len(findings)} checks: {failed} failed, {warned} warnings")
+    return "\n".join(printable(line) for line in lines)

@@ -61,5 +61,21 @@ class Inventory(Protocol):
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """What is wrong now: where it is (a path, path:line, a URL) to what it is; empty when all is well."""
+        """What keeps VMIs from being read or followed now: where it is (a path, a URL) to what it is."""
+        ...
+
+    @property
+    def flaws(self) -> Mapping[str, str]:
+        """What is wrong now with what was read: where it is (path:line, a VMI's UID) to what it is.
+
+        It concerns those VMIs alone, whose last good state stays in force: it says nothing of the node.
+        """
+        ...
+
+    def may_hide(self, uid: str) -> bool:
+        """Whether a VMI that `changes` does not tell of may be there all the same, and only not be readable now.
+
+        Args:
+            uid: the VMI's.
+        """
         ...

@@ -3,6 +3,9 @@
 A text is YAML or JSON (which is YAML's flow style), of one or more documents: VMIs, lists of them as
 kubectl prints them, and objects of other kinds, which are passed over.
 
+Whoever may edit a VMI may be hostile, so the size and depth of a text are bounded. Aliases (*name), merge keys and
+tags (!!int) are not read: kubectl prints none, and a few hundred bytes of them can take all memory.
+
 Scalars resolve as in YAML 1.2: a time, yes, no or 10:20 stay strings. Publishing is an edit of the text at
 the positions that the parser reports, so that comments, quoting, order and indentation stay as they are.
 """
@@ -15,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import yaml
-from yaml.events import CollectionEndEvent, CollectionStartEvent
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 
 from migproxy.inventory.contents import Contents, EditError, Entry, Flaw, SyntaxFlaw
+from migproxy.text import excerpt, printable
 from migproxy.vmi import VMI, InvalidVMI, parse
 
 VMI_KIND: Final = "VirtualMachineInstance"
@@ -26,6 +30,10 @@ LIST_KINDS: Final = {"List": None, f"{VMI_KIND}List": VMI_KIND}
 """Kinds of lists, and the kind of an item that does not say its own (the API leaves it out)."""
 
 MAX_DEPTH: Final = 100
+MAX_REASON: Final = 300
+"""Characters of a parser's complaint, or of a name, that an error repeats."""
+MAX_NODES: Final = 1_000_000
+"""Keys, values and list entries of a text; a VMI has some 600. A million takes 300 MiB, for a moment."""
 
 Published = Mapping[str, str | Mapping[str, int]]
 
@@ -55,7 +63,7 @@ def read(text: str, last: Contents) -> Contents:
             elif kind is None:
                 flaws.append(Flaw("this is no Kubernetes object: it has no kind", line))
             else:
-                ignored.append((line, kind))
+                ignored.append((line, printable(kind[:100])))
     return Contents(tuple(entries), tuple(flaws), tuple(ignored))
 
 
@@ -94,7 +102,7 @@ def publish(text: str, uid: str, migration_uid: str | None, address: str, ports:
             targets_again = _targets(again, uid, migration_uid, address, ports)
         except (SyntaxFlaw, EditError) as error:
             raise EditError(f"an edit would break the file ({error})") from None
-        if not _is_only_difference(documents, targets, again, targets_again, _way(documents, uid)):
+        if not _is_only_difference(documents, targets, again, targets_again):
             raise EditError("an edit would change more than the address and ports")
     return mark + edited
 
@@ -110,7 +118,6 @@ _SCALARS: Final = (
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+", list("-+0123456789")),
     ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("merge", r"<<", ["<"]),
 )
 
 
@@ -170,7 +177,7 @@ def _is_json(body: str) -> bool:
 
 def _compose(body: str) -> list[Node]:
     try:
-        _check_depth(body)
+        _check_size(body)
         loader = _Loader(body)
         try:
             documents = []
@@ -180,25 +187,38 @@ def _compose(body: str) -> list[Node]:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        reason = ": ".join(part for part in (error.context, error.problem) if part)
+        reason = printable(": ".join(part for part in (error.context, error.problem) if part)[:MAX_REASON])
         mark = error.problem_mark or error.context_mark
         last = body.rstrip().count("\n")  # libyaml's marks at the end of the text are a line further
         raise SyntaxFlaw(reason, min(mark.line, last) + 1 if mark else None) from None
     except (yaml.YAMLError, UnicodeError) as error:
-        raise SyntaxFlaw(" ".join(str(error).split()), None) from None
+        raise SyntaxFlaw(printable(" ".join(str(error).split())[:MAX_REASON]), None) from None
 
 
-def _check_depth(body: str) -> None:
-    """Refuse what would overflow the stack of PyYAML's composer, which ends the process (100,000 brackets do)."""
-    depth = 0
+def _check_size(body: str) -> None:
+    """Refuse what would take too much of anything to compose.
+
+    Depth overflows the stack of PyYAML's composer, which ends the process (100,000 brackets do).
+    """
+    depth = nodes = 0
     for event in yaml.parse(body, _Loader):
-        if isinstance(event, CollectionStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH:
-                mark = event.start_mark
-                raise SyntaxFlaw(f"it is nested more than {MAX_DEPTH} levels deep", mark.line + 1 if mark else None)
-        elif isinstance(event, CollectionEndEvent):
+        if isinstance(event, CollectionEndEvent):
             depth -= 1
+        if not isinstance(event, NodeEvent):
+            continue
+        nodes += 1
+        depth += isinstance(event, CollectionStartEvent)
+        wrong = None
+        if isinstance(event, AliasEvent):
+            wrong = f"the alias {excerpt(event.anchor)}: aliases are not read, write the value out"
+        elif isinstance(event, (ScalarEvent, CollectionStartEvent)) and event.tag not in (None, "!"):
+            wrong = f"the tag {excerpt(event.tag)}: tags are not read, leave it out"
+        elif depth > MAX_DEPTH:
+            wrong = f"it is nested more than {MAX_DEPTH} levels deep"
+        elif nodes > MAX_NODES:
+            wrong = f"it has more than {MAX_NODES} keys, values and list entries: split it"
+        if wrong:
+            raise SyntaxFlaw(wrong, event.start_mark.line + 1 if event.start_mark else None)
 
 
 def _objects(documents: list[Node]) -> Iterator[tuple[Node, str | None]]:
@@ -229,9 +249,9 @@ def _construct(node: Node) -> Any:
         return yaml.constructor.SafeConstructor().construct_document(node)
     except yaml.MarkedYAMLError as error:
         where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InvalidVMI(f"VMI {_name(node)}: {error.problem}{where}") from None
-    except (ValueError, LookupError, AttributeError, RecursionError) as error:  # explicit tags
-        raise InvalidVMI(f"VMI {_name(node)}: a value does not fit its tag: {error}") from None
+        raise InvalidVMI(f"VMI {_shown(node)}: {error.problem}{where}") from None
+    except ValueError:  # Python's limit
+        raise InvalidVMI(f"VMI {_shown(node)}: an integer has more than 4300 digits") from None
 
 
 def _pair(mapping: Node | None, name: str) -> tuple[Node, Node] | None:
@@ -265,6 +285,11 @@ def _name(node: Node) -> str:
     return f"{_text(_value(metadata, 'namespace')) or 'default'}/{_text(_value(metadata, 'name'))}"
 
 
+def _shown(node: Node) -> str:
+    """The name for errors, whatever it is."""
+    return printable(_name(node)[:MAX_REASON])
+
+
 def _is_same(vmi: VMI, node: Node) -> bool:
     """By UID; by name where the document has lost its UID."""
     uid = _text(_value(node, "metadata", "uid"))
@@ -292,7 +317,7 @@ def _targets(
         raise EditError("the VMI has no status.migrationState (any more)")
     present = _text(_value(state, "migrationUid"))
     if (present or None) != migration_uid:
-        raise EditError(f"the VMI's migration is {present or 'without a UID'} now")
+        raise EditError(f"the VMI's migration is {printable(present[:MAX_REASON]) if present else 'without a UID'} now")
     targets: list[tuple[MappingNode, Published]] = [
         (state, {"targetDirectMigrationNodePorts": ports, "targetNodeAddress": address})
     ]
@@ -367,8 +392,6 @@ def _replacement(
     step: int,
 ) -> Iterator[_Edit]:
     start, end = old.start_mark.index, _end(old)
-    if start < key.end_mark.index:
-        raise EditError(f"the value of {_text(key)} is an alias of another one")
     if isinstance(new, str):
         space = " " if start == end and text[start - 1] == ":" else ""
         yield _Edit(start, end, space + _quoted(new, old, mapping))
@@ -462,12 +485,10 @@ class _FlowStyle:
 def _predecessor(mapping: MappingNode, name: str) -> Node:
     """The value after which a new key goes: the alphabetical neighbour (kubectl sorts keys), else the last.
 
-    A value whose end in the text is not known exactly (a block scalar, an alias) cannot serve.
+    A value whose end in the text is not known exactly (a block scalar) cannot serve.
     """
     usable: list[tuple[Node, Node]] = [
-        (key, value)
-        for key, value in mapping.value
-        if key.end_mark.index <= value.start_mark.index and not _is_block_scalar(_leaf(value))
+        (key, value) for key, value in mapping.value if not _is_block_scalar(_leaf(value))
     ]
     if not usable:
         raise EditError("there is no place in status.migrationState to put a new key")
@@ -516,17 +537,13 @@ def _is_only_difference(
     targets_before: list[tuple[MappingNode, Published]],
     after: list[Node],
     targets_after: list[tuple[MappingNode, Published]],
-    way: list[Node],
 ) -> bool:
-    """The new text holds what was to be published, and is the old one in all else.
-
-    Nothing on the `way` to the values may be used a second time, through an alias: it would change there too.
-    """
+    """The new text holds what was to be published, and is the old one in all else."""
     if not all(_holds_all(mapping, values) for mapping, values in targets_after):
         return False
     for mapping, values in targets_before + targets_after:
         mapping.value = [pair for pair in mapping.value if _text(pair[0]) not in values]
-    return _same(before, after, {id(node) for node in way})
+    return _same(before, after)
 
 
 def _holds_all(mapping: MappingNode, values: Published) -> bool:
@@ -534,31 +551,20 @@ def _holds_all(mapping: MappingNode, values: Published) -> bool:
     return all(pair and _holds(pair[1], values[name]) for name, pair in pairs.items())
 
 
-def _way(documents: list[Node], uid: str) -> list[Node]:
-    vmi = _find(documents, uid)
-    steps = [("status",), ("status", "migrationState"), ("status", "migrationState", "targetState")]
-    return [vmi, *(node for node in (_value(vmi, *step) for step in steps) if node)]
-
-
-def _same(left: list[Node], right: list[Node], unique: set[int]) -> bool:
-    """Equal trees, in which none of the nodes whose id is in `unique` is met twice."""
+def _same(left: list[Node], right: list[Node]) -> bool:
+    """Equal trees."""
     pairs: list[tuple[Any, Any]] = [(left, right)]
-    seen = set()
     while pairs:
         one, other = pairs.pop()
         if isinstance(one, (list, tuple)):
             if len(one) != len(other):
                 return False
             pairs += zip(one, other, strict=True)
-        elif (id(one), id(other)) in seen:
-            if id(one) in unique:
-                return False
         elif type(one) is not type(other) or one.tag != other.tag:
             return False
         elif isinstance(one, ScalarNode):
             if one.value != other.value:
                 return False
         else:
-            seen.add((id(one), id(other)))
             pairs.append((one.value, other.value))
     return True

@@ -35,6 +35,8 @@ LOCK_SECONDS: Final = 10.0
 SMALL_BYTES: Final = 1 << 14
 """Up to here, reading takes a few milliseconds of CPU."""
 PUBLISH_ATTEMPTS: Final = 5
+MAX_BYTES: Final = 16 << 20
+"""Of a file: some 1,500 VMIs as kubectl prints them, or 10,000 of a few lines."""
 MAX_LINKS: Final = 40
 """More symbolic links on one way are a loop to the kernel too (path_resolution(7))."""
 
@@ -90,6 +92,7 @@ class FileInventory:
         self._told: dict[str, VMI] = {}
         self._owners: dict[str, str] = {}
         self._problems: dict[str, str] = {}
+        self._flaws: dict[str, str] = {}
         self._faulty: set[str] = set()
         self._last_event: float | None = None
         try:
@@ -101,8 +104,17 @@ class FileInventory:
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """What is wrong now: path or path:line to what it is."""
+        """Files and folders that cannot be read or followed now, and why."""
         return self._problems
+
+    @property
+    def flaws(self) -> Mapping[str, str]:
+        """What is wrong now with what files hold: path or path:line to what it is."""
+        return self._flaws
+
+    def may_hide(self, uid: str) -> bool:
+        """See `Inventory.may_hide`: what does not parse may be any VMI."""
+        return bool(self._problems or self._flaws)
 
     @property
     def health(self) -> WatchHealth:
@@ -214,9 +226,11 @@ class FileInventory:
         """Make one state of all files, the first by name having the say on a UID, and report what is wrong."""
         self._state, self._owners = {}, {}
         places: dict[str, str] = {}
-        found: list[tuple[str, int | None, str]] = [(path, None, what) for path, what in problems.items()]
+        found: list[tuple[str, int | None, str]] = []
         for path, file in sorted(self._files.items()):
-            flaws = [*([file.flaw] if file.flaw else []), *file.contents.flaws]
+            if file.flaw and file.unreadable:
+                problems[path] = file.flaw.reason
+            flaws = [*([file.flaw] if file.flaw and not file.unreadable else []), *file.contents.flaws]
             for entry in file.contents.entries:
                 vmi, place = entry.vmi, f"{path}:{entry.line}"
                 if vmi.uid in self._state:
@@ -230,18 +244,22 @@ class FileInventory:
             if path in changed:
                 for line, kind in file.contents.ignored:
                     log.debug("object is no VMI: ignored", path=path, line=line, kind=kind)
-        self._report(found, changed)
+        self._report(problems, found, changed)
 
-    def _report(self, found: list[tuple[str, int | None, str]], changed: Collection[str]) -> None:
-        now = {path if line is None else f"{path}:{line}": what for path, line, what in found}
+    def _report(
+        self, problems: dict[str, str], flaws: list[tuple[str, int | None, str]], changed: Collection[str]
+    ) -> None:
+        known = self._problems | self._flaws
+        now = {path if line is None else f"{path}:{line}": what for path, line, what in flaws}
+        found = [*((path, None, what) for path, what in problems.items()), *flaws]
         for path, line, what in found:
             where = path if line is None else f"{path}:{line}"
-            if path in changed or self._problems.get(where) != what:
+            if path in changed or known.get(where) != what:
                 log.error("problem with VMI files", path=path, line=line, problem=what)
         faulty = {path for path, _, _ in found}
         for path in sorted(self._faulty - faulty):
             log.info("problem with VMI files is over", path=path)
-        self._problems, self._faulty = now, faulty
+        self._problems, self._flaws, self._faulty = problems, now, faulty
 
     def _untold(self) -> dict[str, VMI | None]:
         batch: dict[str, VMI | None] = {uid: vmi for uid, vmi in self._state.items() if self._told.get(uid) != vmi}
@@ -410,7 +428,7 @@ def _load(path: str, before: _File) -> _File:
     """Read a file; `before` itself where nothing has changed."""
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return before  # to be seen missing, or back, in a moment
     except OSError as error:
@@ -422,6 +440,8 @@ def _load(path: str, before: _File) -> _File:
     from migproxy.inventory.document import read  # with a YAML parser
 
     try:
+        if len(data) > MAX_BYTES:
+            raise SyntaxFlaw(f"the file has more than {MAX_BYTES >> 20} MiB: split it", None)
         return _File(digest, read(data.decode(), before.contents))
     except UnicodeDecodeError as error:
         flaw = Flaw("the file is not UTF-8", data.count(b"\n", 0, error.start) + 1)

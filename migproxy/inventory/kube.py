@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -12,7 +12,7 @@ from typing import Any, Final
 import structlog
 
 from migproxy.health import WatchHealth
-from migproxy.inventory import PublishError
+from migproxy.inventory import FAILED, PublishError
 from migproxy.kube.api import JSON_PATCH, ApiError, ApiServer
 from migproxy.kube.events import EventRecorder
 from migproxy.kube.reflector import Listed, Pace, Reflector
@@ -29,6 +29,7 @@ LEAVING_SECONDS: Final = 0.5
 """How long a VMI must have been in neither watch to be gone."""
 
 _LABELS: Final = (NODE_LABEL, TARGET_NODE_LABEL)
+_IDENTITY: Final = ("namespace", "name", "uid")
 _MIGRATION: Final = "/status/migrationState"
 SIDE_FIELDS: Final = {
     "targetNodeAddress": "nodeAddress",
@@ -47,12 +48,14 @@ class _Seen:
 
     Attributes:
         vmi: None where it cannot be read.
+        identity: Of one that cannot be read: a VMI with nothing but its name and UID, where at least these can.
         problem: Why it cannot.
         version: Its resourceVersion.
         migration: status.migrationState as it stands there.
     """
 
     vmi: VMI | None
+    identity: VMI | None
     problem: str | None
     version: str
     migration: Mapping[str, Any]
@@ -85,7 +88,7 @@ class KubeInventory:
         ]
         self._streams: list[dict[str, _Seen] | None] = [None for _ in self._reflectors]
         self._told: dict[str, VMI] = {}
-        self._invalid: dict[str, str] = {}
+        self._flaws: dict[str, str] = {}
         self._published: dict[str, _Published] = {}
         self._untold: set[str] = set()
         self._leaving: dict[str, float] = {}
@@ -104,13 +107,21 @@ class KubeInventory:
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """What is wrong now: a URL, or the UID of a VMI, to what it is."""
-        followed = {
+        """What keeps VMIs from being followed now: a URL to what it is."""
+        return {
             f"{self._api.host}{RESOURCE} ({label})": _remedied(reflector.problem, "list")
             for label, reflector in zip(_LABELS, self._reflectors, strict=True)
             if reflector.problem
         }
-        return followed | self._invalid
+
+    @property
+    def flaws(self) -> Mapping[str, str]:
+        """What is wrong now with VMIs, by their UIDs."""
+        return self._flaws
+
+    def may_hide(self, uid: str) -> bool:
+        """See `Inventory.may_hide`."""
+        return bool(self.problems) or uid in self._flaws
 
     async def changes(self) -> AsyncGenerator[Mapping[str, VMI | None], None]:
         """See `Inventory.changes`. What arrives while a batch is dealt with is one batch, of each VMI's last state."""
@@ -192,10 +203,13 @@ class KubeInventory:
 
     def _note_validity(self, uid: str, seen: _Seen | None) -> None:
         if seen is not None and seen.problem is not None:
-            if self._invalid.get(uid) != seen.problem:
+            if self._flaws.get(uid) != seen.problem:
                 log.error("VMI cannot be read, its last good state stays in force", uid=uid, error=seen.problem)
-            self._invalid[uid] = seen.problem
-        elif self._invalid.pop(uid, None) is not None:
+                if seen.identity:
+                    message = f"this VMI cannot be read, its last good state stays in force: {seen.problem}"
+                    self.note(seen.identity, FAILED, message, warning=True)
+            self._flaws[uid] = seen.problem
+        elif self._flaws.pop(uid, None) is not None:
             log.info("VMI can be read again", uid=uid)
 
     async def publish(self, vmi: VMI, address: IPAddress, ports: PortMap) -> None:
@@ -252,13 +266,15 @@ class KubeInventory:
 def _read(document: Mapping[str, Any]) -> _Seen:
     status = document.get("status")
     migration = status.get("migrationState") if isinstance(status, Mapping) else None
-    vmi = problem = None
+    vmi = identity = problem = None
     try:
         vmi = parse(document)
     except InvalidVMI as error:
         problem = str(error)
+        with suppress(InvalidVMI):
+            identity = parse({"metadata": {name: document["metadata"].get(name) for name in _IDENTITY}})
     version = document["metadata"]["resourceVersion"]
-    return _Seen(vmi, problem, version, migration if isinstance(migration, Mapping) else {})
+    return _Seen(vmi, identity, problem, version, migration if isinstance(migration, Mapping) else {})
 
 
 def _age(version: str) -> int:

@@ -164,7 +164,7 @@ class Reflector(Generic[T]):
             if kind != "BOOKMARK":
                 uid = item["metadata"]["uid"]
                 change = Changed(uid, None if kind == "DELETED" else self._read(item))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ApiError(0, f"the watch told something that is no event: {error!r}") from error
         self._version = version
         return change

@@ -2,15 +2,20 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
 
+from migproxy.inventory import FAILED
 from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer
+from migproxy.kube.reflector import Reflector
 from tests.clock import Clock, eventually
 from tests.kube.apiserver import ApiDouble
 from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, vmi
@@ -355,15 +360,46 @@ async def test_missing_permission_is_named(kubernetes: Cluster, tmp_path: Path) 
         await asyncio.gather(task, return_exceptions=True)
 
 
+@pytest.mark.simulated_time
+async def test_an_event_that_python_s_parser_cannot_nest_is_a_problem_and_ends_nothing() -> None:
+    class Api:
+        host = "https://api"
+
+        async def request(self, *_: Any) -> Any:
+            return {"items": [], "metadata": {"resourceVersion": "1"}}
+
+        async def lines(self, *_: Any) -> AsyncIterator[bytes]:
+            yield b""
+            yield b'{"type": "MODIFIED", "object": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
+
+    reflector: Reflector[Any] = Reflector(cast(ApiServer, Api()), "/vmis", {}, dict, PACE)
+    async with aclosing(reflector.changes()) as changes:
+        await anext(changes)
+        following = asyncio.ensure_future(anext(changes))
+        await eventually(lambda: reflector.problem is not None, "the problem")
+        assert "recursion" in str(reflector.problem)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
 async def test_vmi_that_cannot_be_read_keeps_its_last_good_state(kubernetes: Cluster, tmp_path: Path) -> None:
     await kubernetes.request("POST", VMIS, vmi("one"))
     async with listening(kubernetes, tmp_path) as listener:
         await kubernetes.request("PATCH", f"{VMIS}/one", {"status": {"phase": 3}}, MERGE_PATCH)
-        await eventually(lambda: bool(listener.inventory.problems), "the problem")
-        assert any("default/one" in problem for problem in listener.inventory.problems.values())
+        await eventually(lambda: bool(listener.inventory.flaws), "the flaw")
+        (flaw,) = listener.inventory.flaws.values()
+        assert "default/one" in flaw
+        assert [listener.inventory.may_hide(uid) for uid in (*listener.inventory.flaws, "another")] == [True, False]
+        assert not listener.inventory.problems, "it says nothing of the node"
+        told: list[str] = []
+        async with asyncio.timeout(30):
+            while not told:
+                found = await kubernetes.request("GET", "/api/v1/namespaces/default/events")
+                told = [item["message"] for item in found["items"] if item["reason"] == FAILED]
+        assert flaw in told[0]
         assert listener.names == {"one"}
         await kubernetes.request("PATCH", f"{VMIS}/one", {"status": {"phase": "Running"}}, MERGE_PATCH)
-        await eventually(lambda: not listener.inventory.problems, "the end of the problem")
+        await eventually(lambda: not listener.inventory.flaws, "the end of the flaw")
         assert len(listener.batches) == 1
 
 

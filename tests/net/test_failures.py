@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,32 @@ async def test_full_port_range_is_told_and_a_freed_port_is_taken(nodes: Nodes) -
         await vm.served()
         assert set(vm.published().values()) == set(free)
         await assert_logged(nodes.target, "migration is served again", vm.migration_uid)
+
+
+@pytest.mark.parametrize(
+    ("options", "port", "allowed"),
+    [([], 22, "1024-65535"), (["--port-range", "47000-47099"], 31337, "--port-range 47000-47099")],
+)
+async def test_port_that_somebody_else_put_into_the_status_is_not_listened_on(
+    nodes: Nodes, options: list[str], port: int, allowed: str
+) -> None:
+    await nodes.start(target=options)
+    status: dict[str, Any] = {
+        "targetNodeAddress": nodes.target.address,
+        "targetDirectMigrationNodePorts": {str(port): 0, "47098": 49152},
+    }
+    async with nodes.undisturbed():
+        vm = nodes.migration()
+        vm.begin(**status)
+        await vm.served()
+        assert port not in listeners(nodes.target.address)
+        assert vm.published()[Channel.DIRECT] == 47098, "the port that is right is kept"
+        running = nodes.migration("other")
+        running.begin(
+            **status | {"startTimestamp": "2026-08-01T12:00:00Z", "targetDirectMigrationNodePorts": {str(port): 0}}
+        )
+        await assert_reported(nodes.target, running, f"port {port} is published, is outside {allowed}", "abort it")
+        assert port not in listeners(nodes.target.address)
 
 
 async def test_published_port_that_is_taken_after_the_start_is_told(nodes: Nodes) -> None:
@@ -477,12 +504,12 @@ async def test_file_that_does_not_parse_is_told_and_what_it_held_stays(nodes: No
         async with vm.connection() as (near, far):
             good = vm.path.read_text()
             vm.path.write_text(good + "]\n")
-            await until(lambda: str(vm.path) in str(nodes.source.status()["problems"]), "the file to be a problem")
+            await until(lambda: str(vm.path) in str(nodes.source.status()["flaws"]), "the flaw to be told")
             await assert_logged(nodes.source, "problem with VMI files", path=str(vm.path))
-            assert not nodes.source.status()["ready"]
+            assert nodes.source.status()["ready"], "it is that file's flaw, not the node's"
             await assert_carries(near, far)
             vm.path.write_text(good)
-            await until(lambda: not nodes.source.status()["problems"], "the problem to be over")
+            await until(lambda: not nodes.source.status()["flaws"]["count"], "the flaw to be over")
             await assert_carries(near, far)
 
 

@@ -93,6 +93,15 @@ def test_uris_alone_one_a_line(file: Path) -> None:
     ]
 
 
+def test_uri_of_a_hostile_vmi_controls_no_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "\x1b[2J.yaml"
+    file.write_text(yaml.safe_dump(VMI | {"metadata": {"name": "\x1b]0;title\x07\u202e", "uid": "u-1"}}))
+    done = invoke("uri", str(file))
+    assert done.exit_code == 1
+    assert "metadata.name is not the name of a Kubernetes object" in done.output
+    assert all(line.isprintable() for line in done.output.split("\n"))
+
+
 def test_uri_reads_standard_input() -> None:
     command = [sys.executable, "-m", "migproxy", "uri", "-"]
     done = subprocess.run(command, input=yaml.safe_dump(VMI), capture_output=True, text=True)

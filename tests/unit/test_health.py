@@ -34,10 +34,14 @@ class Watched:
     """An inventory that watches an API server."""
 
     problems: Mapping[str, str] = {}
+    flaws: Mapping[str, str] = {}
     health = WatchHealth("kubernetes", 1700000000.0, reconnects=2, relists=1)
 
     async def changes(self) -> AsyncIterator[Mapping[str, Any]]:
         yield {}
+
+    def may_hide(self, uid: str) -> bool:
+        raise AssertionError
 
     async def publish(self, *_: Any) -> None:
         raise AssertionError
@@ -111,6 +115,31 @@ async def test_files_in_plaintext_have_neither_certificates_nor_reconnects(tmp_p
         text = exposition(made)
     for name in ("certificate", "reconnects", "relists", "tls_errors"):
         assert name not in text, name
+
+
+async def test_a_flawed_vmi_is_told_and_leaves_the_node_ready() -> None:
+    class Flawed(Watched):
+        flaws: Mapping[str, str] = {
+            f"uid-{number}": "VMI default/x: metadata.name is missing" for number in range(1000)
+        }
+
+    async with Watcher() as watcher:
+        sound, flawed = (node(inventory, Plaintext(), watcher) for inventory in (Watched(), Flawed()))
+        assert flawed.checks == sound.checks
+        assert flawed.report()["flaws"]["count"] == 1000
+        assert len(flawed.report()["flaws"]["first"]) == 20
+        assert "migproxy_inventory_flaws 1000.0" in exposition(flawed)
+        assert "migproxy_inventory_problems 0.0" in exposition(flawed)
+
+
+async def test_no_check_controls_a_terminal() -> None:
+    class Unreadable(Watched):
+        problems: Mapping[str, str] = {"/vmis/\x1b]0;x\x07\udcff": "\u202e\n[+] serving: ok"}
+
+    async with Watcher() as watcher:
+        reason = node(Unreadable(), Plaintext(), watcher).checks["inventory"]
+    assert reason
+    assert reason.isprintable()
 
 
 async def test_readiness_names_what_is_missing() -> None:

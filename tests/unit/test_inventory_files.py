@@ -77,13 +77,21 @@ class Reader:
 
     async def until_problems(self, *expected: str) -> None:
         """Go on until the problems are these: for each, what its place and text together contain."""
+        await self._until(lambda: self.inventory.problems, expected)
+
+    async def until_flaws(self, *expected: str) -> None:
+        """Likewise, what is wrong with what files hold, and no problem."""
+        await self._until(lambda: self.inventory.flaws, expected)
+        assert not self.inventory.problems
+
+    async def _until(self, told: Callable[[], Mapping[str, str]], expected: tuple[str, ...]) -> None:
         self._pending = self._pending or asyncio.ensure_future(anext(self.changes))
 
         def are_told() -> bool:
-            found = sorted(f"{where}: {what}" for where, what in self.inventory.problems.items())
+            found = sorted(f"{where}: {what}" for where, what in told().items())
             return len(found) == len(expected) and all(map(str.__contains__, found, sorted(expected)))
 
-        await eventually(are_told, f"{expected} instead of {self.inventory.problems}", 10)
+        await eventually(are_told, f"{expected} instead of {told()}", 10)
 
     async def close(self) -> None:
         if self._pending:
@@ -218,7 +226,7 @@ async def test_a_file_is_not_read_while_it_is_written(watcher: Watcher, folder: 
         changes: dict[str, str | None] = {}
         while changes != {"x": "Running"}:
             changes |= await reader.phases()
-        await reader.until_problems("b.yaml:1: VMI default/x has the UID uid-x that")
+        await reader.until_flaws("b.yaml:1: VMI default/x has the UID uid-x that")
 
 
 async def test_an_editor_that_renames_the_old_file_away_loses_no_vmi(watcher: Watcher, folder: Path) -> None:
@@ -426,14 +434,14 @@ async def test_a_file_that_does_not_parse_keeps_its_last_good_state(
         file.write_text(good + "  x: [")
         (folder / "c.yaml").write_text(text("c"))
         assert await reader.phases() == {"c": "Running"}
-        await reader.until_problems(f"{file}:{good.count(chr(10)) + 1}: ")
+        await reader.until_flaws(f"{file}:{good.count(chr(10)) + 1}: ")
         file.write_text("\n" + good + "  x: [")
-        await reader.until_problems(f"{file}:{good.count(chr(10)) + 2}: ")
+        await reader.until_flaws(f"{file}:{good.count(chr(10)) + 2}: ")
         file.write_bytes(b"a: 1\nb: \xff\n")
-        await reader.until_problems(f"{file}:2: the file is not UTF-8")
+        await reader.until_flaws(f"{file}:2: the file is not UTF-8")
         file.write_text(text("a"))
         assert await reader.phases() == {"b": None}
-        assert not reader.inventory.problems
+        assert not reader.inventory.flaws
     told = [(log["log_level"], log["path"], log.get("line")) for log in logs if log["log_level"] != "debug"]
     lines = [good.count("\n") + 1, good.count("\n") + 2, 2]
     assert told == [*(("error", str(file), line) for line in lines), ("info", str(file), None)]
@@ -447,11 +455,11 @@ async def test_one_bad_vmi_does_not_hold_up_the_others(watcher: Watcher, folder:
         bad = yaml.safe_dump_all([document("a", ["no string"]), document("b", "Failed"), document("c")])
         file.write_text(bad)
         assert await reader.phases() == {"b": "Failed", "c": "Running"}
-        await reader.until_problems(f"{file}:1: VMI default/a: status.phase")
+        await reader.until_flaws(f"{file}:1: VMI default/a: status.phase")
         file.write_text(bad + "# once more\n")
         file.write_text(text("a", "b", phase="Failed"))
         assert await reader.phases() == {"a": "Failed", "c": None}
-        assert not reader.inventory.problems
+        assert not reader.inventory.flaws
     errors = [log for log in logs if log["log_level"] == "error"]
     assert {(log["path"], log["line"]) for log in errors} == {(str(file), 1)}
 
@@ -466,12 +474,12 @@ async def test_of_two_files_with_one_uid_the_first_by_name_counts(
         (folder / "a.yaml").write_text(text("x", phase="first"))
         assert await reader.phases() == {"x": "first"}
         first, second = folder / "a.yaml", folder / "b.yaml"
-        await reader.until_problems(f"{second}:1: VMI default/x has the UID uid-x that {first}:1 has; that one counts")
+        await reader.until_flaws(f"{second}:1: VMI default/x has the UID uid-x that {first}:1 has; that one counts")
         (folder / "c.yaml").write_text(text("c"))
         assert await reader.phases() == {"c": "Running"}
         first.unlink()
         assert await reader.phases() == {"x": "second"}
-        assert not reader.inventory.problems
+        assert not reader.inventory.flaws
     assert [(log["log_level"], log["path"]) for log in logs] == [("error", str(second)), ("info", str(second))]
 
 

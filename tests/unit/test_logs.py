@@ -145,6 +145,31 @@ def test_an_exception_is_told_whole(journal: socket.socket, configured: None) ->
     assert entry["EXCEPTION"].endswith("ValueError: why")
 
 
+@pytest.mark.parametrize("style", ["console", "json"])
+def test_nothing_that_others_wrote_controls_the_terminal(
+    style: logs.Style, configured: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;title\x07\x9b2J\u202e\x7f\ud800\r\nready"
+    logs.configure(style, "info")
+    log = structlog.get_logger()
+    log.error("failed", error=evil, path=Path(evil), several=[evil])
+    try:
+        raise ValueError(evil)
+    except ValueError:
+        log.error("failed", exc_info=True)
+    lines = capsys.readouterr().err.split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert len([line for line in lines if "title" in line]) >= 2
+    if style == "console":
+        assert "ready" not in lines[:2], "no line of its own"
+
+
+def test_the_journal_s_message_controls_no_terminal() -> None:
+    entry = logs.journal_entry({"event": "hello", "level": "info", "error": "\x1b[2J\u202e\x9b"})
+    assert entry["MESSAGE"].isprintable()
+    assert entry["ERROR"] == "\x1b[2J\u202e\x9b", "a field is for programs"
+
+
 def test_an_exception_tells_no_values_of_variables(configured: None, capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("json", "info")
     key = "a private key"

@@ -61,6 +61,8 @@ def report(*migrations: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "draining": False,
         "checks": {"synchronised": None, "address": "no address"},
         "problems": {},
+        "flaws": {"count": 2, "first": {}},
+        "ended_dropped": 3,
         "vmis": 7,
         "queue_depth": 1,
         "watch": {"source": "kubernetes", "last_event": 1700000000.0, "reconnects": 3, "relists": 1},

@@ -164,9 +164,9 @@ def test_a_standalone_file_may_omit_the_migration_uid() -> None:
 @pytest.mark.parametrize(
     ("status", "uid", "complaint"),
     [
-        ({}, "../../etc", "the VMI's UID must not be used in a path: '../../etc' is not a UID"),
-        ({}, "a" * 200, "has 200 characters"),
-        ({"activePods": {"../x": NODE}}, UID, "a pod's UID in status.activePods must not be used in a path"),
+        ({}, "..", "the VMI's UID must not be used in a path: '..' is not a UID"),
+        ({}, "a" * 100, "has 100 characters"),
+        ({"activePods": {"..": NODE}}, UID, "a pod's UID in status.activePods must not be used in a path"),
     ],
 )
 def test_no_uid_from_the_status_becomes_a_path(role: Role, status: dict[str, Any], uid: str, complaint: str) -> None:
@@ -176,7 +176,7 @@ def test_no_uid_from_the_status_becomes_a_path(role: Role, status: dict[str, Any
 
 
 def test_pods_on_other_nodes_are_not_looked_at() -> None:
-    assert the_target(None, {"activePods": {"../x": "node02", "p": NODE}}).launcher.pods == ("p",)
+    assert the_target(None, {"activePods": {"..": "node02", "p": NODE}}).launcher.pods == ("p",)
     assert the_target(None, {"activePods": None}).launcher.pods == ()
 
 
@@ -215,6 +215,10 @@ def test_the_targets_address_may_be_ipv6(address: str) -> None:
     [
         (published("node02.example.org"), "'node02.example.org' is not an IP address"),
         (published("0.0.0.0"), "0.0.0.0 is not the address of a node"),
+        (published("169.254.169.254"), "169.254.169.254 is link-local"),
+        (published("127.0.0.1"), "127.0.0.1 is a loopback address, and this node's own migration address is not"),
+        (published("::1"), "::1 is a loopback address"),
+        (published("::ffff:127.0.0.1"), "127.0.0.1 is a loopback address"),
         (published(ports={}), "the port map is empty"),
         (published(ports={"x": 0}), "key 'x' is not a decimal port number"),
     ],
@@ -223,6 +227,13 @@ def test_the_source_cannot_use_a_malformed_publication(state: dict[str, Any], co
     held = the_hold(Role.SOURCE, state)
     assert held.error
     assert complaint in held.reason
+
+
+def test_a_source_leads_to_loopback_where_this_node_s_own_address_is_loopback_too() -> None:
+    state = document(Role.SOURCE, published("127.0.0.2"))
+    (source,) = plan(state, own=[ipaddress.ip_address("127.0.0.1")]).sources
+    assert source.address == ipaddress.ip_address("127.0.0.2")
+    assert plan(state, own=()).held
 
 
 def test_a_source_runs_with_the_channels_published_and_warns_of_those_missing() -> None:
@@ -293,6 +304,11 @@ def test_ports_published_with_an_address_of_this_node_are_bound_again_exactly(
     assert (proxy.published_address, proxy.published) == (own, THREE_PORTS)
     assert proxy.channels == tuple(Channel)
     assert proxy.running is bool(state)
+
+
+def test_an_ipv4_mapped_address_is_its_ipv4_address() -> None:
+    assert the_target(published(f"::ffff:{OWN}")).published_address == OWN
+    assert the_source(published(f"::ffff:{OTHER}")).address == OTHER
 
 
 @pytest.mark.parametrize(
@@ -386,7 +402,7 @@ def test_a_decentralized_targets_key_depends_on_the_transport(transport: str, ke
 
 
 def test_a_hostile_source_uid_is_no_key() -> None:
-    state = {"sourceState": {"virtualMachineInstanceUID": "../../x"}}
+    state = {"sourceState": {"virtualMachineInstanceUID": ".."}}
     held = the_hold(Role.TARGET, state, annotations=FOR_MIGRATION)
     assert held.error
     assert "the UID in the sockets' names must not be used in a path" in held.reason
@@ -702,6 +718,9 @@ def test_address_that_has_changed_is_announced_anew_before_the_start() -> None:
         pytest.param(published(str(OWN), **STARTED), None, {}, Reason.STARTED, id="never announced"),
         pytest.param(STARTED, f"1 other 32899:0,42691:49152 {OWN}", {}, Reason.STARTED, id="for another one"),
         pytest.param(STARTED, "2 whatever", {}, Reason.STARTED, id="by another version"),
+        pytest.param(
+            STARTED, f"1 m-{UID} 32899:0,42691:49152 {OTHER}", {}, Reason.MALFORMED, id="another node's address"
+        ),
         pytest.param(None, ANNOUNCED, {"unready": "no certificate"}, Reason.UNREADY, id="no certificate"),
         pytest.param(None, ANNOUNCED, {"address": None}, Reason.UNREADY, id="no address"),
     ],
@@ -744,6 +763,8 @@ def test_source_is_there_for_every_channel_and_prefers_what_is_announced(migrati
         (f"m-{UID} 32899:0,42691:49152 {OWN}", Reason.VERSION),
         ("2 anything at all", Reason.VERSION),
         (f"1 m-{UID} nonsense {OWN}", Reason.MALFORMED),
+        (f"1 m-{UID} 32899:0,42691:49152 127.0.0.1", Reason.MALFORMED),
+        (f"1 m-{UID} 32899:0,42691:49152 169.254.169.254", Reason.MALFORMED),
     ],
 )
 def test_source_that_has_nothing_announced_says_why(announced: str | None, reason: Reason) -> None:

@@ -175,6 +175,11 @@ def test_the_block_channel_exists_only_for_block_migration() -> None:
         ("10.1.1.1", ipaddress.IPv4Address("10.1.1.1")),
         ("fd00::1", ipaddress.IPv6Address("fd00::1")),
         ("[fd00::1]", ipaddress.IPv6Address("fd00::1")),
+        ("::ffff:10.1.1.1", ipaddress.IPv4Address("10.1.1.1")),
+        ("fe80::1%migration0", ipaddress.IPv6Address("fe80::1%migration0")),
+        ("127.0.0.2", ipaddress.IPv4Address("127.0.0.2")),
+        ("::1", ipaddress.IPv6Address("::1")),
+        ("240.1.1.1", ipaddress.IPv4Address("240.1.1.1")),
     ],
 )
 def test_a_target_address_may_be_ipv6_with_or_without_brackets(text: str, address: object) -> None:
@@ -184,11 +189,15 @@ def test_a_target_address_may_be_ipv6_with_or_without_brackets(text: str, addres
 @pytest.mark.parametrize(
     "text",
     ["node02", "node02.example.org", "", " 10.1.1.1", "10.1.1", "010.1.1.1", "[10.1.1.1]", "[fd00::1", "fd00::1]",
-     "10.1.1.1:80", "0.0.0.0", "::", "224.0.0.1", "ff02::1"],
+     "10.1.1.1:80", "0.0.0.0", "::", "224.0.0.1", "ff02::1", "0.1.2.3", "255.255.255.255", "169.254.169.254", "fe80::1",
+     "::ffff:169.254.169.254", "::ffff:0.0.0.0", "::127.0.0.1", "64:ff9b::7f00:1", "fd00::1%migration0", "::1%lo",
+     "fe80::1%\x1b[2J", "fe80::1%" + "x" * 100_000],
 )  # fmt: skip
 def test_what_is_no_address_of_a_node_is_refused(text: str) -> None:
-    with pytest.raises(AddressError):
+    with pytest.raises(AddressError) as refused:
         parse_address(text)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 300
 
 
 # --- keys and socket names

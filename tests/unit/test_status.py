@@ -32,6 +32,8 @@ def report(**fields: Any) -> dict[str, Any]:
         "ready": True,
         "draining": False,
         "problems": {},
+        "flaws": {"count": 0, "first": {}},
+        "ended_dropped": 0,
         "relay": {
             "socket": "/run/migproxy/control.relay.sock",
             "pid": 4711,
@@ -74,6 +76,27 @@ def test_problems_are_shown_first() -> None:
         "node node01, migration address none, NOT READY",
         "  address: interface migration0 is down",
     ]
+
+
+def test_vmis_that_cannot_be_read_are_shown_and_leave_the_node_ready() -> None:
+    shown = render(report(flaws={"count": 3, "first": {"/vmis/a.yaml:1": "VMI default/a: metadata.uid is missing"}}))
+    assert shown.splitlines()[:3] == [
+        "node node01, migration address 10.1.1.1, ready",
+        "  cannot be read: /vmis/a.yaml:1: VMI default/a: metadata.uid is missing",
+        "  cannot be read: 2 more",
+    ]
+
+
+def test_ended_migrations_that_are_not_shown_are_counted() -> None:
+    assert "ended migrations: 390 are not shown any more" in render(report(ended_dropped=390))
+
+
+def test_nothing_that_others_wrote_controls_the_terminal() -> None:
+    evil = "\x1b]0;title\x07\x9b2J\u202e\x7f\r\nready"
+    migration = {name: value + evil for name, value in MIGRATION.items()} | {"state": "error", "error": evil}
+    shown = render(report(problems={evil: evil}, flaws={"count": 1, "first": {evil: evil}}, migrations=[migration]))
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert "ready" not in shown.split("\n")
 
 
 def test_draining_node_says_so() -> None:

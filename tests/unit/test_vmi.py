@@ -1,6 +1,7 @@
 """Reading a VMI, and virt-handler's role predicates."""
 
 import time
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from migproxy.portmap import PortMapError, parse_port_map
 from migproxy.vmi import VMI, InvalidVMI, parse
 
 pytestmark = pytest.mark.tier("gate")
@@ -60,18 +62,12 @@ def test_every_field_is_found_where_kubevirt_puts_it() -> None:
         {
             "migrationUid": "m-1",
             "sourceNode": "node01",
-            "sourcePod": "virt-launcher-a",
-            "targetNode": "node02",
-            "targetPod": "virt-launcher-b",
             "targetNodeAddress": "10.1.1.1",
             "targetDirectMigrationNodePorts": {"32899": 0},
             "startTimestamp": "2026-08-01T12:00:00Z",
             "endTimestamp": "2026-08-01T14:00:05.123456789+02:00",
             "completed": True,
             "failed": False,
-            "abortRequested": True,
-            "abortStatus": "Succeeded",
-            "mode": "PreCopy",
             "sourceState": side,
             "targetState": {},
         },
@@ -95,13 +91,10 @@ def test_every_field_is_found_where_kubevirt_puts_it() -> None:
     assert full.domain() == "default_vmi-migratable"
     migration = full.migration
     assert migration
-    assert (migration.migration_uid, migration.mode) == ("m-1", "PreCopy")
-    assert (migration.source_node, migration.source_pod) == ("node01", "virt-launcher-a")
-    assert (migration.target_node, migration.target_pod) == ("node02", "virt-launcher-b")
+    assert (migration.migration_uid, migration.source_node) == ("m-1", "node01")
     assert (migration.target_node_address, migration.target_ports) == ("10.1.1.1", {"32899": 0})
     assert (migration.start, migration.end) == (NOON, NOON + timedelta(seconds=5, microseconds=123456))
     assert (migration.completed, migration.failed) == (True, False)
-    assert (migration.abort_requested, migration.abort_status) == (True, "Succeeded")
     assert migration.source_state
     assert (migration.source_state.vmi_uid, migration.source_state.sync_address) == ("side-uid", "10.0.0.9:9185")
     assert (migration.source_state.node_address, migration.source_state.ports) == ("10.1.1.1", {"1": 0})
@@ -111,7 +104,7 @@ def test_every_field_is_found_where_kubevirt_puts_it() -> None:
 
 def test_null_and_empty_are_as_good_as_missing() -> None:
     names = ["sourceNode", "targetNodeAddress", "targetDirectMigrationNodePorts", "startTimestamp", "completed",
-             "abortRequested", "sourceState", "targetState"]  # fmt: skip
+             "sourceState", "targetState"]  # fmt: skip
     status = ["phase", "nodeName", "activePods", "migrationTransport", "migratedVolumes"]
     absent = vmi({})
     assert vmi(dict.fromkeys(names), status=dict.fromkeys(status)) == absent
@@ -145,7 +138,8 @@ def test_times_may_be_text_or_what_a_yaml_loader_made_of_it(written: object) -> 
 def test_a_malformed_port_map_does_not_hide_the_vmi() -> None:
     migration = vmi({"targetDirectMigrationNodePorts": ["nonsense"]}).migration
     assert migration
-    assert migration.target_ports == ["nonsense"]
+    with pytest.raises(PortMapError, match="nonsense"):
+        parse_port_map(migration.target_ports)
 
 
 def test_wrong_types_in_fields_that_are_not_read_are_ignored() -> None:
@@ -189,12 +183,106 @@ def test_a_wrong_field_is_named_with_its_vmi(broken: dict[str, Any], complaint: 
     assert complaint in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["..", "a/b", "-x", "a\0", "a\n", "é", "a" * 254])
-def test_names_that_could_lead_a_path_elsewhere_are_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["..", "a/b", "-x", "x-", "A", "a_b", "a..b", "a\0", "a\n", "é", "\u202e", "a" * 254])
+def test_names_that_kubernetes_would_not_take_are_refused(name: str) -> None:
     for field in ("name", "namespace"):
         metadata: dict[str, Any] = {field: name}
-        with pytest.raises(InvalidVMI, match=rf"metadata\.{field} is not the name of a Kubernetes object"):
+        with pytest.raises(InvalidVMI, match=rf"metadata\.{field} is not the name of a Kubernetes") as error:
             parse(document(**metadata))
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 500
+
+
+def test_a_name_may_have_dots_and_a_namespace_may_not() -> None:
+    assert vmi(name="vm.example.org").name == "vm.example.org"
+    with pytest.raises(InvalidVMI, match="namespace"):
+        vmi(namespace="a.b")
+
+
+HOSTILE = ["a/b", "../x", "a b", "a\n", "\x1b[2J", "a\x7f", "a\x9b", "\u202e", "\ud800", "é", "M" * 1_000_000]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda value: document(uid=value),
+        lambda value: document({"migrationUid": value}),
+        lambda value: document({"sourceNode": value}),
+        lambda value: document({"sourceState": {"virtualMachineInstanceUID": value}}),
+        lambda value: document(status={"nodeName": value}),
+        lambda value: document(status={"activePods": {value: "node01"}}),
+        lambda value: document(status={"activePods": {"pod": value}}),
+        lambda value: document(labels={"kubevirt.io/migrationTargetNodeName": value}),
+    ],
+)
+def test_uids_and_nodes_that_kubernetes_would_not_take_are_refused(
+    place: Callable[[str], dict[str, Any]], value: str
+) -> None:
+    with pytest.raises(InvalidVMI) as error:
+        parse(place(value))
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
+def test_a_uid_need_not_be_a_uuid() -> None:
+    made = vmi({"migrationUid": "mig-1"}, uid="u_1.a", status={"activePods": {"P" * 128: "Node_1"}})
+    assert (made.uid, made.active_pods) == ("u_1.a", {"P" * 128: "Node_1"})
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        (document(status={"activePods": {f"p{n}": "n" for n in range(65)}}), "has 65 pods; more than 64 are not read"),
+        (
+            document({"targetDirectMigrationNodePorts": {str(n): 0 for n in range(65)}}),
+            "has 65 entries in targetDirectMigrationNodePorts; more than 64 are not read",
+        ),
+        (document({"targetNodeAddress": "1" * 2000}), "targetNodeAddress is not a text of at most 1024"),
+        (document(annotations={"migproxy.io/target": "1\x1b"}), "migproxy.io/target is not a text of at most 1024"),
+    ],
+)
+def test_what_is_too_large_or_not_printable_is_refused(broken: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(InvalidVMI) as error:
+        parse(broken)
+    assert complaint in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_nothing_large_or_deep_is_kept_of_a_port_map() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for hostile in (deep, ["x" * 1_000_000], {"1": deep, "y" * 1_000_000: 10**5000, "2": 49152}):
+        migration = vmi({"targetDirectMigrationNodePorts": hostile}).migration
+        assert migration
+        assert len(repr(migration.target_ports)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("0000-01-01T00:00:00Z", datetime.min.replace(tzinfo=UTC)),
+        ("0000-02-29T00:00:00Z", datetime.min.replace(tzinfo=UTC)),
+        ("0001-01-01T00:00:00+23:59", datetime.min.replace(tzinfo=UTC)),
+        ("9999-12-31T23:59:59-23:59", datetime.max.replace(tzinfo=UTC)),
+        ("2026-08-01T11:59:60Z", NOON - timedelta(seconds=1)),
+        ("2026-08-02T12:00:00+24:00", NOON),
+        ("2026-08-01T12:00:00.5Z", NOON + timedelta(milliseconds=500)),
+    ],
+)
+def test_times_of_any_year_and_offset_are_read_as_go_reads_them(written: str, meant: datetime) -> None:
+    made = vmi({"startTimestamp": written, "endTimestamp": written}, deletionTimestamp=written)
+    assert made.migration
+    assert made.migration.start == meant
+    assert isinstance((made.migration.start - NOON).total_seconds(), float)
+    assert made.deleted
+
+
+@pytest.mark.parametrize("written", ["0000-02-30T00:00:00Z", "2026-08-01T12:00:61Z", "2026-08-01T12:00:00+24:01"])
+def test_what_is_no_time_to_go_is_none_here(written: str) -> None:
+    with pytest.raises(InvalidVMI, match="is not a time"):
+        vmi({"startTimestamp": written})
 
 
 @pytest.mark.parametrize(
@@ -309,13 +397,6 @@ def test_running_has_a_start_in_the_past_and_no_end(migration: object, running: 
 @given(st.datetimes(timezones=st.timezones()), st.datetimes(timezones=st.timezones()))
 def test_any_start_can_be_compared_with_now(start: datetime, now: datetime) -> None:
     vmi({"startTimestamp": start}).is_running(now)
-
-
-def test_aborting_lasts_from_the_request_to_the_end() -> None:
-    assert vmi({"abortRequested": True}).is_aborting()
-    assert not vmi({"abortRequested": True, "endTimestamp": NOON, "failed": True}).is_aborting()
-    assert not vmi({}).is_aborting()
-    assert not vmi(None).is_aborting()
 
 
 def test_a_vmi_has_ended_when_deleted_succeeded_or_failed() -> None:
