@@ -9,7 +9,7 @@ import socket
 import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from asyncinotify import Mask
@@ -573,7 +573,7 @@ class Source(Proxy):
                 sock = self._new_tcp(channel)
                 try:
                     await self._connect(sock, channel)
-                    return await self._secure(sock, Meeting(self.plan.name, go), server=False)
+                    return await self._secure(sock, replace(self._meet(channel, "launcher"), greet=go), server=False)
                 except BaseException:
                     reset(sock)
                     raise

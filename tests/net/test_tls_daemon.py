@@ -142,6 +142,23 @@ async def test_silent_peers_keep_no_real_one_out(nodes: Nodes, cluster: Cluster)
                 await assert_carries(near, far)
 
 
+async def test_silent_peers_of_many_addresses_keep_no_real_one_out(nodes: Nodes, cluster: Cluster) -> None:
+    migration = await start(nodes, "--tls-dir", str(cluster.folder), "--ktls", "off", "--handshake-timeout", "600")
+    address = (nodes.target.address, migration.published()[Channel.DIRECT])
+    with ExitStack() as silent:
+        for number in range(900):
+            peer = silent.enter_context(socket.socket())
+            peer.bind((f"127.0.8.{number % 240 + 1}", 0))
+            peer.connect(address)
+            if number % 100 == 99:
+                async with migration.connection() as (near, far):
+                    await assert_carries(near, far)
+        await until(lambda: errors(nodes).get("handshake_displaced", 0) >= 900 - 256, "the surplus to be given up")
+        async with migration.connection() as (near, far):
+            await assert_carries(near, far)
+    assert not nodes.source.status()["tls"]["errors"]
+
+
 async def test_a_flood_of_refused_peers_does_not_flood_the_log(nodes: Nodes, cluster: Cluster) -> None:
     migration = await start(nodes, "--tls-dir", str(cluster.folder), "--ktls", "off")
     address = (nodes.target.address, migration.published()[Channel.DIRECT])
