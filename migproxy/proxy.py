@@ -162,6 +162,7 @@ class Proxy(ABC):
         self._connections: dict[asyncio.Task[None], tuple[socket.socket, ...]] = {}
         self.share = around.budget.share()
         self.waits: dict[Channel, Full] = {}
+        self._migproxies: set[str] = set()  # targets that have shown that they are ours
         self._unfinished: dict[Channel, Unfinished] = {}
         self._turns: dict[Channel, _Turns] = {}
         self.inherited: list[LeftListener] = []
@@ -464,20 +465,39 @@ class Proxy(ABC):
 
     async def to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
-        if len(legs) == 1:
-            legs.append(await self._reach(channel, lease, self._deadline()))
-        dialled = legs[-1]
-        try:
-            # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
-            transport = await self._secure(dialled, self._meet(channel, "launcher"), server=False, commit=lease.drop)
-        except TLSError as error:
-            # No second attempt: KubeVirt's target dials its launcher for each connection that it accepts, and QEMU
-            # counts them.
-            if error.reason is Reason.CLOSED and not _has_answered(dialled):
-                raise TLSError(Reason.CLOSED, f"{self.peer(channel)}: {_CLOSED_AT_ONCE}") from error
-            raise
-        legs[-1] = transport.tcp
-        return transport
+        deadline, pauses = self._deadline(), doubling(_FIRST_PAUSE, _LONGEST_PAUSE)
+        while True:
+            if len(legs) == 1:
+                legs.append(await self._reach(channel, lease, deadline))
+            dialled = legs[-1]
+            target = _remote(dialled)
+            try:
+                # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
+                transport = await self._secure(
+                    dialled, self._meet(channel, "launcher"), server=False, commit=lease.drop
+                )
+            except TLSError as error:
+                if self._may_dial_again(error, target, lease, deadline):
+                    self._let_go(legs.pop(), lease)
+                    await asyncio.sleep(next(pauses))
+                    continue
+                if error.reason is Reason.CLOSED and not _has_answered(dialled):
+                    raise TLSError(Reason.CLOSED, f"{self.peer(channel)}: {_CLOSED_AT_ONCE}") from error
+                raise
+            if transport.is_migproxy:
+                self._migproxies.add(target)
+            legs[-1] = transport.tcp
+            return transport
+
+    def _may_dial_again(self, error: TLSError, target: str, lease: Lease, deadline: float) -> bool:
+        """Whether a handshake that was cut is tried once more.
+
+        KubeVirt's target dials its launcher for each connection that it accepts, and QEMU counts them. Ours dials it
+        for a handshake that is finished: as long as nothing was said that finishes one, the launcher has seen nothing.
+        A target is known to be ours by its first handshake.
+        """
+        is_cut = error.reason is Reason.CLOSED and bool(lease.fds)
+        return is_cut and target in self._migproxies and asyncio.get_running_loop().time() < deadline
 
     async def _drop_unusable(self, legs: list[socket.socket], lease: Lease) -> None:
         """Lets go of the leg that an earlier daemon dialled, where this one cannot go on with it."""

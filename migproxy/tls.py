@@ -396,11 +396,13 @@ class MutualTLS:
         label = f"{secured.version} {secured.suite} with {secured.who}"
         try:
             if self.kernel and offload.install(tcp, secured.sealing, secured.opening):
-                return Transport(tcp, f"{label}, in the kernel", Way.KTLS, preface=preface)
+                return Transport(
+                    tcp, f"{label}, in the kernel", Way.KTLS, preface=preface, is_migproxy=secured.is_migproxy
+                )
             if self._options.ktls == "on":
                 raise TLSError(Reason.NOT_OFFLOADED, f"the kernel did not take over {label}: use --ktls auto")
             keys = pack(secured.sealing, secured.opening, is_client=not server, renews=secured.renews, preface=preface)
-            return Transport(tcp, f"{label}, in user space", Way.TLS, keys)
+            return Transport(tcp, f"{label}, in user space", Way.TLS, keys, is_migproxy=secured.is_migproxy)
         finally:
             secured.sealing.wipe()
             secured.opening.wipe()

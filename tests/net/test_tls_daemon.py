@@ -232,6 +232,33 @@ async def test_a_target_that_breaks_the_handshake_off_is_told_at_once_and_not_di
     assert dialled == 1
 
 
+@pytest.mark.parametrize("by_reset", [False, True], ids=["end", "reset"])
+async def test_a_migproxy_that_breaks_a_handshake_off_is_dialled_again(
+    nodes: Nodes, cluster: Cluster, by_reset: bool
+) -> None:
+    """Its launcher has seen nothing of the attempt, unlike KubeVirt's. Which it is, its first handshake tells."""
+    ours, dialled, kept = cluster.security(), 0, ExitStack()
+
+    async def serve(number: int, tcp: socket.socket) -> None:
+        nonlocal dialled
+        dialled = number
+        kept.enter_context(tcp)
+        if number in (2, 3):
+            await asyncio.get_running_loop().sock_recv(tcp, 1 << 16)
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", by_reset, 0))
+            tcp.close()
+        else:
+            await ours.secure(tcp, server=True)
+
+    with kept:
+        async with target_of_the_tests_own(nodes, cluster, serve) as migration:
+            for served in (1, 2):
+                kept.enter_context(connect(migration.source_path(Channel.DIRECT)))
+                await until(lambda n=served: len(nodes.source.logged("connection opened")) == n, "it to be served")  # type: ignore[misc]
+    assert dialled == 4
+    assert not nodes.source.logged("connection failed")
+
+
 async def test_a_target_that_is_not_whom_it_must_be_is_not_dialled_again(
     nodes: Nodes, cluster: Cluster, tmp_path: Path
 ) -> None:
