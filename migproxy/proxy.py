@@ -344,7 +344,8 @@ class Proxy(ABC):
         while True:
             try:
                 await ready(listener.fileno(), writing=False)
-                await self._room(channel)
+                if self.meeting(channel).greet is None:  # else it is refused, and goes another way at once
+                    await self._room(channel)
                 await unfinished.room()
                 # Else it would queue behind others, in this process alone; in the listener's queue it is safe.
                 await self.around.relay.handed_over()
@@ -374,12 +375,14 @@ class Proxy(ABC):
     async def _room(self, channel: Channel) -> None:
         """Waits until a channel may have one more connection, and says so where it has to."""
         share = self.share
-        while full := share.full(channel, self.around.max_connections):
-            if channel not in self.waits and self._routine_lines.admits(("waited", channel)):
-                self.log.warning(full.event, channel=channel.label, why=full.why, remedy=full.remedy)
-            self.waits[channel] = full
-            await share.change()
-        self.waits.pop(channel, None)
+        try:
+            while full := share.full(channel, self.around.max_connections):
+                if channel not in self.waits and self._routine_lines.admits(("waited", channel)):
+                    self.log.warning(full.event, channel=channel.label, why=full.why, remedy=full.remedy)
+                self.waits[channel] = full
+                await share.change()
+        finally:
+            self.waits.pop(channel, None)
         while self.role is Role.SOURCE and share.begun[channel] >= _AT_ONCE:
             await share.change()
 
@@ -556,7 +559,7 @@ class Proxy(ABC):
             assert meeting.greet
             await meeting.greet()
             if full := share.full(channel, self.around.max_connections):
-                raise DialError(f"the {full.limit} is full: {full.why}")
+                raise DialError(f"the {full.limit} is full: {full.why}: {full.remedy}")
             taken.enter_context(share.take(channel))
 
         async with self._unfinished[channel].place(remote) as place:
