@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from migproxy import __version__, control, web
+from migproxy.budget import Budget
+from migproxy.capacity import node_capacity
 from migproxy.fds import raise_file_limit
 from migproxy.imports import uncollected
 from migproxy.inventory import Inventory, InventoryError
@@ -288,6 +290,7 @@ def _make_node(
         local_address=local_address,
         measures=measures,
         relay=relay,
+        budget=Budget(node_capacity(lambda: relay.limits, together=relay.is_beside)),
         announces=settings.is_beside,
         **limits(settings),
     )

@@ -70,6 +70,7 @@ class Secured:
         who: The peer.
         sealing, opening: The keys of what this end sends, and of what it receives.
         renews: The peer can follow when keys change.
+        is_migproxy: The peer is a target of ours, which takes a name of ours by ALPN; of a source, nobody asks.
     """
 
     version: str
@@ -78,6 +79,7 @@ class Secured:
     sealing: Keys
     opening: Keys
     renews: bool
+    is_migproxy: bool = False
 
 
 class Handshake:
@@ -248,9 +250,10 @@ class Handshake:
             sealing, opening = self._keys_1_2(suite)
         for secret in self._secrets.values():
             wipe(secret)
+        taken = b"" if self._server else self._tls.get_alpn_proto_negotiated()
         if not self._server:
-            self._renews = self._tls.get_alpn_proto_negotiated() != _KEEPS
-        return Secured(version, suite, self._who, sealing, opening, self._renews)
+            self._renews = taken != _KEEPS
+        return Secured(version, suite, self._who, sealing, opening, self._renews, bool(taken))
 
     def _keys_1_2(self, suite: str) -> tuple[Keys, Keys]:
         cipher = self._cipher

@@ -33,7 +33,6 @@ _LEVELS = {name.lower(): level for name, level in logging.getLevelNamesMapping()
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 _OWN_NAMES = {"name": "VMI"}  # NAME alone would be anybody's
 _SECONDS = 0.2
-_LIMIT_FIRST = 5
 _LIMIT_SECONDS = 10.0
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -223,10 +222,12 @@ class Limit(Generic[K]):
 
     Args:
         summarize: Writes how many of a kind were left out, at the end of each ten seconds in which any were.
+        first: How many of a kind are written in ten seconds.
     """
 
-    def __init__(self, summarize: Callable[[K, int], None]) -> None:
+    def __init__(self, summarize: Callable[[K, int], None], first: int = 5) -> None:
         self._summarize = summarize
+        self._first = first
         self._counts: dict[K, int] = {}
 
     def admits(self, kind: K) -> bool:
@@ -235,7 +236,7 @@ class Limit(Generic[K]):
             self._counts[kind] = 0
             asyncio.get_running_loop().call_later(_LIMIT_SECONDS, self._end, kind)
         self._counts[kind] += 1
-        return self._counts[kind] <= _LIMIT_FIRST
+        return self._counts[kind] <= self._first
 
     def close(self) -> None:
         """Writes now what is still to be told."""
@@ -243,6 +244,6 @@ class Limit(Generic[K]):
             self._end(kind)
 
     def _end(self, kind: K) -> None:
-        surplus = self._counts.pop(kind, 0) - _LIMIT_FIRST
+        surplus = self._counts.pop(kind, 0) - self._first
         if surplus > 0:
             self._summarize(kind, surplus)

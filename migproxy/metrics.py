@@ -189,6 +189,17 @@ def _health(report: Report) -> Iterator[Metric]:
         "Relays that this daemon went on with after the one before had ended.",
         relay["replaced"],
     )
+    budget = report["budget"]
+    yield GaugeMetricFamily(
+        "migproxy_connections",
+        "Connections of all migrations, those that are being set up among them.",
+        budget["connections"],
+    )
+    yield GaugeMetricFamily(
+        "migproxy_connections_capacity",
+        "Connections that this node has room for, by the limits of open files and memory of daemon and relay.",
+        budget["capacity"],
+    )
     if (beside := report["beside"]) is not None:
         yield GaugeMetricFamily(
             "migproxy_failsafe_running",
@@ -280,6 +291,11 @@ def _channels(migrations: list[Report]) -> Iterator[Metric]:
     connections = GaugeMetricFamily(
         "migproxy_migration_connections_open", "Connections of a channel that are open.", labels=_CHANNEL
     )
+    waiting = GaugeMetricFamily(
+        "migproxy_migration_connections_waiting",
+        "1 while further connections of a channel wait to be accepted, by what is full: the channel or the node.",
+        labels=[*_CHANNEL, "limit"],
+    )
     rtt = GaugeMetricFamily(
         "migproxy_migration_tcp_rtt_seconds",
         "Smoothed round-trip time between the two nodes, of the channel's slowest open connection.",
@@ -309,11 +325,13 @@ def _channels(migrations: list[Report]) -> Iterator[Metric]:
                 failed.add_metric([*labels, reason], count, created)
             if migration["state"] != "ended":
                 connections.add_metric(labels, channel["connections_open"])
+                for limit in ("channel", "node"):
+                    waiting.add_metric([*labels, limit], (channel["waits"] or {}).get("limit") == limit)
             if tcp := channel["tcp"]:
                 rtt.add_metric(labels, tcp["rtt_seconds"])
                 delivery.add_metric(labels, tcp["delivery_rate"])
                 window.add_metric(labels, tcp["congestion_window"])
-    yield from (carried, modes, opened, failed, retransmits, connections, rtt, delivery, window)
+    yield from (carried, modes, opened, failed, retransmits, connections, waiting, rtt, delivery, window)
 
 
 def _labels(migration: Report) -> list[str]:

@@ -566,6 +566,7 @@ class Node:
             "problems": self.problems,
             "flaws": rows.flaws(inventory.flaws),
             "relay": self._around.relay.report(),
+            "budget": self._around.budget.report(),
             "address": str(self.address.addresses[0]) if self.address and self.address.addresses else None,
             "vmis": len(self._vmis),
             "queue_depth": self.queue_depth,

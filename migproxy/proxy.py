@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import structlog
 
 from migproxy import tcpinfo
+from migproxy.budget import Budget, Full
 from migproxy.connection import Connection, RelayedConnection
 from migproxy.fds import is_connected, reset
 from migproxy.launcher import Launchers, SocketNode, new_unix
@@ -30,7 +31,15 @@ from migproxy.relay.client import Lease, RelayClient
 from migproxy.relay.protocol import Way
 from migproxy.sockets import TCPOptions, accept, ready, widen_unix
 from migproxy.state import ProxyState
-from migproxy.survival import Fate, LeftConnection, LeftListener, connection_name, listener_name, state_name
+from migproxy.survival import (
+    Fate,
+    LeftConnection,
+    LeftListener,
+    connection_name,
+    fingerprint,
+    listener_name,
+    state_name,
+)
 from migproxy.tls import Meeting, Security, Unfinished
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.traffic import Progress, Traffic
@@ -40,6 +49,8 @@ _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memor
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds between two attempts to dial
 _HISTORY = 60  # seconds of rates that are kept for people to look at
 _TURN_SECONDS = 2.0  # a handshake takes milliseconds
+_AT_ONCE = 4  # connections of a source's channel that are set up side by side; the others' have their turn meanwhile
+_ROUTINE_LINES = 32  # of each kind in ten seconds: several times what a migration has
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _NOT_THIS_TIME = {errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO, errno.EPERM}  # whoever asked has gone, or may not
 _CLOSED_AT_ONCE = (
@@ -69,10 +80,10 @@ class Surroundings:
         security: Protects them.
         local_address: This node's migration address of an IP version (4 or 6); raises ProxyError without one.
         dial_timeout: Seconds that the other leg may take to appear, retried meanwhile.
-        max_connections: Open connections per channel of a migration; more wait in the listener's queue, so that
-            no launcher can use up the daemon's descriptors.
+        max_connections: Open connections per channel of a migration; more wait in the listener's queue.
         max_handshakes: Unfinished TLS handshakes per channel of a migration.
         relay: Moves the connections, and keeps what is to outlive this process.
+        budget: The connections of the node, of which each migration has a share.
         announces: Targets are announced, beside virt-handler, instead of published.
         measures: Where latencies and failures of the node are recorded.
     """
@@ -85,6 +96,7 @@ class Surroundings:
     max_connections: int
     max_handshakes: int
     relay: RelayClient
+    budget: Budget
     announces: bool = False
     measures: Measures = field(default_factory=Measures)
 
@@ -133,6 +145,8 @@ class Proxy(ABC):
         inherited: Listeners that an earlier daemon left and that are not taken over yet.
         begun: Connections that were being set up when it died.
         thread: Looks into the launcher's folders.
+        share: What it has of the node's connections.
+        waits: The channels whose further connections wait in the listener's queue, and why.
     """
 
     role: Role
@@ -149,13 +163,16 @@ class Proxy(ABC):
         self.around = around
         self.thread = LauncherThread(f"launcher of {migration.namespace}/{migration.name}")
         self._connections: dict[asyncio.Task[None], tuple[socket.socket, ...]] = {}
-        self._slots: dict[Channel, asyncio.Semaphore] = {}
+        self.share = around.budget.share()
+        self.waits: dict[Channel, Full] = {}
+        self._migproxies: set[str] = set()  # targets that have shown that they are ours
         self._unfinished: dict[Channel, Unfinished] = {}
         self._turns: dict[Channel, _Turns] = {}
         self.inherited: list[LeftListener] = []
         self.begun: list[LeftConnection] = []
         self._storing = asyncio.Lock()
         self._failed_lines = Limit(self._log_more_failed)
+        self._routine_lines = Limit(self._log_more, _ROUTINE_LINES)
         self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
 
     @property
@@ -222,7 +239,7 @@ class Proxy(ABC):
 
     def succeed(self, other: Proxy) -> None:
         """Takes over all that another proxy of the same migration and role has: connections, counters, listeners."""
-        self._connections, self._slots = other._connections, other._slots
+        self._connections, self.share = other._connections, other.share
         self._unfinished, self._turns = other._unfinished, other._turns
         self.inherited, begun = other.inherited, other.begun
         self.resume(other.progress)
@@ -250,7 +267,8 @@ class Proxy(ABC):
             self.abandon(left)
         elif connection := self.revive(left):
             self._begin(connection, channel)
-            await self._relay(connection, left.lease, channel, self.log.bind(channel=channel.label))
+            with self.share.take(channel):
+                await self._relay(connection, left.lease, channel, self.log.bind(channel=channel.label))
 
     def revive(self, left: LeftConnection) -> RelayedConnection | None:
         """Makes a connection of one that was ready to be relayed; None where no descriptors are left for it."""
@@ -324,20 +342,14 @@ class Proxy(ABC):
             listener: A non-blocking listening socket; stays the caller's.
             channel: The channel that it serves.
         """
-        slots = self._open(channel)
+        unfinished = self._open(channel)
         await self._settled()  # until then whoever connects is safest in the listener's queue
         while True:
-            if slots.locked():
-                self.log.warning(
-                    "connections wait: the channel is full",
-                    channel=channel.label,
-                    open=self.around.max_connections,
-                    remedy="end the launcher's surplus connections, or raise --max-connections",
-                )
-            async with slots:  # there is one; each connection takes its own, a target's only once it is authenticated
-                pass
             try:
                 await ready(listener.fileno(), writing=False)
+                if self.meeting(channel).greet is None:  # else it is refused, and goes another way at once
+                    await self._room(channel)
+                await unfinished.room()
                 # Else it would queue behind others, in this process alone; in the listener's queue it is safe.
                 await self.around.relay.handed_over()
                 lease = self.around.relay.lease(connection_name(self.role, channel, self.migration))
@@ -353,21 +365,40 @@ class Proxy(ABC):
                 self.log.error("cannot accept connections", channel=channel.label, error=error.strerror, remedy=remedy)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            lease.keep(fd)  # at once: a connection that only this process has dies with it
+            if not self._accepts_strangers:
+                lease.keep(fd)  # at once: a connection that only this process has dies with it
             accepted = socket.socket(fileno=fd)
             self.follow(self._connection(accepted, channel, lease), lease, accepted)
+
+    @property
+    def _accepts_strangers(self) -> bool:
+        """Whether what is accepted is a stranger's, who has yet to say who it is: nobody could go on with that."""
+        return self.role is Role.TARGET and self.around.security.encrypts is True
+
+    async def _room(self, channel: Channel) -> None:
+        """Waits until a channel may have one more connection, and says so where it has to."""
+        share = self.share
+        try:
+            while full := share.full(channel, self.around.max_connections):
+                if channel not in self.waits and self._routine_lines.admits(("waited", channel)):
+                    self.log.warning(full.event, channel=channel.label, why=full.why, remedy=full.remedy)
+                self.waits[channel] = full
+                await share.change()
+        finally:
+            self.waits.pop(channel, None)
+        while self.role is Role.SOURCE and share.begun[channel] >= _AT_ONCE:
+            await share.change()
 
     async def _settled(self) -> None:
         """Returns once it is known how connections are to be protected, or a connection has another way."""
         if self.role is Role.TARGET or not self.around.announces:
             await self.around.security.settled()
 
-    def _open(self, channel: Channel) -> asyncio.Semaphore:
-        """Makes what the connections of a channel share; returns their slots."""
-        self._unfinished.setdefault(channel, Unfinished(self.around.max_handshakes))
+    def _open(self, channel: Channel) -> Unfinished:
+        """Makes what the connections of a channel share; returns their unfinished handshakes."""
         self._turns.setdefault(channel, _Turns())
         self.traffic.setdefault(channel, Traffic())
-        return self._slots.setdefault(channel, asyncio.Semaphore(self.around.max_connections))
+        return self._unfinished.setdefault(channel, Unfinished(self.around.max_handshakes))
 
     def follow(self, connection: Coroutine[Any, Any, None], lease: Lease, *owned: socket.socket) -> None:
         """Runs what serves a connection in a task of its own, which ends with the proxy; closes what it owns then."""
@@ -386,29 +417,24 @@ class Proxy(ABC):
     ) -> None:
         remote = _remote(accepted)
         log = self.log.bind(channel=channel.label, remote=remote)
-        slots = self._open(channel)
-        async with AsyncExitStack() as slot:
+        self._open(channel)
+        with ExitStack() as taken:
             legs = [accepted] + ([dialled] if dialled else [])
             try:
-                if self.role is Role.SOURCE:
-                    await slot.enter_async_context(slots)
-                    await self._drop_unusable(legs, lease)
-                    unix, transport = accepted, await self.to_network(channel, legs, lease)
-                else:
-                    with self._turns[channel].take(remote) as turn:
-                        transport = await self._from_network(remote, channel, legs, slot)
-                        await turn()
+                with self.share.begin(channel):
+                    if self.role is Role.SOURCE:
+                        taken.enter_context(self.share.take(channel))
                         await self._drop_unusable(legs, lease)
-                        if len(legs) == 1:
-                            legs.append(await self._reach(channel, lease, self._deadline()))
-                    unix = legs[-1]
+                        unix, transport = accepted, await self.to_network(channel, legs, lease)
+                    else:
+                        unix, transport = await self._to_launcher(remote, channel, legs, lease, taken)
                 widen_unix(unix)
                 connection = RelayedConnection(lease, unix, transport)
             except (DialError, ProxyError, OSError) as error:
                 told = self._fail(channel, error, "dial")
                 if self._failed_lines.admits((channel, told.get("reason", ""))):
                     log.error("connection failed", peer=self.peer(channel), **told)
-                self.note(lease, at_once=True)
+                self.note(lease, at_once=bool(lease.fds) or self.role is Role.SOURCE)  # a flood's can wait a moment
                 for leg in legs:
                     reset(leg)
                 return
@@ -418,7 +444,8 @@ class Proxy(ABC):
                     reset(leg)
                 raise
             log = log.bind(peer=self.peer(channel), security=transport.label)
-            log.info("connection opened")
+            if self._routine_lines.admits(("opened", channel)):
+                log.info("connection opened")
             self._begin(connection, channel)
             await self._relay(connection, lease, channel, log)
 
@@ -461,20 +488,39 @@ class Proxy(ABC):
 
     async def to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
-        if len(legs) == 1:
-            legs.append(await self._reach(channel, lease, self._deadline()))
-        dialled = legs[-1]
-        try:
-            # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
-            transport = await self._secure(dialled, self.meeting(channel), server=False, commit=lease.drop)
-        except TLSError as error:
-            # No second attempt: KubeVirt's target dials its launcher for each connection that it accepts, and QEMU
-            # counts them.
-            if error.reason is Reason.CLOSED and not _has_answered(dialled):
-                raise TLSError(Reason.CLOSED, f"{self.peer(channel)}: {_CLOSED_AT_ONCE}") from error
-            raise
-        legs[-1] = transport.tcp
-        return transport
+        deadline, pauses = self._deadline(), doubling(_FIRST_PAUSE, _LONGEST_PAUSE)
+        while True:
+            if len(legs) == 1:
+                legs.append(await self._reach(channel, lease, deadline))
+            dialled = legs[-1]
+            target = _remote(dialled)
+            try:
+                # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
+                transport = await self._secure(
+                    dialled, self._meet(channel, "launcher"), server=False, commit=lease.drop
+                )
+            except TLSError as error:
+                if self._may_dial_again(error, target, lease, deadline):
+                    self._let_go(legs.pop(), lease)
+                    await asyncio.sleep(next(pauses))
+                    continue
+                if error.reason is Reason.CLOSED and not _has_answered(dialled):
+                    raise TLSError(Reason.CLOSED, f"{self.peer(channel)}: {_CLOSED_AT_ONCE}") from error
+                raise
+            if transport.is_migproxy:
+                self._migproxies.add(target)
+            legs[-1] = transport.tcp
+            return transport
+
+    def _may_dial_again(self, error: TLSError, target: str, lease: Lease, deadline: float) -> bool:
+        """Whether a handshake that was cut is tried once more.
+
+        KubeVirt's target dials its launcher for each connection that it accepts, and QEMU counts them. Ours dials it
+        for a handshake that is finished: as long as nothing was said that finishes one, the launcher has seen nothing.
+        A target is known to be ours by its first handshake.
+        """
+        is_cut = error.reason is Reason.CLOSED and bool(lease.fds)
+        return is_cut and target in self._migproxies and asyncio.get_running_loop().time() < deadline
 
     async def _drop_unusable(self, legs: list[socket.socket], lease: Lease) -> None:
         """Lets go of the leg that an earlier daemon dialled, where this one cannot go on with it."""
@@ -504,30 +550,50 @@ class Proxy(ABC):
             info = tcpinfo.read(tcp)
         return info is not None and info.state == tcpinfo.ESTABLISHED
 
+    async def _to_launcher(
+        self, remote: str, channel: Channel, legs: list[socket.socket], lease: Lease, taken: ExitStack
+    ) -> tuple[socket.socket, Transport]:
+        """Protects what was accepted, and then dials the launcher; see `_from_network`."""
+        with self._turns[channel].take(remote) as turn:
+            transport = await self._from_network(remote, channel, legs, taken)
+            if not lease.fds:
+                lease.keep(transport.tcp.fileno())
+            await turn()
+            await self._drop_unusable(legs, lease)
+            if len(legs) == 1:
+                legs.append(await self._reach(channel, lease, self._deadline()))
+        return legs[-1], transport
+
     async def _from_network(
-        self, remote: str, channel: Channel, legs: list[socket.socket], slot: AsyncExitStack
+        self, remote: str, channel: Channel, legs: list[socket.socket], taken: ExitStack
     ) -> Transport:
         """Protects what was accepted: nothing is dialled for a peer that has not shown who it is.
 
         Args:
-            slot: Is given one of the channel's: for a source that has another way, before it gives that up.
+            taken: Is given one of the channel's connections: for a source that has another way, before it gives that
+                up.
         """
-        meeting, slots = self.meeting(channel), self._slots[channel]
+        meeting, share = self._meet(channel, remote), self.share
 
         async def ready() -> None:
             assert meeting.greet
             await meeting.greet()
-            if slots.locked():
-                raise DialError(f"the channel is full: {self.around.max_connections} connections (--max-connections)")
-            await slot.enter_async_context(slots)
+            if full := share.full(channel, self.around.max_connections):
+                raise DialError(f"the {full.limit} is full: {full.why}: {full.remedy}")
+            taken.enter_context(share.take(channel))
 
-        async with self._unfinished[channel].place(remote):
-            met = replace(meeting, greet=ready) if meeting.greet else meeting
+        async with self._unfinished[channel].place(remote) as place:
+            met = replace(meeting, place=place, greet=ready if meeting.greet else None)
             transport = await self._secure(legs[0], met, server=True)
         if meeting.greet is None:
-            await slot.enter_async_context(slots)
+            await self._room(channel)
+            taken.enter_context(share.take(channel))
         legs[0] = transport.tcp
         return transport
+
+    def _meet(self, channel: Channel, remote: str) -> Meeting:
+        """What a connection's meeting is, and whose turn it takes."""
+        return replace(self.meeting(channel), whose=(fingerprint(self.migration), remote))
 
     async def _secure(
         self, tcp: socket.socket, meeting: Meeting, *, server: bool, commit: Callable[[], None] | None = None
@@ -560,6 +626,10 @@ class Proxy(ABC):
         self.traffic[channel].failures[reason] += 1
         self.around.measures.failures.labels(self.role, reason).inc()
         return told
+
+    def _log_more(self, kind: tuple[str, Channel], count: int) -> None:
+        what, channel = kind
+        self.log.info(f"more connections {what}", channel=channel.label, count=count)
 
     def _log_more_failed(self, kind: tuple[Channel, str], count: int) -> None:
         channel, reason = kind
@@ -602,8 +672,9 @@ class Proxy(ABC):
             seconds = round(time.monotonic() - connection.opened, 3)
             counts = {"sent": connection.sent, "received": connection.received, "seconds": seconds}
             if failure:
-                log.warning("connection broken", **counts, **failure)
-            else:
+                if self._routine_lines.admits(("broken", channel)):
+                    log.warning("connection broken", **counts, **failure)
+            elif self._routine_lines.admits(("closed", channel)):
                 log.info("connection closed", **counts)
 
     async def close(self) -> None:
@@ -617,6 +688,7 @@ class Proxy(ABC):
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
         self._failed_lines.close()
+        self._routine_lines.close()
         self.around.relay.forget_note(state_name(self.role, self.migration))
         sent, received = self._moved()
         self.log.info(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
@@ -92,6 +93,7 @@ def traffic(proxy: Source | Target | AdoptedProxy) -> dict[str, Any]:
                 "connections_open": len(traffic.open),
                 "connections_total": traffic.connections,
                 "connections_failed": traffic.failed,
+                "waits": asdict(full) if (full := proxy.waits.get(channel)) else None,
                 "failures": dict(traffic.failures),
                 "bytes_sent": traffic.sent,
                 "bytes_received": traffic.received,

@@ -173,7 +173,11 @@ class Settings(BaseModel):
         10.0, gt=0, le=600, description="Seconds to try to connect the other leg: the target node, or QEMU's socket."
     )
     max_connections: int = Field(
-        256, ge=1, le=65536, description="Open connections per channel of a migration; further ones wait."
+        128,
+        ge=1,
+        le=65536,
+        description="Open connections per channel of a migration; further ones wait. QEMU opens nine for memory "
+        "(KubeVirt's multifd) and one for each disk. A node that is full has fewer: see docs/observability.md.",
     )
     drain_timeout: float = Field(
         600.0, ge=0, description="Seconds that SIGTERM waits for running migrations. A second SIGTERM ends them."
@@ -229,8 +233,8 @@ class Settings(BaseModel):
         256,
         ge=1,
         le=65536,
-        description="Unfinished TLS handshakes per channel of a migration; beyond it, the oldest one of the address "
-        "that has most of them is given up.",
+        description="Unfinished TLS handshakes per channel of a migration; beyond it, one is given up whose peer has "
+        "said nothing, the oldest first, of the newcomer's own address where that has a quarter of all.",
     )
     ktls: Literal["auto", "on", "off"] = Field(
         "auto",

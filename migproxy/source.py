@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 
@@ -678,7 +678,7 @@ class Source(Proxy):
                 sock = self._new_tcp(channel)
                 try:
                     await self._connect(sock, channel)
-                    return await self._secure(sock, Meeting(self.plan.name, go), server=False)
+                    return await self._secure(sock, replace(self._meet(channel, "launcher"), greet=go), server=False)
                 except BaseException:
                     reset(sock)
                     raise

@@ -51,6 +51,8 @@ def render(report: Mapping[str, Any]) -> str:
         lines.append(
             f"ended migrations: {dropped} are not shown any more; at most {MOST_OF_ONE} of a VMI and {MOST} in all are"
         )
+    budget = report["budget"]
+    lines.append(f"connections: {budget['connections']} of {budget['capacity']}, as {budget['limit']} allow")
     if not report["migrations"]:
         return "\n".join([*lines, "no migrations"])
     rows = [_HEADINGS, *(row for migration in report["migrations"] for row in _rows(migration))]
@@ -62,6 +64,10 @@ def render(report: Mapping[str, Any]) -> str:
         if paths := migration.get("paths"):
             told = ", ".join(f"{one['connections']} by {one['path']}{_because(one['reason'])}" for one in paths)
             lines.append(f"{_name(migration)} ({migration['role']}): connections {told}")
+        for channel in migration.get("channels") or ():
+            if waits := channel["waits"]:
+                why = f"connections of channel {channel['channel']} wait: {waits['why']}: {waits['remedy']}"
+                lines.append(f"{_name(migration)} ({migration['role']}): {why}")
         for label in ("error", "last_error"):
             if migration.get(label):
                 lines.append(f"{_name(migration)} ({migration['role']}): {migration[label]}")

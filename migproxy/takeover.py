@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from contextlib import AsyncExitStack
 
 import structlog
 
@@ -78,10 +77,7 @@ class AdoptedProxy(Proxy):
         logger = self.log.bind(channel=channel.label)
         logger.info("connection goes on", sent=connection.sent, received=connection.received)
         self.around.measures.resumed.labels(self.role).inc()
-        slots = self._open(channel)
-        async with AsyncExitStack() as slot:
-            if not slots.locked():  # fewer are allowed now than the earlier daemon had: those go on
-                await slot.enter_async_context(slots)
+        with self.share.take(channel):  # whatever is allowed now: what the earlier daemon had goes on
             await self._relay(connection, lease, channel, logger)
 
     async def _dial(self, channel: Channel, lease: Lease) -> socket.socket:

@@ -10,11 +10,12 @@ import asyncio
 import re
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import Enum
 from typing import Any, Final, Literal, Protocol, TypeVar
 
 import structlog
@@ -27,6 +28,7 @@ from migproxy.handshake import Handshake, Refused, Secured, prepare
 from migproxy.pki import Files
 from migproxy.relay.protocol import Way
 from migproxy.relay.records import pack
+from migproxy.rounds import Permits
 from migproxy.sockets import ready
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
@@ -55,6 +57,7 @@ _OLD = re.compile(r"_CBC_|_RC4_|^TLS_RSA_|3DES|-SHA\d*$|^(AES|RC4|DES)")
 _CHECK_SECONDS = 60.0
 _GREETING_SECONDS = 10.0
 _THREADS = 2  # a step of a handshake takes a millisecond or less
+_STEPS = 2 * _THREADS  # at a time: what comes next waits beside each thread, not for the event loop
 _MOST_AT_ONCE = 128  # reads of half a record before other handshakes have their turn
 
 
@@ -70,10 +73,14 @@ class Meeting:
         name: The TLS server name that carries the migration; None where the ends have no common one.
         greet: Of a connection to an announced target, see `greeting.greet`; None of one to a published target, which
             may be KubeVirt's.
+        whose: Whose turn the steps of the handshake take: the migration's, within it the peer's (`rounds`).
+        place: Where an unfinished handshake is counted; None where nobody counts.
     """
 
     name: str | None = None
     greet: Greet | None = None
+    whose: tuple[Hashable, ...] = ()
+    place: Place | None = None
 
     def admits(self, sent: str | None) -> None:
         """Looks at the server name that a source has sent.
@@ -256,6 +263,7 @@ class MutualTLS:
         except CredentialsError as error:
             raise SecurityError(_without_certificates(error)) from error
         self._pool = ThreadPoolExecutor(_THREADS, "handshake")
+        self._permits = Permits(_STEPS)
 
     async def settled(self) -> None:
         """See Security: it is."""
@@ -342,11 +350,14 @@ class MutualTLS:
                 name=meeting.name,
                 admits=meeting.admits if server else None,
             )
-            return handshake, handshake.begin()
+            return handshake, _answer(tcp, handshake) if server else handshake.begin()
 
         try:
-            handshake, said = await self._step(begin)
-            secured = await self._shake_hands(tcp, handshake, said, commit)
+            if server:  # who says nothing costs a descriptor, and no more
+                await ready(tcp.fileno(), writing=False)
+            with _our_turn(meeting.place):
+                handshake, said = await self._step(begin, *meeting.whose)
+            secured = await self._shake_hands(tcp, handshake, said, commit, meeting)
             if meeting.greet:
                 await _greet(tcp, secured, meeting.greet, server=server)
         except Refused as refused:
@@ -361,14 +372,20 @@ class MutualTLS:
         return self._transport(tcp, secured, GO if meeting.greet and not server else b"", server=server)
 
     async def _shake_hands(
-        self, tcp: socket.socket, handshake: Handshake, said: bytes, commit: Callable[[], None] | None
+        self,
+        tcp: socket.socket,
+        handshake: Handshake,
+        said: bytes,
+        commit: Callable[[], None] | None,
+        meeting: Meeting,
     ) -> Secured:
         loop = asyncio.get_running_loop()
         while not (secured := handshake.result):
             if said:
                 await loop.sock_sendall(tcp, said)
             await ready(tcp.fileno(), writing=False)
-            said = await self._step(lambda: _answer(tcp, handshake))
+            with _our_turn(meeting.place):
+                said = await self._step(lambda: _answer(tcp, handshake), *meeting.whose)
             if said and commit:  # what follows the first words has the client's Finished
                 commit()
                 commit = None
@@ -379,17 +396,27 @@ class MutualTLS:
         label = f"{secured.version} {secured.suite} with {secured.who}"
         try:
             if self.kernel and offload.install(tcp, secured.sealing, secured.opening):
-                return Transport(tcp, f"{label}, in the kernel", Way.KTLS, preface=preface)
+                return Transport(
+                    tcp, f"{label}, in the kernel", Way.KTLS, preface=preface, is_migproxy=secured.is_migproxy
+                )
             if self._options.ktls == "on":
                 raise TLSError(Reason.NOT_OFFLOADED, f"the kernel did not take over {label}: use --ktls auto")
             keys = pack(secured.sealing, secured.opening, is_client=not server, renews=secured.renews, preface=preface)
-            return Transport(tcp, f"{label}, in user space", Way.TLS, keys)
+            return Transport(tcp, f"{label}, in user space", Way.TLS, keys, is_migproxy=secured.is_migproxy)
         finally:
             secured.sealing.wipe()
             secured.opening.wipe()
 
-    async def _step(self, call: Callable[[], T]) -> T:
-        """Runs a call in a thread, to its end even when cancelled: what it uses must not be closed under it."""
+    async def _step(self, call: Callable[[], T], *whose: Hashable) -> T:
+        """Runs a call in a thread, to its end even when cancelled: what it uses must not be closed under it.
+
+        Args:
+            whose: See Meeting.
+        """
+        async with self._permits.permit(*whose):
+            return await self._run(call)
+
+    async def _run(self, call: Callable[[], T]) -> T:
         running = asyncio.get_running_loop().run_in_executor(self._pool, call)
         cancelled: asyncio.CancelledError | None = None
         while not running.done():
@@ -427,11 +454,42 @@ def _answer(tcp: socket.socket, handshake: Handshake) -> bytes:
     return bytes(said)
 
 
+class Awaits(Enum):
+    """What a handshake that is not finished waits for; those before are given up before those after."""
+
+    FIRST_WORDS = "the peer, which has said nothing yet"
+    PEER = "the peer, which has been answered"
+    US = "this end"
+
+
+class Place:
+    """The place of one handshake among those that are not finished.
+
+    Args:
+        expiry: Ends it.
+        address: The peer's.
+    """
+
+    def __init__(self, unfinished: Unfinished, expiry: asyncio.Timeout, address: str) -> None:
+        self.address, self.awaits = address, Awaits.FIRST_WORDS
+        self._unfinished, self._expiry = unfinished, expiry
+
+    def wait_for(self, what: Awaits) -> None:
+        """Says what it waits for from now on."""
+        self._unfinished.move(self, what)
+
+    def give_up(self) -> None:
+        """Ends the handshake."""
+        self._expiry.reschedule(0)
+
+
 class Unfinished:
     """The handshakes of one listener that are not finished: a bounded number, so that nobody's silence costs much.
 
-    Where the bound is reached, the oldest one is given up of the address that has most of them: whoever opens
-    connections and says nothing displaces themselves, and a real peer, which is done within milliseconds, stays.
+    Where the bound is reached, one is given up that waits for its peer: of the newcomer's own address, if that has a
+    quarter of all places or more, else of any. Those that have said nothing go first, and of them the oldest: a real
+    peer speaks at once, and is done within milliseconds. Nobody is accepted while half of all wait for this end, which
+    does what it can: they need not go, and whoever has been answered has time to say the next word.
 
     Args:
         limit: The bound.
@@ -439,13 +497,20 @@ class Unfinished:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._waiting: dict[asyncio.Timeout, str] = {}
+        self._places: dict[Awaits, dict[Place, None]] = {what: {} for what in Awaits}
+        self._of: Counter[str] = Counter()
+        self._keeps_up = asyncio.Event()
+        self._keeps_up.set()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, self._places.values()))
+
+    async def room(self) -> None:
+        """Returns when another one can be begun."""
+        await self._keeps_up.wait()
 
     @asynccontextmanager
-    async def place(self, address: str) -> AsyncIterator[None]:
+    async def place(self, address: str) -> AsyncIterator[Place]:
         """Holds a place for the handshake within the context.
 
         Args:
@@ -454,25 +519,63 @@ class Unfinished:
         Raises:
             TLSError: The place was given to a newer one.
         """
-        if len(self._waiting) >= self._limit:
-            self._displace()
+        if len(self) >= self._limit:
+            self._displace(address)
         try:
             async with asyncio.timeout(None) as expiry:
-                self._waiting[expiry] = address
+                place = Place(self, expiry, address)
+                self._places[place.awaits][place] = None
+                self._of[address] += 1
                 try:
-                    yield
+                    yield place
                 finally:
-                    self._waiting.pop(expiry, None)
+                    self._remove(place)
         except TimeoutError as error:
             raise TLSError(
                 Reason.DISPLACED, f"the TLS handshake was given up for a newer one: {self._limit} were unfinished"
             ) from error
 
-    def _displace(self) -> None:
-        ((most, _),) = Counter(self._waiting.values()).most_common(1)
-        oldest = next(expiry for expiry, address in self._waiting.items() if address == most)
-        del self._waiting[oldest]
-        oldest.reschedule(0)
+    def move(self, place: Place, what: Awaits) -> None:
+        """See `Place.wait_for`."""
+        if place in self._places[place.awaits]:  # else it has been given up
+            del self._places[place.awaits][place]
+            place.awaits = what
+            self._places[what][place] = None
+            self._look()
+
+    def _displace(self, address: str) -> None:
+        is_greedy = self._of[address] >= max(1, self._limit // 4)
+        place = next(
+            one for places in self._places.values() for one in places if not is_greedy or one.address == address
+        )
+        self._remove(place)
+        place.give_up()
+
+    def _remove(self, place: Place) -> None:
+        if place in self._places[place.awaits]:
+            del self._places[place.awaits][place]
+            self._of[place.address] -= 1
+            if not self._of[place.address]:
+                del self._of[place.address]
+            self._look()
+
+    def _look(self) -> None:
+        if len(self._places[Awaits.US]) < max(1, self._limit // 2):
+            self._keeps_up.set()
+        else:
+            self._keeps_up.clear()
+
+
+@contextmanager
+def _our_turn(place: Place | None) -> Iterator[None]:
+    """This end has to do something within the context, and then waits for the peer."""
+    if place:
+        place.wait_for(Awaits.US)
+    try:
+        yield
+    finally:
+        if place:
+            place.wait_for(Awaits.PEER)
 
 
 def _without_certificates(error: CredentialsError) -> str:

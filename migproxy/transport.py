@@ -22,6 +22,7 @@ class Transport:
         keys: Of user-space TLS (`records.pack`); empty otherwise. Whoever has used them wipes them.
         preface: What the peer is told before anything of the launcher's, by whoever moves the connection: until then
             it is not committed. With keys, they have it.
+        is_migproxy: See `handshake.Secured`.
     """
 
     tcp: socket.socket
@@ -29,3 +30,4 @@ class Transport:
     way: Way = Way.SPLICED
     keys: bytearray = field(default_factory=bytearray, repr=False)
     preface: bytes = b""
+    is_migproxy: bool = False

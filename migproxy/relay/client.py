@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from migproxy import __version__
+from migproxy.capacity import Limits
 from migproxy.fds import close_all, duplicate, post
 from migproxy.pauses import doubling
 from migproxy.relay.protocol import (
@@ -604,6 +605,16 @@ class RelayClient:
             elif self._is_ready:
                 self.problem = "the relay does not answer: see what holds it up, or end it (SIGKILL will do)"
                 log.error("migrations are not protected", error=self.problem)
+
+    @property
+    def limits(self) -> Limits | None:
+        """What the relay may have; None as long as it has not said."""
+        return Limits(self._welcome.limit, self._welcome.memory or None) if self._welcome else None
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether the relay was started by a daemon, and so shares its cgroup."""
+        return self._starts
 
     def report(self) -> dict[str, Any]:
         """What `migproxy status` shows of it, as plain values."""

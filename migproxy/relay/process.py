@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from migproxy import __version__
+from migproxy.capacity import memory_limit
 from migproxy.fds import break_off, close_all, post, raise_file_limit, reset_on_close
 from migproxy.ktls import KernelReceive, KernelSend
 from migproxy.liveness import Stalls, read
@@ -340,7 +341,7 @@ class Relay:
         self._had_daemon = True
         self._refused = ""
         _log("info", "a daemon has come", pid=client.pid, program=hello.program, kept=len(self._entries))
-        self._tell(Welcome(VERSION, __version__, os.getpid(), self._limit))
+        self._tell(Welcome(VERSION, __version__, os.getpid(), self._limit, memory_limit() or 0))
         for name, words in self._notes.items():
             self._tell(Noted(name, words))
         for name in self._entries:

@@ -121,12 +121,14 @@ class Welcome:
         program: The relay's version, for people.
         pid: Its process.
         limit: How many descriptors it can keep.
+        memory: Bytes that its cgroup may have; 0 where nothing limits them, or an older relay does not say.
     """
 
     version: int
     program: str
     pid: int
     limit: int
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)

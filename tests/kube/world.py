@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from migproxy.budget import Budget
+from migproxy.capacity import Capacity
 from migproxy.inventory.announcements import Announcements
 from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer
@@ -138,6 +140,7 @@ class LocalNode:
                     max_connections=self.max_connections,
                     max_handshakes=8,
                     relay=relay,
+                    budget=Budget(lambda: Capacity(1000, "nothing", "")),
                     announces=beside,
                 ),
                 KubeInventory(api, self.name, PACE),

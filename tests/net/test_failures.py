@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +424,75 @@ async def test_connection_over_the_limit_waits_until_another_one_ends(nodes: Nod
                 far, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(vm.listener(Channel.DIRECT)), 10)
                 with far:
                     await assert_carries(third, far)
+
+
+async def test_greedy_migration_waits_when_the_node_is_full_and_another_one_has_all_it_needs(nodes: Nodes) -> None:
+    await nodes.source.start(prefix=("prlimit", "--nofile=400:400"))  # 37 connections
+    await nodes.target.start()
+    greedy, modest = nodes.migration("greedy"), nodes.migration("modest")
+    for vm in (greedy, modest):
+        vm.begin()
+    for vm in (greedy, modest):
+        await vm.served()
+    before = nodes.source.pid, nodes.source.relay.pid
+    async with AsyncExitStack() as stack:
+        many = [stack.enter_context(closing(connect(greedy.source_path(Channel.DIRECT)))) for _ in range(100)]
+        full = await assert_logged(
+            nodes.source, "connections wait: the node is full", migration_uid=greedy.migration_uid
+        )
+        assert full["channel"] == "direct"
+        assert full["why"].startswith("400 open files of the daemon allow 37 connections, 26 are open, 26 of them this")
+        assert "raise the daemon's limit of open files" in full["remedy"]
+        status = nodes.source.status()
+        assert status["budget"]["connections"] == 26
+        (waiting,) = [one for one in status["migrations"] if one["migration_uid"] == greedy.migration_uid]
+        assert {one["channel"] for one in waiting["channels"] if one["waits"]} == {"direct"}
+
+        for _ in range(9):  # as many as KubeVirt's QEMU opens
+            near, far = await stack.enter_async_context(modest.connection())
+            await assert_carries(near, far)
+        assert nodes.source.status()["budget"]["connections"] == 35
+
+        for sock in many:
+            sock.close()
+        await until(lambda: _is_calm(greedy), "all that have waited to have been served")
+        assert not any(channel["waits"] for channel in _channels(nodes, greedy))
+        (direct,) = [one for one in _channels(nodes, greedy) if one["channel"] == "direct"]
+        assert direct["connections_total"] >= 100
+    assert (nodes.source.pid, nodes.source.relay.pid) == before
+    assert not nodes.source.logged("cannot accept connections")
+
+
+def _channels(nodes: Nodes, vm: Migration) -> list[dict[str, Any]]:
+    (found,) = [one for one in nodes.source.status()["migrations"] if one["migration_uid"] == vm.migration_uid]
+    channels: list[dict[str, Any]] = found["channels"]
+    return channels
+
+
+async def test_loop_of_short_connections_does_not_flood_the_log(nodes: Nodes) -> None:
+    await nodes.start()
+    vm = nodes.migration()
+    vm.begin()
+    await vm.served()
+    for _ in range(200):
+        async with vm.connection():
+            pass
+    vm.end()
+    await assert_logged(nodes.source, "proxy ended")
+    (total,) = [one["connections_total"] for one in _channels(nodes, vm) if one["channel"] == "direct"]
+    assert total >= 200
+
+    def told(what: str) -> int:
+        counted: list[int] = [
+            line["count"] for line in nodes.source.logged(f"more connections {what}", channel="direct")
+        ]
+        return len(written(what)) + sum(counted)
+
+    def written(what: str) -> list[dict[str, Any]]:
+        return nodes.source.logged(f"connection {what}", channel="direct")
+
+    assert told("opened") == told("closed") + told("broken") == total
+    assert len(written("opened")) < 100
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

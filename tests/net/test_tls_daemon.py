@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 from demo.lab import background, until
 from migproxy.portmap import Channel
 from migproxy.tlserrors import TLSError
-from tests.certificates import SOURCE, TARGET, Cluster, SecretMount, authority
+from tests.certificates import SOURCE, TARGET, Cluster, SecretMount, authority, client_context
 from tests.net.nodes import MIB, Migration, Nodes, assert_carries, assert_ends, assert_logged, connect, receive, send
 
 pytestmark = pytest.mark.tier("gate")
@@ -142,6 +143,38 @@ async def test_silent_peers_keep_no_real_one_out(nodes: Nodes, cluster: Cluster)
                 await assert_carries(near, far)
 
 
+async def test_a_slow_handshake_comes_through_beside_silent_peers_of_hundreds_of_addresses(
+    nodes: Nodes, cluster: Cluster
+) -> None:
+    migration = await start(nodes, "--tls-dir", str(cluster.folder), "--ktls", "off", "--handshake-timeout", "600")
+    address = (nodes.target.address, migration.published()[Channel.DIRECT])
+    loop, arrived, said = asyncio.get_running_loop(), ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = client_context(cluster.folder / "ca.crt", cluster.folder / "client")
+    real = context.wrap_bio(arrived, said)
+    with socket.create_connection(address) as tcp, ExitStack() as silent:
+        tcp.setblocking(False)
+        with suppress(ssl.SSLWantReadError):
+            real.do_handshake()
+        await send(tcp, said.read())
+        arrived.write(await loop.sock_recv(tcp, 1 << 16))
+        for number in range(900):
+            peer = silent.enter_context(socket.socket())
+            peer.bind((f"127.0.{8 + number // 200}.{number % 200 + 1}", 0))
+            peer.connect(address)
+        await until(lambda: errors(nodes).get("handshake_displaced", 0) >= 900 - 256, "the surplus to be given up")
+        while True:
+            with suppress(ssl.SSLWantReadError):
+                real.do_handshake()
+                break
+            arrived.write(await asyncio.wait_for(loop.sock_recv(tcp, 1 << 16), 30))
+        await send(tcp, said.read())
+        far, _ = await asyncio.wait_for(loop.sock_accept(migration.listener(Channel.DIRECT)), 30)
+        with far:
+            real.write(b"memory")
+            await send(tcp, said.read())
+            assert await receive(far, 6) == b"memory"
+
+
 async def test_a_flood_of_refused_peers_does_not_flood_the_log(nodes: Nodes, cluster: Cluster) -> None:
     migration = await start(nodes, "--tls-dir", str(cluster.folder), "--ktls", "off")
     address = (nodes.target.address, migration.published()[Channel.DIRECT])
@@ -213,6 +246,33 @@ async def test_a_target_that_breaks_the_handshake_off_is_told_at_once_and_not_di
     assert words in told["error"]
     assert ("127.0.0.9:" in told["error"]) == (not answer)
     assert dialled == 1
+
+
+@pytest.mark.parametrize("by_reset", [False, True], ids=["end", "reset"])
+async def test_a_migproxy_that_breaks_a_handshake_off_is_dialled_again(
+    nodes: Nodes, cluster: Cluster, by_reset: bool
+) -> None:
+    """Its launcher has seen nothing of the attempt, unlike KubeVirt's. Which it is, its first handshake tells."""
+    ours, dialled, kept = cluster.security(), 0, ExitStack()
+
+    async def serve(number: int, tcp: socket.socket) -> None:
+        nonlocal dialled
+        dialled = number
+        kept.enter_context(tcp)
+        if number in (2, 3):
+            await asyncio.get_running_loop().sock_recv(tcp, 1 << 16)
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", by_reset, 0))
+            tcp.close()
+        else:
+            await ours.secure(tcp, server=True)
+
+    with kept:
+        async with target_of_the_tests_own(nodes, cluster, serve) as migration:
+            for served in (1, 2):
+                kept.enter_context(connect(migration.source_path(Channel.DIRECT)))
+                await until(lambda n=served: len(nodes.source.logged("connection opened")) == n, "it to be served")  # type: ignore[misc]
+    assert dialled == 4
+    assert not nodes.source.logged("connection failed")
 
 
 async def test_a_target_that_is_not_whom_it_must_be_is_not_dialled_again(

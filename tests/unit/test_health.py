@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from migproxy.budget import Budget
+from migproxy.capacity import Capacity
 from migproxy.health import WatchHealth
 from migproxy.inventory import Inventory
 from migproxy.inventory.files import FileInventory
@@ -79,7 +81,15 @@ def node(inventory: Inventory, security: Security, watcher: Watcher) -> Node:
         raise AssertionError
 
     around = Surroundings(
-        Launchers("/run", "/"), TCPOptions(), security, nowhere, 1, 1, 1, relay=RelayClient("/nonexistent")
+        Launchers("/run", "/"),
+        TCPOptions(),
+        security,
+        nowhere,
+        1,
+        1,
+        1,
+        relay=RelayClient("/nonexistent"),
+        budget=Budget(lambda: Capacity(1000, "nothing", "")),
     )
     options = NodeOptions("node01", PortRange(), None, "libvirt/virtqemud-sock")
     return Node(options, around, inventory, AddressWatcher("migration0"), watcher)

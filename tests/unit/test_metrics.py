@@ -29,6 +29,7 @@ def channel(name: str, **changes: Any) -> dict[str, Any]:
         "connections_total": 3,
         "connections_failed": 1,
         "failures": {"reset": 1},
+        "waits": None,
         "bytes_sent": 1000,
         "bytes_received": 10,
         "modes": {"spliced": 1010},
@@ -76,6 +77,7 @@ def report(*migrations: dict[str, Any], **changes: Any) -> dict[str, Any]:
             "replaced": 1,
             "problem": None,
         },
+        "budget": {"connections": 12, "capacity": 6144, "limit": "65536 open files of the relay", "remedy": "more"},
         "tls": {
             "mode": "mTLS",
             "errors": {"wrong_ca": 4},
@@ -118,6 +120,16 @@ def test_counters_carry_when_they_began_so_that_a_restart_is_no_way_back() -> No
     families = {one.name: one for one in parsed(text)}  # type: ignore[no-untyped-call]
     created = [s.value for s in families["migproxy_migration_bytes"].samples if s.name.endswith("_created")]
     assert set(created) == {1700000000.5}
+
+
+@pytest.mark.parametrize(("limit", "values"), [(None, [0, 0]), ("channel", [1, 0]), ("node", [0, 1])])
+def test_a_channel_whose_connections_wait_says_what_is_full(limit: str | None, values: list[int]) -> None:
+    full = limit and {"limit": limit}
+    text = exposition(report(migration(channels=[channel("direct", waits=full)])))
+    waiting = lines(text, "migproxy_migration_connections_waiting{")
+    assert [float(line.rpartition(" ")[2]) for line in waiting] == values
+    assert "migproxy_connections 12.0" in text
+    assert "migproxy_connections_capacity 6144.0" in text
 
 
 def test_an_ended_migration_keeps_its_counters_and_has_no_gauges_of_connections() -> None:

@@ -16,6 +16,7 @@ CHANNEL = {
     "connections_open": 2,
     "connections_total": 3,
     "connections_failed": 1,
+    "waits": None,
     "retransmits": 7,
     "modes": {"spliced": 12, "user-space": 0},
     "tcp": {"rtt_seconds": 0.00025},
@@ -44,6 +45,7 @@ def report(**fields: Any) -> dict[str, Any]:
             "replaced": 0,
             "problem": None,
         },
+        "budget": {"connections": 3, "capacity": 76, "limit": "1024 MiB of memory of the daemon", "remedy": "raise it"},
         "tls": {"errors": {}},
         "migrations": [],
     }
@@ -61,7 +63,10 @@ def test_daemon_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: py
 
 def test_idle_node() -> None:
     assert render(report()) == (
-        "node node01, migration address 10.1.1.1, ready\nrelay: process 4711 moves 0 connections\nno migrations"
+        "node node01, migration address 10.1.1.1, ready\n"
+        "relay: process 4711 moves 0 connections\n"
+        "connections: 3 of 76, as 1024 MiB of memory of the daemon allow\n"
+        "no migrations"
     )
 
 
@@ -113,7 +118,7 @@ def test_running_migration_shows_its_channels_and_its_rate() -> None:
         "bytes_received_per_second": 0,
         "channels": [CHANNEL | {"bytes_sent": 5 * 2**20, "bytes_received": 12}],
     }
-    rows = [" ".join(line.split()) for line in render(report(migrations=[running])).splitlines()[4:]]
+    rows = [" ".join(line.split()) for line in render(report(migrations=[running])).splitlines()[5:]]
     assert rows == [
         (
             "default/vm 01234567 source running 1m23s direct 2 3 1 5.0 MiB 12 B 0.25 ms 7 spliced "
@@ -121,6 +126,15 @@ def test_running_migration_shows_its_channels_and_its_rate() -> None:
         ),
         "(now) 3.0 GiB/s 0 B/s",
     ]
+
+
+def test_a_channel_whose_connections_wait_says_why_and_what_to_do() -> None:
+    waits = {"limit": "node", "event": "", "why": "80 open files allow 7 connections", "remedy": "raise it"}
+    channel = CHANNEL | {"bytes_sent": 0, "bytes_received": 0, "waits": waits}
+    shown = render(report(migrations=[MIGRATION | {"state": "prepared", "channels": [channel]}])).splitlines()
+    assert shown[-1] == (
+        "default/vm 01234567 (source): connections of channel direct wait: 80 open files allow 7 connections: raise it"
+    )
 
 
 def test_waiting_migration_says_what_for() -> None:

@@ -20,7 +20,7 @@ from migproxy.credentials import Validity
 from migproxy.ktls import check_control
 from migproxy.pki import CLIENT_NAMES, OLDER_CLIENT_NAME, SERVER_NAMES, locate
 from migproxy.settings import Settings
-from migproxy.tls import MutualTLS, SecurityError, Suites, TLSOptions, Unfinished, parse_ciphers
+from migproxy.tls import Awaits, MutualTLS, SecurityError, Suites, TLSOptions, Unfinished, parse_ciphers
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
 from migproxy.verify import Peers
@@ -374,29 +374,95 @@ async def test_sessions_are_not_resumed(cluster: Cluster) -> None:
     assert reused == [False] * 3
 
 
-async def test_when_too_many_are_unfinished_the_oldest_of_the_busiest_address_goes() -> None:
-    unfinished = Unfinished(3)
-    done = asyncio.Event()
+class Crowd:
+    """Handshakes of one listener that are not finished.
 
-    async def handshake(address: str) -> Reason | None:
+    Attributes:
+        unfinished: Under test.
+        given_up: Their names, sorted.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.unfinished = Unfinished(limit)
+        self.given_up: list[str] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._done = asyncio.Event()
+
+    async def begin(self, name: str, awaits: Awaits = Awaits.FIRST_WORDS) -> None:
+        """Begins another one, of the address that is the name's first word, which then waits for something."""
+        self._tasks.append(asyncio.create_task(self._shake_hands(name, awaits)))
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def _shake_hands(self, name: str, awaits: Awaits) -> None:
         try:
-            async with unfinished.place(address):
-                await done.wait()
-        except TLSError as error:
-            return error.reason
-        return None
+            async with self.unfinished.place(name.split()[0]) as place:
+                if awaits is not Awaits.FIRST_WORDS:
+                    place.wait_for(Awaits.US)
+                    place.wait_for(awaits)
+                await self._done.wait()
+        except TLSError:
+            self.given_up.append(name)
 
-    tasks = {}
+    async def finish(self) -> None:
+        """Finishes those that were not given up."""
+        self._done.set()
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.gather(*self._tasks)
+        assert len(self.unfinished) == 0
+
+
+async def test_when_too_many_are_unfinished_the_oldest_of_a_greedy_address_goes() -> None:
+    crowd = Crowd(3)
     for name in ("honest", "silent 1", "silent 2", "silent 3", "silent 4"):
-        tasks[name] = asyncio.create_task(handshake(name.split()[0]))
-        await asyncio.sleep(0)
-    assert len(unfinished) == 3
-    done.set()
+        await crowd.begin(name)
+    assert len(crowd.unfinished) == 3
+    await crowd.finish()
+    assert crowd.given_up == ["silent 1", "silent 2"]
+
+
+async def test_silent_peers_of_many_addresses_displace_each_other_and_nobody_who_speaks() -> None:
+    crowd = Crowd(16)
+    await crowd.begin("honest 1", Awaits.PEER)
+    await crowd.begin("honest 2", Awaits.US)
+    for number in range(900):
+        await crowd.begin(f"10.0.0.{number % 240}")
+    assert len(crowd.unfinished) == 16
+    await crowd.finish()
+    assert crowd.given_up == [f"10.0.0.{number % 240}" for number in range(900 - 14)]
+
+
+async def test_of_peers_that_have_spoken_the_one_that_has_kept_quiet_for_longest_goes() -> None:
+    crowd = Crowd(8)
+    for number in range(6):
+        await crowd.begin(f"waits-{number}", Awaits.US if number % 2 else Awaits.PEER)
+    for number in range(4):
+        await crowd.begin(f"answered-{number}", Awaits.PEER)
+    await crowd.finish()
+    assert crowd.given_up == ["waits-0", "waits-2"]
+
+
+async def test_nobody_is_accepted_while_half_of_the_handshakes_wait_for_this_end() -> None:
+    crowd = Crowd(4)
+    await crowd.begin("one", Awaits.US)
     async with asyncio.timeout(DEADLINE):
-        outcomes = {name: await task for name, task in tasks.items()}
-    assert [name for name, reason in outcomes.items() if reason] == ["silent 1", "silent 2"]
-    assert {reason for reason in outcomes.values() if reason} == {Reason.DISPLACED}
-    assert len(unfinished) == 0
+        await crowd.unfinished.room()
+    await crowd.begin("another", Awaits.US)
+    waiting = asyncio.create_task(crowd.unfinished.room())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await crowd.finish()
+    async with asyncio.timeout(DEADLINE):
+        await waiting
+
+
+async def test_a_peer_that_says_nothing_costs_no_handshake(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("migproxy.tls.Handshake", None)
+    target = cluster.security(handshake_timeout=0.1)
+    with connection() as (_, far):
+        error = await outcome(target.secure(far, server=True))
+        assert isinstance(error, TLSError)
+        assert error.reason is Reason.TIMEOUT
 
 
 async def test_new_connections_use_new_certificates_at_once(cluster: Cluster, tmp_path: Path) -> None:
