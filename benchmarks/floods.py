@@ -61,7 +61,7 @@ while True:
     except OSError:
         pass
     held.append(sock)
-    if len(held) > 200:
+    if len(held) > 20:
         held.pop(0).close()
 """
 

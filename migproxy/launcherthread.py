@@ -22,6 +22,10 @@ SECONDS = 2.0
 T = TypeVar("T")
 
 
+class NoAnswer(LauncherError):
+    """A launcher's folders keep a look into them waiting."""
+
+
 class LauncherThread:
     """Carries out calls one after the other, in a thread of its own from the first one on.
 
@@ -48,7 +52,7 @@ class LauncherThread:
             discard: Lets go of the result where nobody waits for it any more; in the thread.
 
         Raises:
-            LauncherError: There is no answer; the call is left to itself.
+            NoAnswer: The call is left to itself.
             Exception: Whatever the call raises.
         """
         if self._hangs:
@@ -88,8 +92,8 @@ class LauncherThread:
         since = self._since
         return since is not None and time.monotonic() - since > self._seconds
 
-    def _no_answer(self) -> LauncherError:
-        return LauncherError(
+    def _no_answer(self) -> NoAnswer:
+        return NoAnswer(
             f"{self._whose}: its folders have not answered for {self._seconds:g} s: a file system that the pod has "
             "mounted (FUSE, NFS) hangs; end the pod, or whatever serves that file system"
         )

@@ -18,6 +18,7 @@ from migproxy.beneath import open_beneath
 from migproxy.fds import quench, reset
 from migproxy.greeting import Greet
 from migproxy.launcher import LauncherError, RunDir, SocketNode
+from migproxy.launcherthread import NoAnswer
 from migproxy.pauses import doubling
 from migproxy.plan import Reason, Role, SourceProxy
 from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
@@ -39,7 +40,7 @@ _REMAKE_SECONDS = 0.25  # that virt-handler may take to make its sockets anew
 _BY_VIRT_HANDLER = "virt-handler's"
 _PASSING = {Reason.UNANNOUNCED, Reason.VERSION, Reason.MALFORMED, Reason.CHANNEL}  # known before anything is tried
 _LONGEST_PAUSE = 1.0  # seconds between two times that what has failed is tried
-_LOOK_SECONDS = 1.0  # between two looks whether the launcher's folder is the same: who renames one above it is not told
+_LOOK_SECONDS = 1.5  # between two looks whether the launcher's folder is the same: nobody tells of one above it
 _WORKSHOP = ".migproxy-new"
 _CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
 
@@ -499,9 +500,18 @@ class Source(Proxy):
             return None
         return folder
 
-    async def _settle(self) -> None:
-        """Goes on in the launcher's folder; where that is another one, the sockets in the old one go."""
-        folder = await self.thread.run(self._reopen, _close)
+    async def _settle(self, *, must: bool = True) -> None:
+        """Goes on in the launcher's folder; where that is another one, the sockets in the old one go.
+
+        Args:
+            must: Whether a launcher that cannot be found is an error: at a migration's end it goes before it is told.
+        """
+        try:
+            folder = await self.thread.run(self._reopen, _close)
+        except LauncherError as error:
+            if must or isinstance(error, NoAnswer):
+                raise
+            return
         if folder is None:
             return
         old, self._folder = self._folder, folder
@@ -546,9 +556,9 @@ class Source(Proxy):
         while True:
             began = loop.time()
             try:
-                await self._await_change()
+                has_changed = await self._await_change()
                 async with self._change:
-                    await self._settle()
+                    await self._settle(must=has_changed)
                     put_back = await self._put_back()
             except (LauncherError, ProxyError, OSError) as error:
                 if self.problem != str(error):
@@ -566,17 +576,23 @@ class Source(Proxy):
                 pause = 0.0 if is_calm else min(max(pause * 2, 0.01), self._folders.longest_pause)
             await asyncio.sleep(pause)
 
-    async def _await_change(self) -> None:
-        """Returns when something in the folder may have changed; at once when that happened before it was watched."""
+    async def _await_change(self) -> bool:
+        """Returns when something in the folder may have changed; at once when that happened before it was watched.
+
+        Returns:
+            Whether it was told; else only time went by, in which a folder above may have been renamed.
+        """
         folder = self._folder
         if self.problem is not None or folder is None:
-            return
+            return True
         with await self._watcher.watch_aside(self.thread.run, f"/proc/self/fd/{folder.fd}", _FOLDER_CHANGES) as changes:
             if await self.thread.run(lambda: self._has_work(folder)):
-                return
+                return True
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_SECONDS):
                     await self._named_change(changes)
+                    return True
+        return False
 
     async def _named_change(self, changes: Subscription) -> None:
         async for change in changes:

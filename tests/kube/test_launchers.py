@@ -164,6 +164,17 @@ async def test_pod_that_goes_away_midway_is_told_and_ends_cleanly(
         await eventually(lambda: not node.migrations(), "the end")
 
 
+async def test_pod_that_goes_before_its_migration_is_told_to_have_ended_is_no_error(
+    kubernetes: Cluster, node: LocalNode, pods: Pods
+) -> None:
+    uid = await migrating(kubernetes, "one", "a")
+    async with pods.pod("a", uid) as pod:
+        await eventually(lambda: pod.sockets() == 2, "the sockets")
+        pod.end()
+        await asyncio.sleep(10)
+        assert complaint(node, "one") == ""
+
+
 async def test_launcher_that_is_late_keeps_nobody_waiting_and_is_told(
     kubernetes: Cluster, node: LocalNode, pods: Pods, clock: Clock
 ) -> None:

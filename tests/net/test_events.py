@@ -250,6 +250,18 @@ async def test_replaced_socket_file_is_put_back(nodes: Nodes) -> None:
     await vm.served()
 
 
+async def test_folder_above_that_is_replaced_gets_the_sockets(nodes: Nodes) -> None:
+    await nodes.start()
+    vm = nodes.migration(block=False)
+    vm.begin()
+    await vm.served()
+    kubevirt = vm.folder(nodes.source).parent
+    kubevirt.rename(kubevirt.with_name("renamed"))
+    vm.folder(nodes.source).mkdir(parents=True)
+    await vm.served()
+    assert not list(kubevirt.with_name("renamed").rglob("*.sock"))
+
+
 @pytest.mark.parametrize("how", ["removed", "renamed"])
 async def test_folder_that_goes_is_made_again(nodes: Nodes, how: str) -> None:
     await nodes.start()
