@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -42,7 +41,8 @@ class LauncherThread:
         self._seconds = seconds
         self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._since: float | None = None  # when the call that is carried out began, by time.monotonic
+        self._clock = asyncio.get_running_loop().time
+        self._since: float | None = None  # when the call that is carried out began
 
     async def run(self, call: Callable[[], T], discard: Callable[[T], object] | None = None) -> T:
         """Carries out a call.
@@ -90,7 +90,7 @@ class LauncherThread:
     @property
     def _hangs(self) -> bool:
         since = self._since
-        return since is not None and time.monotonic() - since > self._seconds
+        return since is not None and self._clock() - since > self._seconds
 
     def _no_answer(self) -> NoAnswer:
         return NoAnswer(
@@ -103,7 +103,7 @@ class LauncherThread:
             future, call = asked
             if not future.set_running_or_notify_cancel():
                 continue
-            self._since = time.monotonic()
+            self._since = self._clock()
             try:
                 result = call()
             except BaseException as error:  # noqa: BLE001 - it is the caller's

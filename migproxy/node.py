@@ -620,8 +620,11 @@ class _Worker:
         if item == self.wanted:
             return
         self.wanted = item
-        if item is None and isinstance(self.proxy, Source):
-            self.proxy.retire()
+        if isinstance(self.proxy, Source):
+            if isinstance(item, SourceProxy):
+                self.proxy.redirect(item)
+            else:
+                self.proxy.retire()
         self._changed.set()
 
     async def _run(self, after: Collection[asyncio.Task[None]]) -> None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -478,13 +479,20 @@ class Proxy(ABC):
         Raises:
             LauncherError: It is not there, nobody listens, or the folder it is in does not answer.
         """
-        node = await self.thread.run(find, SocketNode.close)
+        node, is_used = await self.thread.run(find, SocketNode.close), False
+
+        def connect(sock: socket.socket) -> None:
+            with node:
+                node.connect(sock)
+
         try:
             async with self.stored(new_unix(), lease) as sock:
-                await self.thread.run(lambda: node.connect(sock))
+                is_used = True
+                await self.thread.run(partial(connect, sock))
                 return sock
         finally:
-            self.thread.later(node.close)
+            if not is_used:
+                self.thread.later(node.close)
 
     async def to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""

@@ -418,6 +418,7 @@ class Source(Proxy):
     ) -> None:
         super().__init__(plan.migration, around)
         self.plan = plan
+        self._led = plan.address, plan.ports
         self.problem: str | None = None
         self._watcher = watcher
         self._owner = owner
@@ -432,6 +433,10 @@ class Source(Proxy):
         self._why: str | None = None
         self._reason: Reason | None = None
 
+    def redirect(self, plan: SourceProxy) -> None:
+        """Leads connections where the plan says from now on, whatever keeps `apply` waiting."""
+        self.plan = plan
+
     async def apply(self, plan: SourceProxy) -> None:
         """Makes the listeners equal to the plan; connections that are open go on as they are.
 
@@ -441,8 +446,8 @@ class Source(Proxy):
         Raises:
             LauncherError, ProxyError: The launcher's folder or a socket file cannot be had; what was there stays.
         """
-        moved = (plan.address, plan.ports) != (self.plan.address, self.plan.ports)
-        self.plan = plan
+        self.redirect(plan)
+        moved, self._led = self._led != (plan.address, plan.ports), (plan.address, plan.ports)
         self.inherit_only(plan.channels)
         try:
             placed = await self._place_all()

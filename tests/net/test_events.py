@@ -108,7 +108,7 @@ async def test_source_follows_ports_that_change_before_the_start(nodes: Nodes) -
         await assert_carries(near, far)  # what was open before is not cut
 
     assert vm.source_path(Channel.DIRECT).stat().st_ino == inodes[Channel.DIRECT]
-    assert not vm.source_path(Channel.BLOCK).exists()
+    await until(lambda: not vm.source_path(Channel.BLOCK).exists(), "the other channel's socket to go")
 
 
 async def test_vmi_that_vanishes_ends_its_relays_at_once_and_takes_its_sockets_away(nodes: Nodes) -> None:

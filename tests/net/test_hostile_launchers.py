@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -114,12 +115,15 @@ async def test_target_in_a_file_system_of_the_pods_is_refused_and_asks_it_nothin
     ],
 )
 def test_folders_that_the_pod_exchanges_while_they_are_used_lead_nowhere_else(
-    tmp_path: Path, folders: type[SocketFolder], how: str, seconds: float
+    folders: type[SocketFolder], how: str, seconds: float
 ) -> None:
-    tmp_path.chmod(0o711)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o711)
-    root, prize = tmp_path / "root", tmp_path / "prize"
+    with TemporaryDirectory(dir="/run") as directory:
+        race(Path(directory), folders, how, seconds)
+
+
+def race(directory: Path, folders: type[SocketFolder], how: str, seconds: float) -> None:
+    directory.chmod(0o711)  # the tenant has to get there
+    root, prize = directory / "root", directory / "prize"
     (root / "run/kubevirt").mkdir(parents=True)
     (root / "prize").mkdir()
     prize.mkdir()

@@ -7,8 +7,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from migproxy.launcher import LauncherError
-from migproxy.launcherthread import LauncherThread
+from migproxy.launcherthread import LauncherThread, NoAnswer
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -50,10 +49,10 @@ async def test_calls_are_carried_out_in_order_and_elsewhere(thread: LauncherThre
 async def test_what_hangs_is_an_error_that_names_the_launcher_and_the_remedy(
     impatient: LauncherThread, answer: threading.Event
 ) -> None:
-    with pytest.raises(LauncherError, match=r"launcher of default/vm: its folders have not answered.*end the pod"):
+    with pytest.raises(NoAnswer, match=r"launcher of default/vm: its folders have not answered.*end the pod"):
         await impatient.run(answer.wait)
     impatient._seconds = 0.001
-    with pytest.raises(LauncherError, match="not answered"):
+    with pytest.raises(NoAnswer, match="not answered"):
         await impatient.run(lambda: "never")
     assert impatient._queue.empty(), "it is known to hang: nobody waits for it again"
 
@@ -64,7 +63,7 @@ async def test_what_was_asked_for_meanwhile_is_not_done_when_it_answers_again(
     done: SimpleQueue[str] = SimpleQueue()
     waiting = [asyncio.create_task(impatient.run(call)) for call in (answer.wait, lambda: done.put("nobody waits"))]
     told = await asyncio.gather(*waiting, return_exceptions=True)
-    assert [type(error) for error in told] == [LauncherError, LauncherError]
+    assert [type(error) for error in told] == [NoAnswer, NoAnswer]
     impatient.later(lambda: done.put("later"))
     impatient._seconds = 60
     answer.set()
@@ -88,7 +87,7 @@ async def test_what_nobody_waits_for_any_more_is_let_go_of(
         thread._seconds = 0.05
     task = asyncio.create_task(thread.run(opens, gone.put))
     if why == "hung":
-        with pytest.raises(LauncherError):
+        with pytest.raises(NoAnswer):
             await task
         answer.set()
     else:
@@ -114,7 +113,7 @@ async def test_what_somebody_has_got_is_theirs(thread: LauncherThread) -> None:
 
 async def test_its_end_waits_for_nothing_that_hangs(answer: threading.Event) -> None:
     thread = LauncherThread("launcher of default/vm", 0.05)
-    with pytest.raises(LauncherError):
+    with pytest.raises(NoAnswer):
         await thread.run(answer.wait)
     thread.close()
     (hanging,) = [one for one in threading.enumerate() if one.name == "launcher"]
