@@ -49,9 +49,12 @@ def open_beneath(folder: int, path: str, *, is_folder: bool, one_mount: bool) ->
         finally:
             os.close(fd)
         fd = inside
-        if one_mount and mount_of(fd) != mount_of(folder):
+        try:
+            if one_mount and mount_of(fd) != mount_of(folder):
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        except OSError:
             os.close(fd)
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            raise
     return fd
 
 
@@ -61,24 +64,19 @@ def mount_of(fd: int) -> str:
         return next(line.split()[1] for line in info if line.startswith("mnt_id:"))
 
 
-def file_system_of(fd: int, process: int | None) -> str | None:
+def file_system_of(fd: int, mounts: bytes) -> str | None:
     """The type of the file system that a descriptor has been opened on, without asking that.
 
     Args:
         fd: The descriptor.
-        process: The folder below /proc, open, of a process in whose mount namespace the mount is; else it is in ours.
+        mounts: What mountinfo of a process says (proc(5)); read after the descriptor was opened.
 
     Returns:
-        As mount(8) names it; None where neither sees the mount.
+        As mount(8) names it; None where the process does not see the mount.
     """
-    mount = mount_of(fd)
-    for folder, path in ((process, "mountinfo"), (None, "/proc/self/mountinfo")):
-        if folder is None and path == "mountinfo":
-            continue
-        with open(
-            os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), encoding="utf-8", errors="replace"
-        ) as mounts:
-            for words in map(str.split, mounts):
-                if words[0] == mount:
-                    return words[words.index("-") + 1]
+    mount = mount_of(fd).encode()
+    for line in mounts.split(b"\n"):  # the kernel escapes a space and a newline in a path, and no other white space
+        words = line.split(b" ")
+        if words[0] == mount:
+            return words[words.index(b"-", 6) + 1].decode()
     return None

@@ -88,6 +88,10 @@ class Budget:
     def note(self, share: Share) -> None:
         """Takes notice of what a share has now."""
         (self._shares.add if share.used else self._shares.discard)(share)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Has everybody who waits look again: a limit may have changed, of which nobody tells."""
         self._changed.set()
         self._changed = asyncio.Event()
 

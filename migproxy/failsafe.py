@@ -9,8 +9,10 @@ virt-handler.
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
@@ -95,6 +97,8 @@ class Failsafe:
         self._api = api
         self._inventory: KubeInventory
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by the VMI's UID
+        # Likewise, and kept: what was asked for before ends before what is asked for next.
+        self._threads: dict[str, LauncherThread] = {}
         self._is_told = False
 
     async def run(self, ending: asyncio.Event) -> None:
@@ -115,6 +119,9 @@ class Failsafe:
                 for task in (following, *self._tasks.values()):
                     task.cancel()
                 await asyncio.gather(following, *self._tasks.values(), return_exceptions=True)
+                for thread in self._threads.values():
+                    thread.close()
+                self._threads.clear()
             log.info("a daemon has been started: it goes into the path by itself")
 
     async def _death(self) -> bytes:
@@ -158,21 +165,26 @@ class Failsafe:
     async def _look_after(self, vmi: VMI) -> None:
         """Gives back what stands in a VMI's folder, however often that must be tried."""
         pauses, last = doubling(_FIRST_RETRY, _LAST_RETRY), ""
-        thread = LauncherThread(f"launcher of {vmi.namespace}/{vmi.name}", HANG_SECONDS * 2)
-        try:
-            while True:
-                try:
-                    names = await thread.run(lambda: self._give_sockets_back(vmi))
-                    break
-                except Exception as error:
-                    is_known = isinstance(error, (LauncherError, ProxyError))
-                    about = {"namespace": vmi.namespace, "name": vmi.name, "error": str(error)}
-                    if str(error) != last:
-                        log.error("cannot give back, trying again", **about, exc_info=not is_known)
-                    last = str(error)
-                await asyncio.sleep(next(pauses))
-        finally:
-            thread.close()
+        if vmi.uid not in self._threads:
+            self._threads[vmi.uid] = LauncherThread(f"launcher of {vmi.namespace}/{vmi.name}", HANG_SECONDS * 2)
+        loop = asyncio.get_running_loop()
+
+        def tell_later(names: list[str]) -> None:
+            loop.call_soon_threadsafe(self._tell, vmi, names)
+
+        while True:
+            try:
+                self._tell(vmi, await self._threads[vmi.uid].run(lambda: self._give_sockets_back(vmi), tell_later))
+                return
+            except Exception as error:
+                is_known = isinstance(error, (LauncherError, ProxyError))
+                about = {"namespace": vmi.namespace, "name": vmi.name, "error": str(error)}
+                if str(error) != last:
+                    log.error("cannot give back, trying again", **about, exc_info=not is_known)
+                last = str(error)
+            await asyncio.sleep(next(pauses))
+
+    def _tell(self, vmi: VMI, names: list[str]) -> None:
         if names:
             log.warning("virt-handler's sockets are back", namespace=vmi.namespace, name=vmi.name, names=names)
             message = f"migration source on {self._node}: left to virt-handler, as migproxy's daemon does not run"
@@ -193,23 +205,33 @@ class _Acting:
 
     def __init__(self, daemon: Lifeline) -> None:
         self._daemon = daemon
-        self._count = 0
+        self._began: list[float] = []  # by time.monotonic
         self._mutex = threading.Lock()
         self._lock = ExitStack()
 
     @contextmanager
     def begin(self) -> Iterator[bool]:
         """Acts within the context; tells whether the daemon is dead."""
+        now = time.monotonic()
         with self._mutex:
-            is_dead = self._count > 0 or self._lock.enter_context(self._daemon.taken())
-            if is_dead and not self._count:
-                signal.alarm(HANG_SECONDS)  # whose default action ends this process
-            self._count += is_dead
+            if not self._began and not self._lock.enter_context(self._daemon.taken()):
+                self._lock.close()
+                now = 0.0
+            else:
+                self._began.append(now)
+                self._watch()
         try:
-            yield is_dead
+            yield bool(now)
         finally:
             with self._mutex:
-                self._count -= is_dead
-                if not self._count:
-                    signal.alarm(0)
-                    self._lock.close()
+                if now:
+                    self._began.remove(now)
+                    self._watch()
+
+    def _watch(self) -> None:
+        """Has a signal end this process HANG_SECONDS after the oldest of what goes on has begun."""
+        if self._began:
+            signal.alarm(max(1, math.ceil(self._began[0] + HANG_SECONDS - time.monotonic())))
+        else:
+            signal.alarm(0)
+            self._lock.close()

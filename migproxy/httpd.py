@@ -50,7 +50,7 @@ _REASONS = {
 _END = re.compile(rb"\r?\n\r?\n")
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
 _LINE = re.compile(rf"({_NAME}) (?:https?://[^/? ]*)?(/[^? ]*)(?:\?[^ ]*)? HTTP/1\.[0-9]")
-_FIELD = re.compile(rf"({_NAME}):[ \t]*(.*?)[ \t]*")
+_FIELD = re.compile(rf"({_NAME}):(.*)")
 _TLS_HANDSHAKE = b"\x16"  # the first byte of a TLS client
 
 
@@ -113,7 +113,7 @@ def parse(data: bytes) -> Request:
         pair = _FIELD.fullmatch(one)
         if pair is None:
             raise Malformed(f"it has a line that is no header: {one[:80]!r}")
-        name, value = pair[1].lower(), pair[2]
+        name, value = pair[1].lower(), pair[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return Request(line[1], line[2], headers)
 
@@ -325,7 +325,7 @@ async def _read_head(reader: asyncio.StreamReader) -> bytes:
     """Returns what came until a head was whole, or could be none any more; nothing where nothing came."""
     data = b""
     while len(data) < _HEAD_BYTES and not _END.search(data) and not data.startswith(_TLS_HANDSHAKE):
-        more = await reader.read(_HEAD_BYTES)
+        more = await reader.read(_HEAD_BYTES - len(data))
         if not more:
             break
         data += more

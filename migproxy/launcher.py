@@ -26,7 +26,7 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from string import Formatter
@@ -50,6 +50,7 @@ _LOCAL: Final = frozenset(
 """File systems for which the kernel answers by itself."""
 
 _NS_GET_USERNS: Final = 0xB701  # linux/nsfs.h: who owns a namespace
+_OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MOST_WORDS: Final = 1 << 16  # bytes of a command line
 _SO_PEERPIDFD: Final = 77  # asm-generic/socket.h, Linux 6.5; not among Python's constants
 
@@ -98,6 +99,12 @@ class Launchers:
         for value in (launcher.vmi_uid, launcher.namespace, launcher.name):
             if value in (".", "..") or "/" in value or "\0" in value:
                 raise LauncherError(f"{value!r} is no name that a path may be made of: mend the VMI's metadata")
+        try:
+            return self._open(launcher)
+        except OSError as error:
+            raise _failed(error, self._path(launcher, 0), "see the daemon's limits") from error
+
+    def _open(self, launcher: Launcher) -> RunDir:
         if "{pid}" not in self.pattern:
             return RunDir(self._path(launcher, 0), "")
         with self._command_socket(launcher) as command:
@@ -106,15 +113,18 @@ class Launchers:
             with _Process(f"{head}/{command.pid}" if marker else f"/proc/{command.pid}") as process:
                 is_proven = command.is_listened_on_still()
                 process.check_vmi(launcher)
-                process.check_mounts()
                 run = process.open_run(below) if marker else RunDir(path, "")
-            if not is_proven and not run.is_identity_of(_SHARED_COMMAND_SOCKET, command.identity):
-                run.close()
-                raise Untrusted(
+            if is_proven:
+                return run
+            with ExitStack() as stack:
+                stack.push(run)
+                if run.is_identity_of(_SHARED_COMMAND_SOCKET, command.identity):
+                    stack.pop_all()
+                    return run
+                raise LauncherError(
                     f"{command.path}: who listens there has ended, or process {command.pid} is another one by now: its "
                     f"{run.path}/{_SHARED_COMMAND_SOCKET} is another socket"
                 )
-            return run
 
     def _path(self, launcher: Launcher, pid: int) -> str:
         return self.pattern.format(
@@ -172,6 +182,8 @@ class _CommandSocket:
         except OSError as error:
             if error.errno == errno.ENOPROTOOPT:
                 return False
+            if error.errno in _OUT_OF_RESOURCES:
+                raise
             raise self._ended() from error
         try:
             poller = select.poll()
@@ -195,25 +207,37 @@ def pid_of_listener(sock: socket.socket) -> int:
 class _Process:
     """A process by its folder below /proc, which leads nowhere once the process has ended; owns its descriptor.
 
+    Attributes:
+        fd: The folder.
+
     Args:
         path: The folder.
+        fd: The folder, where it is open already; stays the caller's.
 
     Raises:
         LauncherError: There is no such process.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int | None = None) -> None:
         self._path = path
         try:
-            self._fd = os.open(path, _FOLDER)
+            self.fd = os.open(path, _FOLDER) if fd is None else os.dup(fd)
         except OSError as error:
-            raise LauncherError(f"{path}: {error.strerror}: the launcher has ended") from error
+            raise _failed(error, path, "the launcher has ended") from error
+
+    def copy(self) -> _Process:
+        """The same one, with a descriptor of its own."""
+        return _Process(self._path, self.fd)
 
     def __enter__(self) -> _Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        self.close()
+
+    def close(self) -> None:
+        """Closes the folder."""
+        os.close(self.fd)
 
     def check_vmi(self, launcher: Launcher) -> None:
         """Looks for whom it was started.
@@ -222,10 +246,12 @@ class _Process:
             Untrusted: For another VMI than the launcher's.
         """
         try:
-            with open(os.open("cmdline", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd), "rb") as file:
+            with open(os.open("cmdline", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd), "rb") as file:
                 words = file.read(_MOST_WORDS).split(b"\0")
         except OSError as error:
-            raise LauncherError(f"{self._path}/cmdline: {error.strerror}: the launcher has ended") from error
+            raise _failed(error, f"{self._path}/cmdline", "the launcher has ended") from error
+        if not any(words):
+            raise LauncherError(f"{self._path}: the launcher is about to end")
         uids = {after for word, after in pairwise(words) if word == b"--uid"}
         uids |= {word.removeprefix(b"--uid=") for word in words if word.startswith(b"--uid=")}
         if uids != {launcher.vmi_uid.encode()}:
@@ -235,17 +261,24 @@ class _Process:
                 "names its pod: refused"
             )
 
-    def check_mounts(self) -> None:
-        """Looks who may mount what it sees.
+    def mounts(self) -> bytes:
+        """What its mountinfo says (proc(5)).
 
         Raises:
-            Untrusted: A user namespace of the pod's owns its mount namespace: an overlay there may hide any other
-                file system.
+            Untrusted: Not the node, but a user namespace of the pod's owns its mount namespace: an overlay there may
+                hide any other file system.
+            LauncherError: It has ended.
         """
         try:
-            mounts = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+            with open(os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd), "rb") as mounts:
+                # After that was opened: a process can go into such a namespace, and not come back (setns(2)).
+                self._check_mount_namespace()
+                return mounts.read()
         except OSError as error:
-            raise LauncherError(f"{self._path}/ns/mnt: {error.strerror}: the launcher has ended") from error
+            raise _failed(error, f"{self._path}/mountinfo", "the launcher has ended") from error
+
+    def _check_mount_namespace(self) -> None:
+        mounts = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             owner = fcntl.ioctl(mounts, _NS_GET_USERNS)
         except PermissionError:  # one above ours
@@ -257,11 +290,14 @@ class _Process:
         finally:
             os.close(owner)
         if not is_ours:
-            raise Untrusted(f"{self._path} has mounts of its own making, in a user namespace of the pod's: refused")
+            raise Untrusted(
+                f"{self._path} has mounts of its own making, in a user namespace of the pod's: refused, and hostUsers: "
+                "false with it"
+            )
 
     def open_run(self, below: str) -> RunDir:
         """Opens a folder below its root; see RunDir."""
-        return RunDir(f"{self._path}/root", below, process=self._fd)
+        return RunDir(f"{self._path}/root", below, process=self)
 
 
 class RunDir:
@@ -277,29 +313,30 @@ class RunDir:
     Args:
         trusted: The path up to where trust ends, opened as it is, links included.
         below: The rest of the path, walked without following links.
-        process: The folder below /proc, open, of the process whose root it is; that is `trusted` then.
+        process: Whose root it is; that is `trusted` then.
         one_mount: False where what is below may be on any mount.
 
     Raises:
         LauncherError: It is not there, not readable, or a link stands in the way.
     """
 
-    def __init__(self, trusted: str, below: str, *, process: int | None = None, one_mount: bool = True) -> None:
+    def __init__(self, trusted: str, below: str, *, process: _Process | None = None, one_mount: bool = True) -> None:
         self._one_mount = one_mount
-        self._process: int | None = None
+        self._process: _Process | None = None
         try:
-            self.fd = os.open(trusted if process is None else "root", _FOLDER, dir_fd=process)
+            self.fd = os.open(trusted if process is None else "root", _FOLDER, dir_fd=process.fd if process else None)
         except OSError as error:
-            raise LauncherError(
-                f"{trusted}: {error.strerror}: the launcher is gone or not up yet, or --launcher-run-dir or "
-                "--pods-dir is wrong"
+            raise _failed(
+                error,
+                trusted,
+                "the launcher is gone or not up yet, or --launcher-run-dir or --pods-dir is wrong",
             ) from error
         self.path = trusted
-        self._process = None if process is None else os.dup(process)
         try:
+            self._process = process and process.copy()
             self._check_local(self.fd, trusted)
             if below:
-                inside = self._open(_usual_run(self.fd, below), is_folder=True, one_mount=False)
+                inside = self._open(self._usual_run(below), is_folder=True, one_mount=False)
                 os.close(self.fd)
                 self.fd, self.path = inside, f"{trusted}/{below}"
         except BaseException:
@@ -316,7 +353,7 @@ class RunDir:
         """Closes the folder."""
         os.close(self.fd)
         if self._process is not None:
-            os.close(self._process)
+            self._process.close()
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -351,6 +388,12 @@ class RunDir:
             os.close(node)
 
     def _open(self, relative: str, *, is_folder: bool, one_mount: bool) -> int:
+        try:
+            return self._find(relative, is_folder=is_folder, one_mount=one_mount)
+        except OSError as error:
+            raise _failed(error, f"{self.path}/{relative}", "see the daemon's limits") from error
+
+    def _find(self, relative: str, *, is_folder: bool, one_mount: bool) -> int:
         components = relative.split("/")
         if not {"", ".", ".."}.isdisjoint(components):
             raise Untrusted(f"{relative!r} would leave {self.path}: refused")
@@ -371,32 +414,52 @@ class RunDir:
             walked, is_last = f"{walked}/{component}", number == len(components)
             try:
                 inside = open_beneath(fd, component, is_folder=is_folder or not is_last, one_mount=one_mount)
-                is_entered = mount_of(inside) != mount_of(fd)
+                try:
+                    if mount_of(inside) != mount_of(fd):
+                        self._check_local(inside, walked)
+                except BaseException:
+                    os.close(inside)
+                    raise
             except OSError as error:
                 raise _explained(error, component, fd, walked) from error
             finally:
                 os.close(fd)
             fd = inside
-            if is_entered:
-                try:
-                    self._check_local(fd, walked)
-                except LauncherError:
-                    os.close(fd)
-                    raise
         return fd
 
     def _check_local(self, fd: int, path: str) -> None:
-        try:
-            kind = file_system_of(fd, self._process)
-        except OSError as error:
-            raise LauncherError(
-                f"{path}: its mounts cannot be seen: {error.strerror}: the launcher has ended"
-            ) from error
+        kind = file_system_of(fd, self._process.mounts()) if self._process else None
+        if kind is None:
+            with open("/proc/self/mountinfo", "rb") as mounts:
+                kind = file_system_of(fd, mounts.read())
         if kind not in _LOCAL:
             raise Untrusted(
                 f"{path} is on a file system of type {kind or 'unknown'}, which may never answer: refused; "
                 f"a launcher's folders are on {', '.join(sorted(_LOCAL))}"
             )
+
+    def _usual_run(self, below: str) -> str:
+        """Distributions make /var/run a link to /run (FHS 3.15): walked as /run, which follows nothing."""
+        head, _, rest = below.partition("var/run")
+        if head or (rest and not rest.startswith("/")):
+            return below
+        try:
+            var = self._open("var", is_folder=True, one_mount=False)
+        except LauncherError:
+            return below
+        try:
+            link = open_beneath(var, "run", is_folder=False, one_mount=True)
+        except OSError:
+            return below
+        finally:
+            os.close(var)
+        try:
+            usual = os.readlink("", dir_fd=link) in ("/run", "../run")  # readlinkat(2) of the link itself
+        except OSError:
+            return below
+        finally:
+            os.close(link)
+        return f"run{rest}" if usual else below
 
     def holds(self, relative: str) -> bool:
         """Whether anything stands at a path below this folder, reached without following a link."""
@@ -476,28 +539,21 @@ def new_unix() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
 
-def _usual_run(root: int, below: str) -> str:
-    """Distributions make /var/run a link to /run (FHS 3.15): walked as /run, which follows nothing."""
-    head, _, rest = below.partition("var/run")
-    if head or (rest and not rest.startswith("/")):
-        return below
-    try:
-        var = os.open("var", _FOLDER | os.O_NOFOLLOW, dir_fd=root)
-    except OSError:
-        return below
-    try:
-        usual = os.readlink("run", dir_fd=var) in ("/run", "../run")
-    except OSError:
-        return below
-    finally:
-        os.close(var)
-    return f"run{rest}" if usual else below
+def _failed(error: OSError, path: str, remedy: str) -> LauncherError:
+    if error.errno in _OUT_OF_RESOURCES:
+        remedy = "raise the limit of open files (ulimit -n, LimitNOFILE=)"
+    return LauncherError(f"{path}: {error.strerror}: {remedy}")
 
 
 def _explained(error: OSError, component: str, folder: int, path: str) -> LauncherError:
     if error.errno == errno.EXDEV:
         return Untrusted(f"{path}: something is mounted there: refused, as the pod may mount whatever it sees")
-    with suppress(OSError):
-        if stat.S_ISLNK(os.stat(component, dir_fd=folder, follow_symlinks=False).st_mode):
-            return Untrusted(f"{path} is a symbolic link: refused, never followed")
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        with suppress(OSError):
+            node = open_beneath(folder, component, is_folder=False, one_mount=True)
+            try:
+                if stat.S_ISLNK(os.stat(node).st_mode):
+                    return Untrusted(f"{path} is a symbolic link: refused, never followed")
+            finally:
+                os.close(node)
     return LauncherError(f"{path}: {error.strerror}")

@@ -1,7 +1,7 @@
-"""The thread in which a migration looks into its launcher's folders, since a call into those may never return.
+"""The thread in which a migration looks into its launcher's folders, since a call into those may take long.
 
-The pod decides what file system is there, and FUSE or NFS answer when they like, or not at all. Nothing but the
-migration waits for them: the event loop goes on, and so does the end of the process.
+Nothing but the migration waits for it, and the event loop goes on. A thread that waits in the kernel keeps its process
+from ending: hence nothing is looked up in a file system that somebody else answers for (`launcher`).
 """
 
 from __future__ import annotations
@@ -60,13 +60,14 @@ class LauncherThread:
         job = _Job(call, discard)
         answer = asyncio.get_running_loop().run_in_executor(self, job)  # type: ignore[arg-type]
         try:
-            async with asyncio.timeout(self._seconds):
-                return await answer
-        except BaseException as error:
+            await asyncio.wait([answer], timeout=self._seconds)
+            if not answer.done():
+                raise self._no_answer()
+            return answer.result()
+        except BaseException:
+            answer.cancel()
             if job.abandon():
                 self.later(job.discard)
-            if isinstance(error, TimeoutError) and answer.cancelled():
-                raise self._no_answer() from error
             raise
 
     def later(self, call: Callable[[], object]) -> None:
@@ -83,8 +84,14 @@ class LauncherThread:
         self._queue.put((future, call))
         if self._thread is None:
             # A daemon: the interpreter's end does not wait for it.
-            self._thread = threading.Thread(target=self._work, name="launcher", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="launcher", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                future.cancel()
+                why = f"{self._whose}: no thread can be started: {error}: raise the limit of processes (TasksMax=)"
+                raise LauncherError(why) from error
+            self._thread = thread
         return future
 
     @property

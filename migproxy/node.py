@@ -212,6 +212,7 @@ class Node:
     async def _sample(self) -> None:
         while True:
             await asyncio.sleep(1)
+            self._around.budget.look_again()
             # Of certificates, and of an inventory's trouble that is over, nobody tells.
             if self._adopted or self._beside() != self._known_beside:
                 self._replan()
@@ -268,7 +269,16 @@ class Node:
         ]
 
     def _plan(self, vmis: Iterable[VMI], now: datetime) -> Plan:
-        return make_plan(vmis, self.options.name, self._own_addresses, now, self._beside())
+        return make_plan(vmis, self.options.name, self._own_addresses, now, self._beside(), self._listens)
+
+    def _listens(self, migration: Migration, port: int) -> bool:
+        """Whether a migration's target listens on a port: this daemon's, or what an earlier one has left of it."""
+        worker = self._workers.get((migration, Role.TARGET))
+        proxy = worker.proxy if worker else self._adopted.get((fingerprint(migration), Role.TARGET))
+        if proxy is None:
+            return False
+        ports = proxy.ports.values() if isinstance(proxy, Target) else ()
+        return port in ports or any(left.socket.getsockname()[1] == port for left in proxy.inherited)
 
     def _is_over(self, adopted: AdoptedProxy) -> bool:
         """Whether a migration that nothing is planned for has ended; a VMI that cannot be read now says nothing."""

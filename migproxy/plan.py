@@ -1,9 +1,10 @@
 """What should run on a node: a pure function of the VMIs, the node's name and its migration addresses."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
+from ipaddress import IPv6Address
 
 from migproxy.announcement import Announcement, AnnouncementError, parse_announcement, server_name
 from migproxy.portmap import (
@@ -228,6 +229,7 @@ def make_plan(
     own_addresses: Collection[IPAddress],
     now: datetime,
     beside: Readiness | None = None,
+    listens: Callable[[Migration, int], bool] = lambda *_: False,
 ) -> Plan:
     """Decide which proxies should run on a node. The order of the VMIs does not matter.
 
@@ -237,11 +239,12 @@ def make_plan(
         own_addresses: every migration address that this node has had since the daemon started; may be empty.
         now: aware; a migration has started when its startTimestamp is not after it.
         beside: where virt-handler publishes, and this daemon announces; None where this daemon publishes.
+        listens: whether a migration's target listens on a port already: nobody else's status takes that from it.
     """
     planner = _Planner(node, own_addresses, now, beside)
     known = list(vmis)
     decisions = [decision for vmi in known for decision in planner.decide(vmi)]
-    targets, refused = _settle_ports([proxy for proxy in decisions if isinstance(proxy, TargetProxy)])
+    targets, refused = _settle_ports([proxy for proxy in decisions if isinstance(proxy, TargetProxy)], listens)
     sources = [proxy for proxy in decisions if isinstance(proxy, SourceProxy)]
     held = [*refused, *(held for held in decisions if isinstance(held, Held))]
     bypassed = [one for one in decisions if isinstance(one, Bypassed)]
@@ -329,7 +332,7 @@ class _Planner:
             ports=ports,
             running=vmi.is_running(self.now),
             warnings=(*_missing_channels(vmi, ports), *unknown),
-            name=_server_name(vmi),
+            name=server_name(vmi.uid, migration.migration_uid or ""),
         )
 
     def _source_beside(
@@ -435,10 +438,16 @@ class _Planner:
             raise _Hold(f"what the target published cannot be used: {error}", error=True) from None
 
     def _unreachable(self, target: IPAddress) -> str | None:
-        """Why a source here cannot reach a target: it names this node's own loopback. Nodes of a laboratory may."""
-        if not target.is_loopback or any(own.is_loopback for own in self._own):
-            return None
-        return f"{target} is a loopback address, and this node's own migration address is not"
+        """Why no target is led to: a loopback or link-local address means another node in each place.
+
+        Nodes of a laboratory may have such a migration address themselves.
+        """
+        if target.is_loopback and not any(own.is_loopback for own in self._own):
+            return f"{target} is a loopback address, and this node's own migration address is not"
+        zone = target.scope_id if isinstance(target, IPv6Address) else None
+        if zone and not any(isinstance(own, IPv6Address) and own.scope_id == zone for own in self._own):
+            return f"{target} is a link-local address, and this node's own migration address is not one of {zone}"
+        return None
 
     @property
     def _own(self) -> set[IPAddress]:
@@ -548,12 +557,19 @@ def _unknown_channels(raw: object) -> tuple[str, ...]:
     return ()
 
 
-def _settle_ports(proxies: list[TargetProxy]) -> tuple[list[TargetProxy], list[Held]]:
-    """Leave each published port to one target: one that runs before one that does not, then by migration."""
+def _settle_ports(
+    proxies: list[TargetProxy], listens: Callable[[Migration, int], bool]
+) -> tuple[list[TargetProxy], list[Held]]:
+    """Leave each published port to one target: one that listens there, then one that runs, then by migration."""
+
+    def rank(proxy: TargetProxy) -> tuple[bool, bool, Migration]:
+        ports = (proxy.published or {}).values()
+        return not any(listens(proxy.migration, port) for port in ports), not proxy.running, proxy.migration
+
     kept: list[TargetProxy] = []
     refused: list[Held] = []
     owners: dict[tuple[IPAddress | None, int], Migration] = {}
-    for proxy in sorted(proxies, key=lambda proxy: (not proxy.running, proxy.migration)):
+    for proxy in sorted(proxies, key=rank):
         claims = [(proxy.published_address, port) for port in (proxy.published or {}).values()]
         taken = next((claim for claim in claims if claim in owners), None)
         if taken is None:

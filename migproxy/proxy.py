@@ -497,18 +497,23 @@ class Proxy(ABC):
     async def to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:
         """Dials the other node, and protects the connection; `legs` has what is to be closed if anything fails."""
         deadline, pauses = self._deadline(), doubling(_FIRST_PAUSE, _LONGEST_PAUSE)
+        is_committed = False
+
+        def commit() -> None:
+            nonlocal is_committed
+            is_committed = True
+            # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
+            lease.drop()
+
         while True:
             if len(legs) == 1:
                 legs.append(await self._reach(channel, lease, deadline))
             dialled = legs[-1]
             target = _remote(dialled)
             try:
-                # From then on the other node may reach its launcher: the next daemon is not to dial a second time.
-                transport = await self._secure(
-                    dialled, self._meet(channel, "launcher"), server=False, commit=lease.drop
-                )
+                transport = await self._secure(dialled, self._meet(channel, "launcher"), server=False, commit=commit)
             except TLSError as error:
-                if self._may_dial_again(error, target, lease, deadline):
+                if not is_committed and self._may_dial_again(error, target, deadline):
                     self._let_go(legs.pop(), lease)
                     await asyncio.sleep(next(pauses))
                     continue
@@ -520,15 +525,14 @@ class Proxy(ABC):
             legs[-1] = transport.tcp
             return transport
 
-    def _may_dial_again(self, error: TLSError, target: str, lease: Lease, deadline: float) -> bool:
-        """Whether a handshake that was cut is tried once more.
+    def _may_dial_again(self, error: TLSError, target: str, deadline: float) -> bool:
+        """Whether a handshake that was cut before this end's last words is tried once more.
 
         KubeVirt's target dials its launcher for each connection that it accepts, and QEMU counts them. Ours dials it
-        for a handshake that is finished: as long as nothing was said that finishes one, the launcher has seen nothing.
-        A target is known to be ours by its first handshake.
+        for a handshake that is finished. A target is known to be ours by its first handshake.
         """
-        is_cut = error.reason is Reason.CLOSED and bool(lease.fds)
-        return is_cut and target in self._migproxies and asyncio.get_running_loop().time() < deadline
+        is_cut = error.reason is Reason.CLOSED and target in self._migproxies
+        return is_cut and asyncio.get_running_loop().time() < deadline
 
     async def _drop_unusable(self, legs: list[socket.socket], lease: Lease) -> None:
         """Lets go of the leg that an earlier daemon dialled, where this one cannot go on with it."""

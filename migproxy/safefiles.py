@@ -158,8 +158,17 @@ def _check(path: str, status: os.stat_result, is_kind: Callable[[int], bool], ki
 
 
 def _check_owner(path: str, status: os.stat_result) -> None:
-    """Who else may write to the folder can have put there what is its own; everything else is its owner's doing."""
-    folder = os.stat(os.path.dirname(path) or ".")
-    is_open = folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if is_open and status.st_uid not in (0, os.geteuid(), folder.st_uid):
-        raise Planted(errno.EACCES, f"{path} belongs to user {status.st_uid}: {_REMEDY}")
+    """Looks whose a file or folder is, and each folder on the way to it.
+
+    Who else may write to a folder can have put there what is its own; everything else is its owner's doing.
+    """
+    path = os.path.abspath(path)
+    while True:
+        parent = os.path.dirname(path)
+        folder = os.stat(parent)
+        is_open = folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if is_open and status.st_uid not in (0, os.geteuid(), folder.st_uid):
+            raise Planted(errno.EACCES, f"{path} belongs to user {status.st_uid}: {_REMEDY}")
+        if parent == path:
+            return
+        path, status = parent, os.lstat(parent)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import socket
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -369,21 +370,22 @@ class _Place:
 
     async def leave(self, folder: SocketFolder) -> None:
         """Takes the file away, if it is ours; what arrives by it already is still accepted."""
-        file, self.file = self.file, None
-
-        def leave() -> None:
-            if file is not None:
-                folder.remove(self.name, file)
-            else:
-                folder.mend(self.name)
-
         with suppress(LauncherError, ProxyError):  # it hangs; or what stands there has only refused whoever came by it
-            await self._proxy.thread.run(leave)
+            await self._proxy.thread.run(self.leaving(folder))
+
+    def leaving(self, folder: SocketFolder) -> Callable[[], object]:
+        """Forgets the file; returns what takes it away, for the proxy's thread."""
+        file, self.file = self.file, None
+        return partial(folder.mend, self.name) if file is None else partial(folder.remove, self.name, file)
 
     async def remove(self, folder: SocketFolder | None) -> None:
         """Takes the file away, if it is ours, and stops accepting."""
         if folder is not None:
             await self.leave(folder)
+        await self.close()
+
+    async def close(self) -> None:
+        """Stops accepting."""
         await self._close(self._accepting)
 
     async def _close(self, accepting: list[_Accepting]) -> None:
@@ -464,7 +466,7 @@ class Source(Proxy):
                     socket=self.listening(channel),
                     peer=self.peer(channel),
                 )
-        if self._keeper is None and not self._gives_back:
+        if (self._keeper is None or self._keeper.done()) and not self._gives_back:
             self._keeper = asyncio.create_task(self._keep())
         self.problem = None
 
@@ -520,10 +522,12 @@ class Source(Proxy):
         if folder is None:
             return
         old, self._folder = self._folder, folder
-        for place in self._places.values():
-            await place.remove(old)
-        if old is not None:
+        if old is not None:  # all of it is asked for before anything is waited for: whatever ends this, it is done
+            for place in self._places.values():
+                self.thread.later(place.leaving(old))
             self.thread.later(old.close)
+        for place in self._places.values():
+            await place.close()
 
     async def _put_back(self) -> list[str]:
         """Puts every socket file in place that is not there and may be; returns their names."""
@@ -590,8 +594,14 @@ class Source(Proxy):
         folder = self._folder
         if self.problem is not None or folder is None:
             return True
-        with await self._watcher.watch_aside(self.thread.run, f"/proc/self/fd/{folder.fd}", _FOLDER_CHANGES) as changes:
-            if await self.thread.run(lambda: self._has_work(folder)):
+        try:
+            changes = await self._watcher.watch_aside(self.thread.run, f"/proc/self/fd/{folder.fd}", _FOLDER_CHANGES)
+        except OSError:
+            if self._folder is not folder:  # it has been closed meanwhile
+                return True
+            raise
+        with changes:
+            if await self.thread.run(lambda: self._folder is not folder or self._has_work(folder)):
                 return True
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_SECONDS):

@@ -22,6 +22,7 @@ from asyncinotify import Inotify, Mask, Watch
 
 __all__ = ["Event", "Mask", "Subscription", "Watcher"]
 
+Aside = Callable[[Callable[[], Watch], Callable[[Watch], object]], Awaitable[Watch]]
 QUEUE_LIMIT: Final = 1024
 """Events that may wait for one subscriber; more become a single overflow."""
 
@@ -149,15 +150,18 @@ class Watcher:
         """
         return self._subscribe(self._add(path, mask), mask)
 
-    async def watch_aside(
-        self, run: Callable[[Callable[[], Watch]], Awaitable[Watch]], path: str, mask: Mask
-    ) -> Subscription:
+    async def watch_aside(self, run: Aside, path: str, mask: Mask) -> Subscription:
         """`watch`, where the call into the kernel may hang.
 
         Args:
-            run: Carries it out in another thread.
+            run: Carries it out in another thread; lets go of the result there where nobody waits for it any more.
         """
-        return self._subscribe(await run(lambda: self._add(path, mask)), mask)
+        loop = asyncio.get_running_loop()
+
+        def discard(watch: Watch) -> None:
+            loop.call_soon_threadsafe(self._remove_unused, watch)
+
+        return self._subscribe(await run(lambda: self._add(path, mask), discard), mask)
 
     def _add(self, path: str, mask: Mask) -> Watch:
         if self._inotify is None:
@@ -176,9 +180,12 @@ class Watcher:
         subscribers.remove(subscription)
         if not subscribers:
             del self._subscriptions[watch.wd]
-            if self._inotify is not None:
-                with suppress(OSError):  # the kernel has ended the watch already and is about to say so
-                    self._inotify.rm_watch(watch)
+            self._remove_unused(watch)
+
+    def _remove_unused(self, watch: Watch) -> None:
+        if self._inotify is not None and watch.wd not in self._subscriptions:
+            with suppress(OSError, KeyError):  # the kernel has ended the watch already and is about to say so
+                self._inotify.rm_watch(watch)
 
     async def _read(self, inotify: Inotify) -> None:
         try:

@@ -45,7 +45,7 @@ async def deaths(made: Nodes, which: str, side: int, steps: Path, stride: int) -
 
 
 STRIDES = pytest.mark.parametrize(
-    "stride", [pytest.param(7, id="seventh"), pytest.param(1, id="each", marks=pytest.mark.tier("soak"))]
+    "stride", [pytest.param(11, id="eleventh"), pytest.param(1, id="each", marks=pytest.mark.tier("soak"))]
 )
 SIDES = pytest.mark.parametrize("side", [pytest.param(0, id="source"), pytest.param(1, id="target")])
 HANDED_OVER, HEARD = "sendmsg", "open"

@@ -110,7 +110,7 @@ async def test_target_in_a_file_system_of_the_pods_is_refused_and_asks_it_nothin
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(2, id="short", marks=pytest.mark.tier("gate")),
+        pytest.param(1, id="short", marks=pytest.mark.tier("gate")),
         pytest.param(60, id="minute", marks=pytest.mark.tier("soak")),
     ],
 )

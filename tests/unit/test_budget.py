@@ -128,6 +128,21 @@ async def test_who_waits_for_room_is_woken_when_another_migration_ends_a_connect
         }
 
 
+async def test_who_waits_for_room_looks_again_when_told_to() -> None:
+    rooms = [20]
+    budget = Budget(lambda: full(rooms[0])())
+    one = budget.share()
+    with ExitStack() as mine:
+        for _ in range(RESERVE + 2):
+            mine.enter_context(one.take(Channel.DIRECT))
+        waiting = asyncio.create_task(_room(one))
+        await asyncio.sleep(0)
+        rooms[0] = 200
+        budget.look_again()
+        async with asyncio.timeout(10):
+            await waiting
+
+
 async def _room(share: Share) -> None:
     while share.full(Channel.LIBVIRT, 128):
         await share.change()

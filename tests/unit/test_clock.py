@@ -22,6 +22,8 @@ RELAY = ("relay.carrier", "relay.process", "relay.worker", "relay.workers")
 
 REASONS = {
     "connection.Connection.__init__": "a duration that is measured",
+    "failsafe._Acting.begin": "runs in a thread",
+    "failsafe._Acting._watch": "a signal of the kernel's",
     "inventory.files._locked": "runs in a thread",
     "inventory.files.FileInventory.changes": "a time of day, for people",
     "kube.reflector.Reflector._list": "a time of day, for people",

@@ -132,6 +132,12 @@ def test_what_is_no_request_is_told_with_what_is_wrong(data: bytes, why: str) ->
         parse(data)
 
 
+def test_white_space_in_a_header_costs_no_more_than_other_text() -> None:
+    """It would take ten minutes if its cost grew with the square."""
+    white = " " * 400_000
+    assert parse(f"GET / HTTP/1.1\r\nA: x{white}y {white}\r\n\r\n".encode()).headers["a"] == f"x{white}y"
+
+
 @given(st.binary() | st.from_regex(rb"GET /.* HTTP/1\.1\r\n(.*\r\n)*\r\n.*"))
 def test_whatever_comes_is_a_request_or_malformed(data: bytes) -> None:
     with suppress(Malformed):
@@ -155,6 +161,7 @@ async def test_an_answer_says_its_length_and_closes() -> None:
         (b"POST /healthz HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n", b"405 Method Not Allowed\r\n"),
         (b"nonsense\r\n\r\n", b"400 Bad Request"),
         (b"GET / HTTP/1.1\r\nA: " + b"a" * 8192, b"400 Bad Request"),
+        (b"GET / HTTP/1.1\r\nA: " + b"a" * 8192 + b"\r\n\r\n", b"400 Bad Request"),
         (b"GET /broken HTTP/1.1\r\n\r\n", b"500 Internal Server Error"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from migproxy.launcher import COMMAND_SOCKET, LauncherError, Launchers, RunDir, Untrusted, new_unix
+from migproxy.beneath import file_system_of, mount_of
+from migproxy.launcher import COMMAND_SOCKET, LauncherError, Launchers, RunDir, Untrusted, _Process, new_unix
 from migproxy.plan import Launcher
 
 pytestmark = pytest.mark.tier("gate")
@@ -233,6 +235,18 @@ else:
 """Listens on a command socket, as virt-launcher does; or its child does, which has outlived it."""
 
 
+def limit_that_leaves(few: int) -> int:
+    """The limit of open files that leaves a few to be opened."""
+    number = 0
+    while few:
+        try:
+            os.fstat(number)
+        except OSError:
+            few -= 1
+        number += 1
+    return number
+
+
 class TestPid:
     """The default pattern: the launcher is the process that listens on the pod's command socket."""
 
@@ -297,6 +311,19 @@ class TestPid:
         with pytest.raises(Untrusted, match=f"/proc/{pid}/root/proc is on a file system of type proc"):
             Launchers("/proc/{pid}/root/proc", str(tmp_path)).open(launcher(POD))
 
+    @pytest.mark.parametrize("line", ["a\x0b-\x0btmpfs\x0bb", "a\r{id}\x0b-\x0btmpfs\x0bb", "- tmpfs x"])
+    def test_name_of_a_folder_does_not_pass_for_a_file_systems_type(self, tmp_path: Path, line: str) -> None:
+        fd = os.open("/proc", os.O_PATH)
+        name = line.format(id=mount_of(fd))
+        folder = tmp_path / name
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+        try:
+            assert file_system_of(fd, Path("/proc/self/mountinfo").read_bytes()) == "proc"
+        finally:
+            os.close(fd)
+            subprocess.run(["umount", folder], check=True)
+
     def test_socket_that_has_outlived_its_process_leads_nowhere(
         self, launchers: Launchers, start: Callable[..., int]
     ) -> None:
@@ -328,10 +355,44 @@ class TestPid:
         run = tmp_path / "run"
         (run / "kubevirt/sockets").mkdir(parents=True)
         launchers = Launchers(f"/proc/{{pid}}/root{run}", str(tmp_path))
-        with pytest.raises(Untrusted, match="is another socket"):
+        with pytest.raises(LauncherError, match="is another socket"):
             launchers.open(launcher(POD))
         (run / "kubevirt/sockets/launcher-sock").hardlink_to(tmp_path / POD / COMMAND_SOCKET)
         launchers.open(launcher(POD)).close()
+
+    def test_one_that_goes_into_such_a_namespace_after_it_was_found_is_refused(
+        self, start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with (
+            _Process("/proc/self") as before,
+            before.open_run("") as run,
+            _Process(f"/proc/{start('mounts')}") as after,
+            monkeypatch.context() as changed,
+        ):
+            changed.setattr(run._process, "mounts", after.mounts)
+            with pytest.raises(Untrusted, match="has mounts of its own making"):
+                run.open_folder("proc")
+
+    def test_no_descriptor_is_lost_where_few_are_left(
+        self, tmp_path: Path, launchers: Launchers, start: Callable[..., int]
+    ) -> None:
+        start("--uid", "uid")
+        (tmp_path / "var/run/kubevirt/migrationproxy").mkdir(parents=True)
+        before, (soft, hard) = os.listdir("/proc/self/fd"), resource.getrlimit(resource.RLIMIT_NOFILE)
+        reached, told = 0, set()
+        for few in range(20):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit_that_leaves(few), hard))
+            try:
+                with launchers.open(launcher(POD)) as run:
+                    os.close(run.open_folder("kubevirt/migrationproxy"))
+                    reached += 1
+            except LauncherError as error:
+                told.add("Too many open files" in str(error))
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert len(os.listdir("/proc/self/fd")) == len(before), few
+        assert 0 < reached < 20
+        assert told == {True}
 
     def test_no_pod_is_told_apart_from_no_socket(self, tmp_path: Path, launchers: Launchers) -> None:
         with pytest.raises(LauncherError, match="activePods names no pod on this node"):

@@ -28,7 +28,7 @@ from migproxy.plan import (
     make_plan,
     sources_on,
 )
-from migproxy.portmap import Channel, IPAddress, PortMap, source_socket_name
+from migproxy.portmap import Channel, IPAddress, PortMap, parse_address, source_socket_name
 from migproxy.vmi import VMI, InvalidVMI, parse
 
 pytestmark = pytest.mark.tier("gate")
@@ -216,6 +216,7 @@ def test_the_targets_address_may_be_ipv6(address: str) -> None:
         (published("node02.example.org"), "'node02.example.org' is not an IP address"),
         (published("0.0.0.0"), "0.0.0.0 is not the address of a node"),
         (published("169.254.169.254"), "169.254.169.254 is link-local"),
+        (published("fe80::1%eth0"), "fe80::1%eth0 is a link-local address, and this node's own"),
         (published("127.0.0.1"), "127.0.0.1 is a loopback address, and this node's own migration address is not"),
         (published("::1"), "::1 is a loopback address"),
         (published("::ffff:127.0.0.1"), "127.0.0.1 is a loopback address"),
@@ -227,6 +228,21 @@ def test_the_source_cannot_use_a_malformed_publication(state: dict[str, Any], co
     held = the_hold(Role.SOURCE, state)
     assert held.error
     assert complaint in held.reason
+
+
+def test_a_source_leads_to_a_link_local_address_of_its_own_zone() -> None:
+    own = parse_address("fe80::2%migration0")
+    there, elsewhere = (
+        plan(document(Role.SOURCE, published(f"fe80::1%{zone}")), own=(own,)) for zone in ("migration0", "eth0")
+    )
+    assert there.sources[0].address == parse_address("fe80::1%migration0")
+    assert not elsewhere.sources
+
+
+def test_a_source_whose_status_claims_another_cluster_says_all_the_same_which_migration_it_means() -> None:
+    """Else it could pass for KubeVirt's, which says nothing, at another migration's target."""
+    other = {"nodeAddress": str(OTHER), "directMigrationNodePorts": TWO}
+    assert the_source({**published(), **decentralized(other)}).name == the_source(published()).name
 
 
 def test_a_source_leads_to_loopback_where_this_node_s_own_address_is_loopback_too() -> None:
@@ -443,6 +459,14 @@ def test_of_two_targets_with_one_port_the_first_keeps_it_and_the_other_chooses_a
 def test_a_running_target_keeps_its_port_before_one_that_does_not_run() -> None:
     first, second = plan(*contenders(a={}, b=STARTED)).targets
     assert (first.published, second.published) == (None, TWO_PORTS)
+
+
+@pytest.mark.parametrize("states", [{"a": STARTED, "b": {}}, {"a": STARTED, "b": STARTED}], ids=["prepared", "running"])
+def test_whoever_listens_on_a_port_keeps_it_whatever_anothers_status_says(states: dict[str, dict[str, Any]]) -> None:
+    vmis = [parse(one) for one in contenders(**states)]
+    made = make_plan(vmis, NODE, (OWN,), NOW, listens=lambda migration, port: (migration.name, port) == ("b", 32899))
+    assert {one.migration.name: one.published for one in made.targets}["b"] == TWO_PORTS
+    assert [one.migration.name for one in made.held] == ["a"]
 
 
 def test_of_two_running_targets_with_one_port_one_is_an_error() -> None:

@@ -161,10 +161,13 @@ def test_a_folder_that_a_stranger_made_or_leads_elsewhere_is_refused(shared: Pat
     (tmp_path / "elsewhere").mkdir()
     (shared / "link").symlink_to(tmp_path / "elsewhere")
     (shared / "made").mkdir()
+    (shared / "made/below").mkdir()
+    os.lchown(shared / "made/below", NOBODY, NOBODY)
     for name in ("link", "made"):
         os.lchown(shared / name, NOBODY, NOBODY)
-        with pytest.raises(LifelineError, match=f"{shared / name} belongs to user {NOBODY}: remove it"):
-            Lifeline(str(shared / name / "c.daemon.lock"))
+        for inside in (shared / name, shared / name / "below"):
+            with pytest.raises(LifelineError, match=f"{shared / name} belongs to user {NOBODY}: remove it"):
+                Lifeline(str(inside / "c.daemon.lock"))
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
