@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import fcntl
 import functools
@@ -13,8 +12,8 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Generic, Literal, TextIO, TypeVar
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Literal, TextIO
 
 from migproxy.imports import without
 from migproxy.text import printable
@@ -25,7 +24,6 @@ with without("rich"):  # which structlog loads for its own tracebacks
 
 Style = Literal["auto", "console", "json", "journald"]
 Event = MutableMapping[str, Any]
-K = TypeVar("K")
 
 JOURNAL = "/run/systemd/journal/socket"
 
@@ -33,7 +31,6 @@ _LEVELS = {name.lower(): level for name, level in logging.getLevelNamesMapping()
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 _OWN_NAMES = {"name": "VMI"}  # NAME alone would be anybody's
 _SECONDS = 0.2
-_LIMIT_SECONDS = 10.0
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -215,35 +212,3 @@ class _Journal:
 @functools.cache
 def _journal() -> _Journal:
     return _Journal()
-
-
-class Limit(Generic[K]):
-    """Keeps a kind of line that others can provoke from flooding the log: the first few are written, the rest counted.
-
-    Args:
-        summarize: Writes how many of a kind were left out, at the end of each ten seconds in which any were.
-        first: How many of a kind are written in ten seconds.
-    """
-
-    def __init__(self, summarize: Callable[[K, int], None], first: int = 5) -> None:
-        self._summarize = summarize
-        self._first = first
-        self._counts: dict[K, int] = {}
-
-    def admits(self, kind: K) -> bool:
-        """Counts one more of a kind; returns whether it is to be written. To be called where an event loop runs."""
-        if kind not in self._counts:
-            self._counts[kind] = 0
-            asyncio.get_running_loop().call_later(_LIMIT_SECONDS, self._end, kind)
-        self._counts[kind] += 1
-        return self._counts[kind] <= self._first
-
-    def close(self) -> None:
-        """Writes now what is still to be told."""
-        for kind in list(self._counts):
-            self._end(kind)
-
-    def _end(self, kind: K) -> None:
-        surplus = self._counts.pop(kind, 0) - self._first
-        if surplus > 0:
-            self._summarize(kind, surplus)

@@ -17,6 +17,7 @@ from migproxy import rows, survival
 from migproxy.health import Activity, WatchReporter
 from migproxy.inventory import BYPASSED, FAILED, Inventory, PublishError
 from migproxy.launcher import LauncherError
+from migproxy.limit import Limit
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.pauses import doubling
 from migproxy.plan import Bypassed, Held, Migration, Plan, Readiness, Reason, Role, SourceProxy, TargetProxy, make_plan
@@ -81,6 +82,7 @@ class Node:
         knows_its_work: Set once there is a plan: the inventory and the migration address are known.
         held: The migrations of this node that the plan has no proxy for now; what runs for them goes on.
         bypassed: Those that virt-handler's own proxy serves alone, and why.
+        lines: Limits the log's lines about each VMI's migrations.
     """
 
     def __init__(
@@ -116,6 +118,10 @@ class Node:
         self._void: set[str] = set()  # those whose announcement is to go
         self._withdrawing: dict[str, asyncio.Task[None]] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # one request at a time for each
+        # Of a VMI's changes, which its tenant makes as fast as may be.
+        self.lines: Limit[str] = Limit(
+            lambda uid, count: log.warning("more lines about a VMI's migrations", uid=uid, count=count)
+        )
         self._ended: Retention[Key] = Retention(options.retention, lambda key: key[0].vmi_uid, self._clock)
         self._adopted: dict[survival.Key, AdoptedProxy] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -287,7 +293,7 @@ class Node:
 
     def _note_held(self, held: Mapping[Key, Held]) -> None:
         for (migration, role), item in held.items():
-            if self.held.get((migration, role)) != item:
+            if self.held.get((migration, role)) != item and self.lines.admits(migration.vmi_uid):
                 about = {"migration": str(migration), "role": str(role), "reason": item.reason}
                 if item.error:
                     log.error("migration cannot be served", **about)
@@ -676,8 +682,8 @@ class _Worker:
 
     def _fail(self, problem: str, *, unexpected: bool = False) -> None:
         self._node.note_reconcile_error()
-        if problem != self.problem:
-            migration, role = self._key
+        migration, role = self._key
+        if problem != self.problem and self._node.lines.admits(migration.vmi_uid):
             log.error(
                 "migration cannot be served, retrying",
                 migration=str(migration),

@@ -23,7 +23,7 @@ from migproxy.connection import Connection, RelayedConnection
 from migproxy.fds import is_connected, reset
 from migproxy.launcher import Launchers, SocketNode, new_unix
 from migproxy.launcherthread import LauncherThread
-from migproxy.logs import Limit
+from migproxy.limit import Limit
 from migproxy.measure import Measures
 from migproxy.pauses import doubling
 from migproxy.plan import Migration, Role

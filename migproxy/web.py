@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import structlog
 
 from migproxy import httpd, pages
-from migproxy.logs import Limit
+from migproxy.limit import Limit
 from migproxy.measure import Measures
 
 log = structlog.get_logger(__name__)

@@ -16,6 +16,7 @@ from migproxy.inventory import FAILED, PublishError
 from migproxy.kube.api import JSON_PATCH, ApiError, ApiServer
 from migproxy.kube.events import EventRecorder
 from migproxy.kube.reflector import Listed, Pace, Reflector
+from migproxy.limit import Limit
 from migproxy.portmap import IPAddress, PortMap
 from migproxy.vmi import TARGET_NODE_LABEL, VMI, InvalidVMI, parse
 
@@ -89,6 +90,9 @@ class KubeInventory:
         self._streams: list[dict[str, _Seen] | None] = [None for _ in self._reflectors]
         self._told: dict[str, VMI] = {}
         self._flaws: dict[str, str] = {}
+        self._flaw_lines: Limit[str] = Limit(
+            lambda uid, count: log.error("VMI cannot be read, in further ways", uid=uid, count=count)
+        )
         self._published: dict[str, _Published] = {}
         self._untold: set[str] = set()
         self._leaving: dict[str, float] = {}
@@ -204,7 +208,8 @@ class KubeInventory:
     def _note_validity(self, uid: str, seen: _Seen | None) -> None:
         if seen is not None and seen.problem is not None:
             if self._flaws.get(uid) != seen.problem:
-                log.error("VMI cannot be read, its last good state stays in force", uid=uid, error=seen.problem)
+                if self._flaw_lines.admits(uid):
+                    log.error("VMI cannot be read, its last good state stays in force", uid=uid, error=seen.problem)
                 if seen.identity:
                     message = f"this VMI cannot be read, its last good state stays in force: {seen.problem}"
                     self.note(seen.identity, FAILED, message, warning=True)

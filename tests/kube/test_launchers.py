@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.clock import Clock, eventually
 from tests.kube.cluster import MERGE_PATCH, VMIS, Cluster, begin, vmi
@@ -173,6 +175,23 @@ async def test_pod_that_goes_before_its_migration_is_told_to_have_ended_is_no_er
         pod.end()
         await asyncio.sleep(10)
         assert complaint(node, "one") == ""
+
+
+async def test_status_that_is_wrong_in_ever_new_ways_fills_no_log(kubernetes: Cluster, node: LocalNode) -> None:
+    await migrating(kubernetes, "one", "a")
+    with capture_logs() as logs:
+        for number in range(20):
+            wrong = {"status": {"migrationState": {"targetNodeAddress": f"wrong-{number}"}}}
+            await kubernetes.request("PATCH", f"{VMIS}/one", wrong, MERGE_PATCH)
+            await eventually(partial(is_held, node, f"'wrong-{number}'"), "it")
+        await asyncio.sleep(11)
+    assert 1 <= len([line for line in logs if line["event"] == "migration cannot be served"]) <= 5
+    (more,) = [line for line in logs if line["event"] == "more lines about a VMI's migrations"]
+    assert more["count"] >= 15
+
+
+def is_held(node: LocalNode, why: str) -> bool:
+    return any(why in held.reason for held in node.node.held.values())
 
 
 async def test_launcher_that_is_late_keeps_nobody_waiting_and_is_told(

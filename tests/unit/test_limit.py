@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from migproxy import logs
+from migproxy.limit import Limit
 from tests.clock import Clock
 
 pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
 async def test_the_first_lines_of_a_kind_are_written_and_the_others_counted(clock: Clock) -> None:
     told: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
-    limit: logs.Limit[str] = logs.Limit(lambda kind, count: told.put_nowait((kind, count)))
+    limit: Limit[str] = Limit(lambda kind, count: told.put_nowait((kind, count)))
     assert [limit.admits("garbage") for _ in range(8)] == [True] * 5 + [False] * 3
     assert limit.admits("expired")
     assert await told.get() == ("garbage", 3)
