@@ -5,13 +5,15 @@ as its CPU would be another machine's. Before each, the same is measured without
 """
 
 import asyncio
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from migproxy.devcerts import make
 from migproxy.portmap import Channel
@@ -130,12 +132,18 @@ async def measured(vm: Migration) -> tuple[list[float], float]:
     return times, await stream(vm)
 
 
-@asynccontextmanager
-async def hostile(made: Nodes, name: str) -> AsyncIterator[Migration]:
+async def prepared(made: Nodes, name: str) -> Migration:
     vm = made.migration(name, block=False)
     vm.begin()
     await vm.served(30)
-    yield vm
+    return vm
+
+
+def serve(listener: socket.socket) -> None:
+    """Takes and ends whatever comes, so that whoever connects in a loop is never held up by a full queue."""
+    listener.setblocking(True)
+    while True:
+        listener.accept()[0].close()
 
 
 async def main() -> None:
@@ -146,35 +154,34 @@ async def main() -> None:
             for port, node in enumerate(made.both, HTTP):
                 node.protect("--tls-dir", folder, "--ktls", "off", "--http-listen", f"127.0.0.1:{port}")
             await made.start()
-            vm = made.migration("healthy", block=False)
-            vm.begin()
-            await vm.served(30)
-            async with hostile(made, "loops") as loops, hostile(made, "churns") as churns:
-                target = ("127.0.0.2", str(vm.published()[Channel.LIBVIRT]))
-                web = ("127.0.0.1", str(HTTP))
-                stuck = made.migration("stuck", block=False)
-                floods: list[tuple[str, tuple[str, ...]]] = [
-                    ("TCP and then silence, from one address", (CLIENTS, "silent", *target, "1")),
-                    ("the same from 240 addresses", (CLIENTS, "silent", *target, "240")),
-                    ("half a ClientHello, from 240 addresses", (CLIENTS, "hello", *target, "240")),
-                    ("another launcher connects in a loop", (LOOP, str(loops.source_path(Channel.LIBVIRT)))),
-                    ("half a head to HTTP, from 240 addresses", (CLIENTS, "head", *web, "240")),
-                    ("junk to HTTP", (CLIENTS, "junk", *web, "240")),
-                    ("/metrics asked for and not read", (CLIENTS, "metrics", *web, "240")),
-                    ("a VMI with 50 migration UIDs a second", (CHURN, str(churns.path))),
-                ]
-                print(f"{'':44}{'set-up, ms':>22}{'ratio to none':>15}{'MB/s':>8}{'ratio':>7}")
-                for what, words in floods:
-                    quiet = await measured(vm)
-                    with flood(*words):
-                        await asyncio.sleep(2)
-                        report(what, quiet, await measured(vm))
-                    await asyncio.sleep(1)
+            vm = await prepared(made, "healthy")
+            loops, churns = await prepared(made, "loops"), await prepared(made, "churns")
+            threading.Thread(target=serve, args=(loops.listener(Channel.LIBVIRT).dup(),), daemon=True).start()
+            target = ("127.0.0.2", str(vm.published()[Channel.LIBVIRT]))
+            web = ("127.0.0.1", str(HTTP))
+            stuck = made.migration("stuck", block=False)
+            floods: list[tuple[str, tuple[str, ...]]] = [
+                ("TCP and then silence, from one address", (CLIENTS, "silent", *target, "1")),
+                ("the same from 240 addresses", (CLIENTS, "silent", *target, "240")),
+                ("half a ClientHello, from 240 addresses", (CLIENTS, "hello", *target, "240")),
+                ("another launcher connects in a loop", (LOOP, str(loops.source_path(Channel.LIBVIRT)))),
+                ("half a head to HTTP, from 240 addresses", (CLIENTS, "head", *web, "240")),
+                ("junk to HTTP", (CLIENTS, "junk", *web, "240")),
+                ("/metrics asked for and not read", (CLIENTS, "metrics", *web, "240")),
+                ("a VMI with 50 migration UIDs a second", (CHURN, str(churns.path))),
+            ]
+            print(f"{'':44}{'set-up, ms':>22}{'ratio to none':>15}{'MB/s':>8}{'ratio':>7}")
+            for what, words in floods:
                 quiet = await measured(vm)
-                with closing(Silent(stuck.run_dir(made.source) / "kubevirt")):
-                    stuck.begin()
+                with flood(*words):
                     await asyncio.sleep(2)
-                    report("a launcher's folder never answers", quiet, await measured(vm))
+                    report(what, quiet, await measured(vm))
+                await asyncio.sleep(1)
+            quiet = await measured(vm)
+            with closing(Silent(stuck.run_dir(made.source) / "kubevirt")):
+                stuck.begin()
+                await asyncio.sleep(2)
+                report("a launcher's folder never answers", quiet, await measured(vm))
 
 
 def report(what: str, quiet: tuple[list[float], float], loud: tuple[list[float], float]) -> None:

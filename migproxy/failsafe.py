@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 
@@ -27,7 +27,7 @@ from migproxy.launcher import LauncherError, Launchers
 from migproxy.launcherthread import LauncherThread
 from migproxy.lifeline import HANG_SECONDS, Lifeline, LifelineError
 from migproxy.pauses import doubling
-from migproxy.plan import sources_on
+from migproxy.plan import SourceProxy, sources_on
 from migproxy.proxy import ProxyError
 from migproxy.settings import Settings
 from migproxy.shared import mend
@@ -160,10 +160,15 @@ class Failsafe:
                     task.cancel()
                 if vmi is not None:
                     self._tasks[uid] = asyncio.create_task(self._look_after(vmi))
+                elif thread := self._threads.pop(uid, None):
+                    thread.close()
             self._is_told = True
 
     async def _look_after(self, vmi: VMI) -> None:
         """Gives back what stands in a VMI's folder, however often that must be tried."""
+        sources = sources_on(vmi, self._node, datetime.now(UTC))
+        if not sources:
+            return
         pauses, last = doubling(_FIRST_RETRY, _LAST_RETRY), ""
         if vmi.uid not in self._threads:
             self._threads[vmi.uid] = LauncherThread(f"launcher of {vmi.namespace}/{vmi.name}", HANG_SECONDS * 2)
@@ -174,7 +179,7 @@ class Failsafe:
 
         while True:
             try:
-                self._tell(vmi, await self._threads[vmi.uid].run(lambda: self._give_sockets_back(vmi), tell_later))
+                self._tell(vmi, await self._threads[vmi.uid].run(lambda: self._give_sockets_back(sources), tell_later))
                 return
             except Exception as error:
                 is_known = isinstance(error, (LauncherError, ProxyError))
@@ -190,11 +195,10 @@ class Failsafe:
             message = f"migration source on {self._node}: left to virt-handler, as migproxy's daemon does not run"
             self._inventory.note(vmi, BYPASSED, message, warning=True)
 
-    def _give_sockets_back(self, vmi: VMI) -> list[str]:
+    def _give_sockets_back(self, sources: Iterable[SourceProxy]) -> list[str]:
         """In a thread of the VMI's: who is kept waiting by one pod's file system is that pod's VMI alone."""
         with self._acting.begin() as is_dead:
-            sources = sources_on(vmi, self._node, datetime.now(UTC)) if is_dead else ()
-            return [name for source in sources for name in mend(self._launchers, source, self._owner)]
+            return [name for source in sources if is_dead for name in mend(self._launchers, source, self._owner)]
 
 
 class _Acting:
@@ -212,20 +216,18 @@ class _Acting:
     @contextmanager
     def begin(self) -> Iterator[bool]:
         """Acts within the context; tells whether the daemon is dead."""
-        now = time.monotonic()
+        began = time.monotonic()
         with self._mutex:
-            if not self._began and not self._lock.enter_context(self._daemon.taken()):
-                self._lock.close()
-                now = 0.0
-            else:
-                self._began.append(now)
-                self._watch()
+            is_dead = bool(self._began) or self._lock.enter_context(self._daemon.taken())
+            if is_dead:
+                self._began.append(began)
+            self._watch()
         try:
-            yield bool(now)
+            yield is_dead
         finally:
-            with self._mutex:
-                if now:
-                    self._began.remove(now)
+            if is_dead:
+                with self._mutex:
+                    self._began.remove(began)
                     self._watch()
 
     def _watch(self) -> None:

@@ -11,10 +11,27 @@ import struct
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Final
+
+OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Errors of a process, or a kernel, that has no descriptor or no memory left."""
+
+MORE_FILES: Final = "raise the limit of open files (ulimit -n, LimitNOFILE=)"
+"""Their remedy."""
 
 _TCP_ULP = 31  # linux/tcp.h
 _UNSPECIFIED = struct.pack("=H14x", socket.AF_UNSPEC)  # a sockaddr, which Python's own connect does not make
+_CREDENTIALS = struct.Struct("3i")  # ucred, unix(7)
 _libc = ctypes.CDLL(None)
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int, int]:
+    """PID, UID and GID of who made the other end of a unix connection, or had it listen (SO_PEERCRED).
+
+    The PID is 0 where that process is not in our namespace, and may be another's once it has ended.
+    """
+    pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, uid, gid
 
 
 def is_connected(sock: socket.socket) -> bool:

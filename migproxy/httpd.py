@@ -8,7 +8,6 @@ honest one sends its request and takes its answer within milliseconds.
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from migproxy.fds import reset_on_close
+from migproxy.fds import OUT_OF_RESOURCES, reset_on_close
 from migproxy.sockets import accept, ready
 
 Refusal = Literal["malformed", "tls", "timeout", "displaced", "error"]
@@ -37,7 +36,6 @@ _ANSWER_SECONDS = 30.0  # for making the answer, and for the client to take it
 _CLOSE_SECONDS = 1.0  # for the end of TLS, which not every client says
 _PAUSE = 0.05  # seconds, until descriptors are free again
 _CHUNK = 1 << 16  # bytes of an answer that may wait in this process for a slow client
-_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 _REASONS = {
     200: "OK",
@@ -197,7 +195,7 @@ class _Server:
             except OSError as error:
                 # Without descriptors, accept4(2) fails even where nobody asks.
                 await ready(self._listener.fileno(), writing=False)
-                await (self._make_room() if error.errno in _OUT_OF_RESOURCES else asyncio.sleep(_PAUSE))
+                await (self._make_room() if error.errno in OUT_OF_RESOURCES else asyncio.sleep(_PAUSE))
             else:
                 await asyncio.sleep(0)  # those who are in go on first, so that no flood ends one that has asked
 

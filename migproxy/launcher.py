@@ -26,13 +26,14 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from string import Formatter
-from typing import Final
+from typing import Final, Self
 
 from migproxy.beneath import file_system_of, mount_of, open_beneath
+from migproxy.fds import MORE_FILES, OUT_OF_RESOURCES, peer_of
 from migproxy.plan import Launcher
 
 COMMAND_SOCKET = "volumes/kubernetes.io~empty-dir/sockets/launcher-sock"
@@ -50,7 +51,6 @@ _LOCAL: Final = frozenset(
 """File systems for which the kernel answers by itself."""
 
 _NS_GET_USERNS: Final = 0xB701  # linux/nsfs.h: who owns a namespace
-_OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MOST_WORDS: Final = 1 << 16  # bytes of a command line
 _SO_PEERPIDFD: Final = 77  # asm-generic/socket.h, Linux 6.5; not among Python's constants
 
@@ -114,17 +114,13 @@ class Launchers:
                 is_proven = command.is_listened_on_still()
                 process.check_vmi(launcher)
                 run = process.open_run(below) if marker else RunDir(path, "")
-            if is_proven:
-                return run
-            with ExitStack() as stack:
-                stack.push(run)
-                if run.is_identity_of(_SHARED_COMMAND_SOCKET, command.identity):
-                    stack.pop_all()
-                    return run
+            if not is_proven and not run.is_identity_of(_SHARED_COMMAND_SOCKET, command.identity):
+                run.close()
                 raise LauncherError(
                     f"{command.path}: who listens there has ended, or process {command.pid} is another one by now: its "
                     f"{run.path}/{_SHARED_COMMAND_SOCKET} is another socket"
                 )
+            return run
 
     def _path(self, launcher: Launcher, pid: int) -> str:
         return self.pattern.format(
@@ -164,7 +160,7 @@ class _CommandSocket:
         self.identity = identity
         self.path = path
         self._sock = sock
-        self.pid = pid_of_listener(sock)
+        self.pid, _, _ = peer_of(sock)
         if self.pid == 0:
             raise LauncherError(
                 f"{path}: the listener's pid is 0, it is outside of this process's pid namespace: "
@@ -182,7 +178,7 @@ class _CommandSocket:
         except OSError as error:
             if error.errno == errno.ENOPROTOOPT:
                 return False
-            if error.errno in _OUT_OF_RESOURCES:
+            if error.errno in OUT_OF_RESOURCES:
                 raise
             raise self._ended() from error
         try:
@@ -198,13 +194,34 @@ class _CommandSocket:
         return LauncherError(f"{self.path}: the launcher (pid {self.pid}) has ended, though its socket is still open")
 
 
-def pid_of_listener(sock: socket.socket) -> int:
-    """The PID of the process that made the other end of a connection listen; 0 where it has none in our namespace."""
-    pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-    return pid
+class _Opened:
+    """Owns a descriptor.
+
+    Attributes:
+        fd: It; -1 once it is closed.
+    """
+
+    fd: int
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not been closed yet."""
+        return self.fd >= 0
+
+    def close(self) -> None:
+        """Closes it, once."""
+        if self.is_open:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
 
-class _Process:
+class _Process(_Opened):
     """A process by its folder below /proc, which leads nowhere once the process has ended; owns its descriptor.
 
     Attributes:
@@ -228,16 +245,6 @@ class _Process:
     def copy(self) -> _Process:
         """The same one, with a descriptor of its own."""
         return _Process(self._path, self.fd)
-
-    def __enter__(self) -> _Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the folder."""
-        os.close(self.fd)
 
     def check_vmi(self, launcher: Launcher) -> None:
         """Looks for whom it was started.
@@ -300,7 +307,7 @@ class _Process:
         return RunDir(f"{self._path}/root", below, process=self)
 
 
-class RunDir:
+class RunDir(_Opened):
     """A folder whose content is not trusted: the launcher's /var/run; owns its descriptor.
 
     The folders in it (KubeVirt's and libvirt's, each a volume of the pod) may be on mounts of their own. What is below
@@ -343,15 +350,9 @@ class RunDir:
             self.close()
             raise
 
-    def __enter__(self) -> RunDir:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Closes the folder."""
-        os.close(self.fd)
+        super().close()
         if self._process is not None:
             self._process.close()
 
@@ -389,11 +390,11 @@ class RunDir:
 
     def _open(self, relative: str, *, is_folder: bool, one_mount: bool) -> int:
         try:
-            return self._find(relative, is_folder=is_folder, one_mount=one_mount)
+            return self._descend(relative, is_folder=is_folder, one_mount=one_mount)
         except OSError as error:
             raise _failed(error, f"{self.path}/{relative}", "see the daemon's limits") from error
 
-    def _find(self, relative: str, *, is_folder: bool, one_mount: bool) -> int:
+    def _descend(self, relative: str, *, is_folder: bool, one_mount: bool) -> int:
         components = relative.split("/")
         if not {"", ".", ".."}.isdisjoint(components):
             raise Untrusted(f"{relative!r} would leave {self.path}: refused")
@@ -480,7 +481,7 @@ class RunDir:
         return SocketNode(self.open_node(relative), f"{self.path}/{relative}")
 
 
-class SocketNode:
+class SocketNode(_Opened):
     """The file of a unix stream socket; owns its descriptor.
 
     Args:
@@ -492,7 +493,7 @@ class SocketNode:
     """
 
     def __init__(self, node: int, path: str) -> None:
-        self._node = node
+        self.fd = node
         self._path = path
         mode = os.stat(node).st_mode
         if not stat.S_ISSOCK(mode):
@@ -500,20 +501,10 @@ class SocketNode:
             kind = "a symbolic link: refused, never followed" if stat.S_ISLNK(mode) else "not a socket"
             raise Untrusted(f"{path} is {kind}")
 
-    def __enter__(self) -> SocketNode:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes it; connections stay."""
-        os.close(self._node)
-
     @property
     def identity(self) -> tuple[int, int]:
         """Device and inode of the file."""
-        return _identity(self._node)
+        return _identity(self.fd)
 
     def connect(self, sock: socket.socket) -> None:
         """Connects a non-blocking socket to it.
@@ -522,7 +513,7 @@ class SocketNode:
             LauncherError: Nobody listens there, or the queue is full.
         """
         try:
-            sock.connect(f"/proc/self/fd/{self._node}")
+            sock.connect(f"/proc/self/fd/{self.fd}")
         except OSError as error:
             raise LauncherError(
                 f"{self._path}: {error.strerror or error}: nobody takes the connection (yet)"
@@ -540,8 +531,8 @@ def new_unix() -> socket.socket:
 
 
 def _failed(error: OSError, path: str, remedy: str) -> LauncherError:
-    if error.errno in _OUT_OF_RESOURCES:
-        remedy = "raise the limit of open files (ulimit -n, LimitNOFILE=)"
+    if error.errno in OUT_OF_RESOURCES:
+        remedy = MORE_FILES
     return LauncherError(f"{path}: {error.strerror}: {remedy}")
 
 

@@ -101,8 +101,8 @@ class LauncherThread:
 
     def _no_answer(self) -> NoAnswer:
         return NoAnswer(
-            f"{self._whose}: its folders have not answered for {self._seconds:g} s: a file system that the pod has "
-            "mounted (FUSE, NFS) hangs; end the pod, or whatever serves that file system"
+            f"{self._whose}: its folders have not answered for {self._seconds:g} s: what they are on hangs: look at "
+            "the node's disks (dmesg), or end the pod"
         )
 
     def _work(self) -> None:

@@ -250,9 +250,9 @@ class Node:
             ending = asyncio.create_task(self._end_adopted(over))
             self._endings.add(ending)
             ending.add_done_callback(self._endings.discard)
-        # Those that end come first: two migrations of one VMI have the same socket names.
         # What runs goes on, whoever has taken its announcement away, and whatever new connections would meet.
         kept = {key for key in bypassed & self._workers.keys() if self._workers[key].is_active}
+        # Those that end come first: two migrations of one VMI have the same socket names.
         for key in self._workers.keys() - planned.keys() - self.held.keys() - kept:
             self._workers[key].want(None)
         for key, item in planned.items():
@@ -293,11 +293,14 @@ class Node:
 
     def _note_held(self, held: Mapping[Key, Held]) -> None:
         for (migration, role), item in held.items():
-            if self.held.get((migration, role)) != item and self.lines.admits(migration.vmi_uid):
+            if self.held.get((migration, role)) == item:
+                continue
+            if item.error:
+                self.warn((migration, role), item.reason)
+            if self.lines.admits(migration.vmi_uid):
                 about = {"migration": str(migration), "role": str(role), "reason": item.reason}
                 if item.error:
                     log.error("migration cannot be served", **about)
-                    self.warn((migration, role), item.reason)
                 else:
                     log.info("migration waits", **about)
         self.held = dict(held)

@@ -20,7 +20,7 @@ import structlog
 from migproxy import tcpinfo
 from migproxy.budget import Budget, Full
 from migproxy.connection import Connection, RelayedConnection
-from migproxy.fds import is_connected, reset
+from migproxy.fds import MORE_FILES, OUT_OF_RESOURCES, is_connected, reset
 from migproxy.launcher import Launchers, SocketNode, new_unix
 from migproxy.launcherthread import LauncherThread
 from migproxy.limit import Limit
@@ -52,7 +52,6 @@ _HISTORY = 60  # seconds of rates that are kept for people to look at
 _TURN_SECONDS = 2.0  # a handshake takes milliseconds
 _AT_ONCE = 4  # connections of a source's channel that are set up side by side; the others' have their turn meanwhile
 _ROUTINE_LINES = 32  # of each kind in ten seconds: several times what a migration has
-_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _NOT_THIS_TIME = {errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO, errno.EPERM}  # whoever asked has gone, or may not
 _CLOSED_AT_ONCE = (
     "the target closed the connection before the TLS handshake: its launcher's socket for this channel is missing or "
@@ -359,8 +358,8 @@ class Proxy(ABC):
                 if error.errno in _NOT_THIS_TIME:
                     continue
                 remedy = (
-                    "raise the limit of open files (ulimit -n, LimitNOFILE=)"
-                    if error.errno in _OUT_OF_RESOURCES
+                    MORE_FILES
+                    if error.errno in OUT_OF_RESOURCES
                     else "restart this daemon: whoever shares this listener has shut it down"
                 )
                 self.log.error("cannot accept connections", channel=channel.label, error=error.strerror, remedy=remedy)
@@ -479,7 +478,7 @@ class Proxy(ABC):
         Raises:
             LauncherError: It is not there, nobody listens, or the folder it is in does not answer.
         """
-        node, is_used = await self.thread.run(find, SocketNode.close), False
+        node = await self.thread.run(find, SocketNode.close)
 
         def connect(sock: socket.socket) -> None:
             with node:
@@ -487,11 +486,10 @@ class Proxy(ABC):
 
         try:
             async with self.stored(new_unix(), lease) as sock:
-                is_used = True
                 await self.thread.run(partial(connect, sock))
                 return sock
         finally:
-            if not is_used:
+            if node.is_open:  # it was not come to
                 self.thread.later(node.close)
 
     async def to_network(self, channel: Channel, legs: list[socket.socket], lease: Lease) -> Transport:

@@ -22,6 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from migproxy import offload
 from migproxy.doctor.finding import Finding, Level
+from migproxy.fds import peer_of
 from migproxy.lifeline import is_locked
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.portmap import IPAddress
@@ -34,7 +35,6 @@ _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # linux/proc_ns.h, PROC_PID_INIT_INO
 _IPPROTO_MPTCP = 262
 _SIOCGIFFLAGS, _SIOCGIFMTU, _IFF_RUNNING = 0x8913, 0x8921, 0x40
 _ETHERNET_MTU = 1500
-_PEER = struct.Struct("3i")  # ucred, unix(7)
 _EXPIRY_WARNING = 0.2  # of a certificate's life; KubeVirt renews at that point
 
 
@@ -423,7 +423,7 @@ def check_relay(path: str, *, is_externally_managed: bool) -> Finding:
             sock.connect(path)
         except OSError as error:
             return _no_relay(path, error, is_externally_managed=is_externally_managed)
-        pid, _, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        pid, _, _ = peer_of(sock)
     return Finding("relay", Level.OK, f"process {pid} answers at {path}")
 
 

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import os
 import socket
-import struct
 import subprocess
 import sys
 from collections import deque
@@ -19,7 +18,7 @@ import structlog
 
 from migproxy import __version__
 from migproxy.capacity import Limits
-from migproxy.fds import close_all, duplicate, post
+from migproxy.fds import close_all, duplicate, peer_of, post
 from migproxy.pauses import doubling
 from migproxy.relay.protocol import (
     MOST_BYTES,
@@ -59,7 +58,6 @@ _RETRY_SECONDS = 0.01  # while the kernel has too many descriptors of this user 
 _NOTE_SECONDS = 0.01  # that what is noted may be late
 _MOST_OVER = MOST_NAMES - 1  # names that are dropped with words, and the words' own when those are dropped
 _RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
-_PEER = struct.Struct("3i")  # ucred, unix(7)
 _MOST_UNSENT = 4096  # messages that wait for a relay which takes none
 
 
@@ -474,7 +472,7 @@ class RelayClient:
 
     def _check_peer(self, sock: socket.socket) -> None:
         """A relay of this daemon's own is its user's; who manages another one has chosen its user, and the folder."""
-        _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        _, uid, _ = peer_of(sock)
         if self._starts and uid not in (0, os.geteuid()):
             why = f"user {uid} listens there: end that process and remove its socket, or give another --relay-socket"
             raise PermissionError(errno.EACCES, why)

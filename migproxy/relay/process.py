@@ -15,7 +15,6 @@ import selectors
 import signal
 import socket
 import stat
-import struct
 import sys
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from datetime import UTC, datetime
 
 from migproxy import __version__
 from migproxy.capacity import memory_limit
-from migproxy.fds import break_off, close_all, post, raise_file_limit, reset_on_close
+from migproxy.fds import break_off, close_all, peer_of, post, raise_file_limit, reset_on_close
 from migproxy.ktls import KernelReceive, KernelSend
 from migproxy.liveness import Stalls, read
 from migproxy.notify import Notifier
@@ -73,7 +72,6 @@ _MOST_UNSENT = 1 << 16  # messages: a daemon that lets so many wait is hanging
 _MOVED_FDS = 8  # of a connection: what comes with Move, and another of the memory, which Python's mmap makes
 _TUNNEL_FDS = 4  # of one in user-space TLS, which are a worker's as well
 _PUMPS = {Way.SPLICED: (Splice, Splice), Way.KTLS: (KernelSend, KernelReceive)}
-_NO_PEER = struct.Struct("3i")  # ucred, unix(7)
 _RECEIVE = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _MOST_AT_ONCE = 64  # messages that are heard before others have their turn
 
@@ -257,8 +255,7 @@ class Relay:
             time.sleep(_RETRY_SECONDS)
             return
         sock.setblocking(False)
-        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _NO_PEER.size)
-        pid, uid, _ = _NO_PEER.unpack(peer)
+        pid, uid, _ = peer_of(sock)
         client = _Client(sock, pid)
         self._selector.register(sock, selectors.EVENT_READ)
         self._strangers.append(client)

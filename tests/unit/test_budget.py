@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 
 from migproxy.budget import RESERVE, Budget, Share, admits
 from migproxy.capacity import Capacity, Limits, capacity, memory_limit
+from migproxy.plan import Role
 from migproxy.portmap import Channel
+from migproxy.proxy import Proxy
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -156,3 +160,21 @@ async def test_a_channel_has_a_limit_of_its_own() -> None:
         assert (found.limit, found.event) == ("channel", "connections wait: the channel is full")
         assert share.full(Channel.BLOCK, 1) is None
     assert share.full(Channel.DIRECT, 1) is None
+
+
+async def test_a_source_sets_up_four_connections_of_a_channel_at_a_time() -> None:
+    """So that those of other channels and migrations have their turn meanwhile."""
+    share = Budget(full(1000)).share()
+    around = SimpleNamespace(max_connections=128)
+    proxy = cast(Any, SimpleNamespace(share=share, waits={}, role=Role.SOURCE, around=around))
+    with ExitStack() as begun:
+        for _ in range(3):
+            begun.enter_context(share.begin(Channel.DIRECT))
+        await Proxy._room(proxy, Channel.DIRECT)
+        with share.begin(Channel.DIRECT):
+            waiting = asyncio.create_task(Proxy._room(proxy, Channel.DIRECT))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            await Proxy._room(proxy, Channel.LIBVIRT)
+        async with asyncio.timeout(10):
+            await waiting

@@ -48,3 +48,11 @@ async def test_vmi_that_changes_meanwhile_is_looked_after_by_one_at_a_time(
         free.set()
         await second
     assert at_once == [1, 1]
+
+
+async def test_vmi_that_does_not_migrate_from_here_takes_no_thread(tmp_path: Path) -> None:
+    elsewhere = VMI | {"status": {"nodeName": "there"}}
+    with closing(Lifeline(str(tmp_path / "lock"))) as daemon:
+        guard = Failsafe(daemon, "here", Launchers("/nowhere", "/"), None, cast(Any, None))
+        await guard._look_after(parse(elsewhere))
+        assert not guard._threads

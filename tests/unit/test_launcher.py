@@ -342,7 +342,7 @@ class TestPid:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout
             other.stdout.readline()
-            monkeypatch.setattr("migproxy.launcher.pid_of_listener", lambda _: other.pid)
+            monkeypatch.setattr("migproxy.launcher.peer_of", lambda _: (other.pid, 0, 0))
             with pytest.raises(LauncherError, match="has ended"):
                 launchers.open(launcher(POD))
             other.communicate(b"\n")

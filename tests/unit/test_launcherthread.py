@@ -1,13 +1,20 @@
 """A launcher's folders may never answer: only who looks into them waits, and not for long."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from migproxy.launcher import RunDir, SocketNode
 from migproxy.launcherthread import LauncherThread, NoAnswer
+from migproxy.proxy import Proxy
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -121,3 +128,31 @@ async def test_its_end_waits_for_nothing_that_hangs(answer: threading.Event) -> 
     answer.set()
     await asyncio.to_thread(hanging.join, 10)
     assert not hanging.is_alive()
+
+
+async def test_socket_that_was_found_is_let_go_of_where_it_hangs_before_the_connection(
+    thread: LauncherThread, answer: threading.Event, tmp_path: Path
+) -> None:
+    found: list[SocketNode] = []
+
+    def find() -> SocketNode:
+        with RunDir(str(tmp_path), "") as run:
+            found.append(run.find("x.sock"))
+        return found[0]
+
+    @asynccontextmanager
+    async def stored(sock: socket.socket, _: object) -> AsyncIterator[socket.socket]:
+        thread.later(answer.wait)
+        thread._seconds = 0.05
+        with sock:
+            yield sock
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "x.sock"))
+        proxy = cast(Any, SimpleNamespace(thread=thread, stored=stored))
+        with pytest.raises(NoAnswer):
+            await Proxy.connect_launcher(proxy, find, cast(Any, None))
+    thread._seconds = 60
+    answer.set()
+    while found[0].is_open:
+        await asyncio.sleep(0.001)
