@@ -98,6 +98,7 @@ def _run(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = Non
 
     faulthandler.enable()  # a watchdog ends a process that hangs by SIGABRT: every thread then says where it is
     logs.configure(settings.log_format, settings.log_level)
+    logs.hear_libraries()
     try:
         uvloop.run(serve(settings, read))
     except (SecurityError, ControlError, HTTPError, InventoryError, LifelineError) as error:

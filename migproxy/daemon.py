@@ -27,6 +27,7 @@ from migproxy.measure import Measures
 from migproxy.netif import AddressWatcher, read_interface
 from migproxy.node import Node, NodeOptions
 from migproxy.notify import Notifier
+from migproxy.output import lines
 from migproxy.portmap import IPAddress
 from migproxy.proxy import ProxyError, Surroundings
 from migproxy.relay.client import RelayClient
@@ -133,6 +134,7 @@ async def _leave(relay: RelayClient) -> None:
     """Ends this process, and leaves everything to the relay and the next daemon; returns where that cannot be done."""
     if relay.problem is None and await relay.settle(_SETTLE_SECONDS):
         log.info("left to the relay", **relay.report())
+        lines.flush()
         os._exit(0)
     log.error("cannot leave, draining instead", error=relay.problem or "the relay does not answer")
 

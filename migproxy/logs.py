@@ -16,6 +16,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal, TextIO
 
 from migproxy.imports import without
+from migproxy.output import STDERR, Write, lines, to_stderr
 from migproxy.text import printable
 
 with without("rich"):  # which structlog loads for its own tracebacks
@@ -30,7 +31,6 @@ JOURNAL = "/run/systemd/journal/socket"
 _LEVELS = {name.lower(): level for name, level in logging.getLevelNamesMapping().items()}
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 _OWN_NAMES = {"name": "VMI"}  # NAME alone would be anybody's
-_SECONDS = 0.2
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -43,13 +43,14 @@ def configure(style: Style, level: str) -> None:
         level: The least severity that is logged.
     """
     _output.least = _LEVELS[level.lower()]
-    _output.renderers, _output.write = _choose(style)
+    _output.renderers, lines.write = _choose(style)
+    lines.describe_loss = _describe_loss
     if not structlog.is_configured():
         structlog.configure(
             processors=[
                 _output.filter,
                 structlog.processors.add_log_level,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                _stamp,
                 _output.render,
             ],
             logger_factory=lambda *_: _output,
@@ -63,7 +64,6 @@ class _Output:
     def __init__(self) -> None:
         self.least = logging.INFO
         self.renderers: list[structlog.typing.Processor] = []
-        self.write: Any = None
 
     def filter(self, _: object, method: str, event: Event) -> Event:
         if _LEVELS.get(method, logging.ERROR) < self.least:
@@ -74,28 +74,54 @@ class _Output:
         rendered: Any = event
         for renderer in self.renderers:
             rendered = renderer(logger, method, rendered)
-        return rendered
+        return rendered if isinstance(rendered, bytes) else f"{rendered}\n".encode(errors="backslashreplace")
 
-    def msg(self, line: Any) -> None:
-        self.write(line)
+    def msg(self, line: bytes) -> None:
+        lines.put(line)
 
     debug = info = warning = error = critical = exception = msg
 
 
+_stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
 _output = _Output()
 
 
-def _choose(style: Style) -> tuple[list[structlog.typing.Processor], Any]:
-    if style == "journald" or (style == "auto" and leads_to_journal(os.environ, sys.stderr.fileno())):
+def _describe_loss(lost: int) -> bytes:
+    event: Event = {"event": "log lines were lost", "lines": lost, "level": "warning"}
+    line: bytes = _output.render(None, "warning", _stamp(None, "warning", event))
+    return line
+
+
+def report() -> dict[str, Any]:
+    """What became of this process's lines: how many were lost, and why the last one was, if lines still are."""
+    return {"lines_lost": lines.lost, "problem": lines.problem}
+
+
+def hear_libraries() -> None:
+    """Has what libraries log by Python's own module be lines of this log, from warnings on."""
+    logging.getLogger().addHandler(_Foreign(logging.WARNING))
+
+
+class _Foreign(logging.Handler):
+    """Hands on what libraries log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        log = structlog.get_logger(record.name)
+        method = log.warning if record.levelno < logging.ERROR else log.error
+        method(record.getMessage(), library=record.name, **({"exc_info": error} if error else {}))
+
+
+def _choose(style: Style) -> tuple[list[structlog.typing.Processor], Write]:
+    is_terminal = os.isatty(STDERR)
+    if style == "journald" or (style == "auto" and leads_to_journal(os.environ, STDERR)):
         return [_as_entry], _journal().write
     # Tracebacks come without local variables: a key might be among them.
-    # A line is one write(2), so that a SIGKILL leaves none without its end: the next daemon's would follow on it.
-    lines = structlog.WriteLogger(sys.stderr).msg
-    if style == "console" or (style == "auto" and sys.stderr.isatty()):
-        console = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_print_traceback)
-        return [_as_printable, console], lines
+    if style == "console" or (style == "auto" and is_terminal):
+        console = structlog.dev.ConsoleRenderer(colors=is_terminal, exception_formatter=_print_traceback)
+        return [_as_printable, console], to_stderr()
     tracebacks = ExceptionDictTransformer(show_locals=False)
-    return [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()], lines
+    return [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()], to_stderr()
 
 
 def _as_printable(_: object, _method: str, event: Event) -> Event:
@@ -167,34 +193,26 @@ def _as_entry(_: object, method: str, event: Event) -> bytes:
 
 
 class _Journal:
-    """The journal's socket. A journal that does not keep up costs lines, which it is told of, not the event loop."""
+    """The journal's socket."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.settimeout(_SECONDS)
-        self._lost = 0
 
     def write(self, entry: bytes) -> None:
-        if self._lost:
-            entry += encode({"LINES_LOST": str(self._lost)})
-        try:
-            self._send(entry)
-        except OSError:
-            self._lost += 1
-        else:
-            self._lost = 0
+        """Sends an entry, and waits for a journal that is slow.
 
-    def close(self) -> None:
-        self._socket.close()
-
-    def _send(self, data: bytes) -> None:
+        Raises:
+            OSError: It does not take it.
+        """
         try:
-            # One line waits for a journal that is slow; those after it do not.
-            self._socket.sendto(data, socket.MSG_DONTWAIT if self._lost else 0, JOURNAL)
+            self._socket.sendto(entry, JOURNAL)
         except OSError as error:
             if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
                 raise
-            self._send_aside(data)
+            self._send_aside(entry)
+
+    def close(self) -> None:
+        self._socket.close()
 
     def _send_aside(self, data: bytes) -> None:
         """Sends what no datagram holds, as a sealed file in memory."""

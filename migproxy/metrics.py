@@ -173,6 +173,11 @@ def _health(report: Report) -> Iterator[Metric]:
         "Ended migrations that were forgotten before their time, because there were too many of a VMI, or in all.",
         report["ended_dropped"],
     )
+    yield CounterMetricFamily(
+        "migproxy_log_lines_lost",
+        "Lines of the log that could not be written: standard error, or the journal, is full, gone, or not read.",
+        report["log"]["lines_lost"],
+    )
     relay = report["relay"]
     yield GaugeMetricFamily(
         "migproxy_relay_up",

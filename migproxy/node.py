@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from migproxy import rows, survival
+from migproxy import logs, rows, survival
 from migproxy.health import Activity, WatchReporter
 from migproxy.inventory import BYPASSED, FAILED, Inventory, PublishError
 from migproxy.launcher import LauncherError
@@ -591,6 +591,7 @@ class Node:
             "queue_depth": self.queue_depth,
             "watch": asdict(inventory.health) if isinstance(inventory, WatchReporter) else None,
             "tls": self._around.security.report(),
+            "log": logs.report(),
             "beside": {} if self.is_beside else None,
             "ended_dropped": self._ended.dropped,
             "migrations": held + self._report_ended_and_running(),

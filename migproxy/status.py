@@ -53,6 +53,7 @@ def render(report: Mapping[str, Any]) -> str:
         )
     budget = report["budget"]
     lines.append(f"connections: {budget['connections']} of {budget['capacity']}, as {budget['limit']} allow")
+    lines += _log(report["log"])
     if not report["migrations"]:
         return "\n".join([*lines, "no migrations"])
     rows = [_HEADINGS, *(row for migration in report["migrations"] for row in _rows(migration))]
@@ -84,6 +85,12 @@ def _flaws(flaws: Mapping[str, Any]) -> Iterator[str]:
 
 def _because(reason: str) -> str:
     return f" ({reason})" if reason else ""
+
+
+def _log(log: Mapping[str, Any]) -> Iterator[str]:
+    if log["lines_lost"]:
+        why = f"; the last one now: {log['problem']}" if log["problem"] else ""
+        yield f"log: {log['lines_lost']} lines could not be written{why}"
 
 
 def _relay(relay: Mapping[str, Any]) -> Iterator[str]:

@@ -15,7 +15,6 @@ import selectors
 import signal
 import socket
 import stat
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -23,12 +22,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from migproxy import __version__
+from migproxy import __version__, output
 from migproxy.capacity import memory_limit
 from migproxy.fds import break_off, close_all, peer_of, post, raise_file_limit, reset_on_close
 from migproxy.ktls import KernelReceive, KernelSend
 from migproxy.liveness import Stalls, read
 from migproxy.notify import Notifier
+from migproxy.output import lines
 from migproxy.relay.carrier import Carrier
 from migproxy.relay.protocol import (
     MOST_BYTES,
@@ -197,6 +197,7 @@ class Relay:
             _log("info", "stopped at once", moving=self._moving)
             # Nothing is closed here: the kernel tells the daemon, and lets another relay begin, when the last thread
             # of this process is gone, so that no connection has two pumps at any time.
+            lines.flush()
             os._exit(0)
         for client in [*self._strangers, *([self._daemon] if self._daemon else [])]:
             self._let_go(client)
@@ -585,13 +586,23 @@ def _listen(path: str) -> tuple[int, socket.socket]:
 
 
 def _log(level: str, event: str, **fields: object) -> None:
+    lines.put(_line(level, event, **fields))
+
+
+def _line(level: str, event: str, **fields: object) -> bytes:
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {**fields, "event": event, "level": level, "process": "relay", "timestamp": now}
-    print(json.dumps(line), file=sys.stderr, flush=True)  # noqa: T201
+    return f"{json.dumps(line)}\n".encode()
+
+
+def _describe_loss(lost: int) -> bytes:
+    return _line("warning", "log lines were lost", lines=lost)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a relay until a signal ends it: `python -m migproxy.relay SOCKET [--detached]`."""
+    output.begin()
+    lines.describe_loss = _describe_loss
     faulthandler.enable()
     path, *options = arguments
     try:

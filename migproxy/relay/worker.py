@@ -17,6 +17,7 @@ import time
 import traceback
 from contextlib import suppress
 
+from migproxy import output
 from migproxy.fds import close_all
 from migproxy.relay.protocol import (
     MOST_BYTES,
@@ -160,6 +161,7 @@ class Worker:
 
 def main() -> int:
     """Runs a worker until its relay is gone, whoever else is told to end with it."""
+    output.begin()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # blocked until here: see Workers
@@ -168,7 +170,7 @@ def main() -> int:
             Worker(socket.socket(fileno=int(sys.argv[1]))).serve()
     except ProtocolError:
         traceback.print_exc()
-        sys.stderr.flush()
+        output.lines.flush()
     os._exit(0)
 
 

@@ -177,6 +177,7 @@ async def test_status_shows_the_settings(kubernetes: Cluster, tmp_path: Path) ->
             "problems": {},
             "flaws": {"count": 0, "first": {}},
             "ended_dropped": 0,
+            "log": {"lines_lost": 0, "problem": None},
             "budget": {"connections": 0, "capacity": 100, "limit": "files"},
             "migrations": [],
             "tls": {"errors": {}},

@@ -1,5 +1,7 @@
 """Where log lines go, and what the journal is told."""
 
+import json
+import logging
 import os
 import re
 import socket
@@ -12,7 +14,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migproxy import logs
+from migproxy import logs, output
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -98,6 +100,12 @@ def configured() -> Iterator[None]:
     logs._journal.cache_clear()
 
 
+def said(capfd: pytest.CaptureFixture[str]) -> str:
+    """What standard error was told."""
+    output.lines.flush()
+    return capfd.readouterr().err
+
+
 def test_a_line_that_no_datagram_holds_is_sent_as_a_file(journal: socket.socket, configured: None) -> None:
     logs.configure("journald", "info")
     structlog.get_logger().info("large", what="x" * (1 << 22))
@@ -117,13 +125,16 @@ def test_a_journal_that_is_gone_is_told_what_it_missed(
     Path(logs.JOURNAL).rename(tmp_path / "away")
     log.info("one")
     log.info("two")
+    output.lines.flush()
     (tmp_path / "away").rename(logs.JOURNAL)
     log.info("three")
     entry = decode(journal.recv(1 << 16))
-    assert (entry["EVENT"], entry["LINES_LOST"]) == ("three", "2")
+    assert entry["EVENT"] == "three"
+    entry = decode(journal.recv(1 << 16))
+    assert (entry["EVENT"], entry["LINES"], entry["PRIORITY"]) == ("log lines were lost", "2", "4")
 
 
-def test_loggers_follow_a_change(journal: socket.socket, configured: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loggers_follow_a_change(journal: socket.socket, configured: None, capfd: pytest.CaptureFixture[str]) -> None:
     logs.configure("json", "info")
     log = structlog.get_logger()
     bound = log.bind(name="vm")
@@ -131,7 +142,7 @@ def test_loggers_follow_a_change(journal: socket.socket, configured: None, capsy
     logs.configure("journald", "debug")
     bound.debug("heard")
     assert decode(journal.recv(1 << 16))["VMI"] == "vm"
-    assert "heard" not in capsys.readouterr().err
+    assert "heard" not in said(capfd)
 
 
 def test_an_exception_is_told_whole(journal: socket.socket, configured: None) -> None:
@@ -147,7 +158,7 @@ def test_an_exception_is_told_whole(journal: socket.socket, configured: None) ->
 
 @pytest.mark.parametrize("style", ["console", "json"])
 def test_nothing_that_others_wrote_controls_the_terminal(
-    style: logs.Style, configured: None, capsys: pytest.CaptureFixture[str]
+    style: logs.Style, configured: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     evil = "\x1b]0;title\x07\x9b2J\u202e\x7f\ud800\r\nready"
     logs.configure(style, "info")
@@ -157,7 +168,7 @@ def test_nothing_that_others_wrote_controls_the_terminal(
         raise ValueError(evil)
     except ValueError:
         log.error("failed", exc_info=True)
-    lines = capsys.readouterr().err.split("\n")
+    lines = said(capfd).split("\n")
     assert all(line.isprintable() for line in lines)
     assert len([line for line in lines if "title" in line]) >= 2
     if style == "console":
@@ -170,13 +181,45 @@ def test_the_journal_s_message_controls_no_terminal() -> None:
     assert entry["ERROR"] == "\x1b[2J\u202e\x9b", "a field is for programs"
 
 
-def test_an_exception_tells_no_values_of_variables(configured: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_tells_no_values_of_variables(configured: None, capfd: pytest.CaptureFixture[str]) -> None:
     logs.configure("json", "info")
     key = "a private key"
     try:
         raise ValueError(len(key))
     except ValueError:
         structlog.get_logger().error("a defect", exc_info=True)
-    told = capsys.readouterr().err
+    told = said(capfd)
     assert "ValueError" in told
     assert key not in told
+
+
+def test_what_libraries_log_is_a_line_like_any_other(configured: None, capfd: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json", "info")
+    library = logging.getLogger("some.library")
+    logs.hear_libraries()
+    try:
+        library.info("chatter")
+        library.warning("%d things are %s", 2, "odd")
+        try:
+            raise ValueError("why")
+        except ValueError:
+            library.exception("failed")
+    finally:
+        del logging.getLogger().handlers[-1]
+    odd, failed = (json.loads(line) for line in said(capfd).splitlines())
+    assert (odd["event"], odd["level"], odd["library"]) == ("2 things are odd", "warning", "some.library")
+    assert (failed["event"], failed["level"]) == ("failed", "error")
+    assert failed["exception"][0]["exc_value"] == "why"
+
+
+def test_nobody_waits_for_a_journal_that_does_not_keep_up(journal: socket.socket, configured: None) -> None:
+    logs.configure("journald", "info")
+    log, lost = structlog.get_logger(), output.lines.lost
+    while output.lines.lost == lost:
+        log.info("one of many", what="x" * 10_000)
+    lost = output.lines.lost - lost
+    journal.settimeout(10)
+    entry = decode(journal.recv(1 << 16))
+    while entry["EVENT"] != "log lines were lost":
+        entry = decode(journal.recv(1 << 16))
+    assert entry["LINES"] == str(lost)

@@ -77,6 +77,7 @@ def report(*migrations: dict[str, Any], **changes: Any) -> dict[str, Any]:
             "replaced": 1,
             "problem": None,
         },
+        "log": {"lines_lost": 0, "problem": None},
         "budget": {"connections": 12, "capacity": 6144, "limit": "65536 open files of the relay", "remedy": "more"},
         "tls": {
             "mode": "mTLS",

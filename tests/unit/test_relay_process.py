@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from migproxy import output
 from migproxy.fds import close_all
 from migproxy.relay.process import Relay, RelayError
 from migproxy.relay.protocol import (
@@ -164,14 +165,15 @@ def test_another_version_is_told_what_to_do(relay: Relay, path: str) -> None:
 
 
 def test_a_second_daemon_is_refused_while_the_first_lives_and_welcome_then(
-    daemon: Speaker, path: str, capsys: pytest.CaptureFixture[str]
+    daemon: Speaker, path: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(3):
         with Speaker(path) as second:
             second.say(Hello(VERSION, "second"))
             (why,) = refusals(second.rest())
             assert f"another daemon is here, process {os.getpid()}" in why
-    assert capsys.readouterr().err.count("another daemon is here") == 1, "which is logged once, however often it tries"
+    output.lines.flush()
+    assert capfd.readouterr().err.count("another daemon is here") == 1, "which is logged once, however often it tries"
     assert daemon.sync() == []
     daemon.close()
     with Speaker(path) as third:

@@ -45,6 +45,7 @@ def report(**fields: Any) -> dict[str, Any]:
             "replaced": 0,
             "problem": None,
         },
+        "log": {"lines_lost": 0, "problem": None},
         "budget": {"connections": 3, "capacity": 76, "limit": "1024 MiB of memory of the daemon", "remedy": "raise it"},
         "tls": {"errors": {}},
         "migrations": [],
@@ -183,3 +184,11 @@ def test_beside_virt_handler_each_migration_says_whose_proxy_it_goes_by() -> Non
     assert "default/vm 01234567 (target): goes by virt-handler: it had started" in shown
     assert not any("failsafe" in line for line in shown)
     assert "no failsafe runs" in render(report(beside=beside | {"failsafe": False}))
+
+
+def test_a_log_that_cannot_be_written_is_told_here() -> None:
+    assert "log:" not in render(report())
+    over = render(report(log={"lines_lost": 3, "problem": None}))
+    assert "log: 3 lines could not be written\n" in over
+    lasts = render(report(log={"lines_lost": 4, "problem": "No space left on device"}))
+    assert "log: 4 lines could not be written; the last one now: No space left on device\n" in lasts
