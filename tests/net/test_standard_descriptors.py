@@ -13,7 +13,7 @@ import pytest
 
 from demo.lab import until
 from migproxy.portmap import Channel
-from tests.net.nodes import MIB, Migration, Nodes, connect, make_nodes, receive
+from tests.net.nodes import MIB, Migration, Nodes, make_nodes, receive
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -124,7 +124,7 @@ async def trouble_the_log(nodes: Nodes, migration: Migration, seconds: float) ->
     end = loop.time() + seconds
     while loop.time() < end:
         complain(nodes)
-        with connect(migration.source_path(Channel.LIBVIRT)):
+        async with migration.connection(Channel.LIBVIRT):
             pass
         for node in nodes.both:
             node.signal(signal.SIGHUP)
