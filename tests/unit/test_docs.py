@@ -156,6 +156,17 @@ def test_the_values_that_documents_list_are_the_codes() -> None:
     assert column("docs/tls.md", "reason") == set(TLSReason)
 
 
+def test_each_metric_that_anybody_names_is_documented() -> None:
+    """Which tests/unit/test_metrics.py compares with what is exported."""
+    table = (ROOT / "docs/observability.md").read_text()
+    known = set(re.findall(r"^\| `(migproxy_\w+)` \|", table, re.MULTILINE))
+    named = set()
+    for page in [*PAGES, *ROOT.glob("deploy/**/*.yaml"), *ROOT.glob("deploy/**/*.json")]:
+        named |= set(re.findall(r"\bmigproxy_[a-z_]+", page.read_text()))
+    assert len(named) > 30
+    assert {re.sub(r"_(bucket|count|sum|created)$", "", name) for name in named} - known == set()
+
+
 def test_the_checks_that_documents_list_are_the_nodes() -> None:
     source = inspect.getsource(Node.checks.fget)  # type: ignore[attr-defined]
     checks = set(re.findall(r'^ +"(\w+)": |checks\["(\w+)"\]', source, re.MULTILINE))
