@@ -180,7 +180,10 @@ class SocketFolder:
         """
         temporary = temporary_name(name)
         path = f"{self.path}/{name}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise ProxyError(f"{path} cannot be made: {error.strerror}") from error
         try:
             self._discard(temporary, name)
             os.fchmod(listener.fileno(), self.mode)  # the file is made with it (net/unix/af_unix.c)
