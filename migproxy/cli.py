@@ -94,13 +94,14 @@ def _run(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = Non
         from migproxy.inventory import InventoryError
         from migproxy.lifeline import LifelineError
         from migproxy.security import SecurityError
+        from migproxy.watch import WatchError
         from migproxy.web import HTTPError
 
     faulthandler.enable()  # a watchdog ends a process that hangs by SIGABRT: every thread then says where it is
     logs.configure(settings.log_format, settings.log_level)
     try:
         uvloop.run(serve(settings, read))
-    except (SecurityError, ControlError, HTTPError, InventoryError, LifelineError) as error:
+    except (SecurityError, ControlError, HTTPError, InventoryError, LifelineError, WatchError) as error:
         _fail(str(error))
 
 
