@@ -3,6 +3,8 @@
 import asyncio
 import errno
 import json
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ import pytest
 
 from demo.lab import MIGPROXY, until
 from tests.faults import INOTIFY, Faults
-from tests.net.nodes import Nodes
+from tests.net.nodes import Nodes, assert_logged
 
 pytestmark = pytest.mark.tier("gate")
 SOAK = pytest.mark.tier("soak")
@@ -28,6 +30,49 @@ def faults(nodes: Nodes) -> Faults:
 
 def with_faults(nodes: Nodes) -> Sequence[str]:
     return sys.executable, "-m", "tests.faults", str(nodes.directory / "faults")
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("listdir", errno.EMFILE),
+        pytest.param("stat", errno.ESTALE, marks=SOAK),
+        pytest.param("open", errno.EIO, marks=SOAK),
+        ("inotify_add_watch", errno.ENOSPC),
+        ("inotify_read", errno.EIO),
+    ],
+)
+async def test_the_folder_of_vmis_fails_and_what_began_meanwhile_is_served_after_it(
+    nodes: Nodes, faults: Faults, call: str, number: int
+) -> None:
+    await asyncio.gather(nodes.source.start(prefix=with_faults(nodes)), nodes.target.start())
+    late = nodes.migration("late")
+    async with nodes.undisturbed():
+        with faults.failing(call, number, INOTIFY if call == "inotify_read" else nodes.vmi_dir):
+            nodes.vmi_dir.rename(nodes.directory / "away")  # so that it is looked at and watched anew
+            (nodes.directory / "away").rename(nodes.vmi_dir)
+            late.begin()
+            await until(lambda: os.strerror(number) in str(nodes.source.status()["problems"]), "the problem", 10)
+            assert not nodes.source.status()["ready"]
+            await until(lambda: bool(late.published()), "the target to publish", 10)
+        await until(lambda: late.is_served() and nodes.source.status()["ready"], "all to be well", SECONDS)
+
+
+async def test_descriptors_run_out_and_what_began_meanwhile_is_served_after_it(nodes: Nodes) -> None:
+    await nodes.start()
+    late = nodes.migration("late")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with nodes.undisturbed():
+        before = resource.prlimit(
+            nodes.source.pid, resource.RLIMIT_NOFILE, (1, hard)
+        )  # fewer, and poll(2) would fail too
+        try:
+            late.begin()
+            await assert_logged(nodes.source, "problem with VMI files", "Too many open files")
+            await until(lambda: bool(late.published()), "the target to publish", 10)
+        finally:
+            resource.prlimit(nodes.source.pid, resource.RLIMIT_NOFILE, before)
+        await until(late.is_served, "the late one to be served", SECONDS)
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ async def test_an_editor_that_renames_the_old_file_away_loses_no_vmi(watcher: Wa
         with file.open("w") as new:
             new.write("kind: VirtualMachineInstance\n")
             new.flush()
-            await reader.nothing_for(3600)
+            await reader.nothing_for(60)
             assert not reader.inventory.problems
             new.seek(0)
             new.write(text("a", phase="Succeeded"))
@@ -558,7 +558,7 @@ async def test_publishing_writes_the_vmis_file_and_is_told_once(watcher: Watcher
         written = file.stat()
         await reader.inventory.publish(vmi, ADDRESS, PORTS)
         assert file.stat() == written
-        await reader.nothing_for(3600)
+        await reader.nothing_for(60)
         assert os.listdir(folder) == ["a.yaml"]
 
 
