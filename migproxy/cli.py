@@ -321,7 +321,9 @@ def uri(
     try:
         with open(0 if file == "-" else file, encoding="utf-8") as text:
             contents = read(text.read(), EMPTY)
-    except (OSError, UnicodeDecodeError, SyntaxFlaw) as error:
+    except SyntaxFlaw as error:
+        _fail(f"{file}: {error}" if error.line is None else f"{file}:{error.line}: {error}")
+    except (OSError, UnicodeDecodeError) as error:
         _fail(f"{file}: {error}")
     for flaw in contents.flaws:
         _complain(f"{file}:{flaw.line}: {flaw.reason}")

@@ -20,6 +20,13 @@ class SyntaxFlaw(ValueError):
         self.line = line
 
 
+class NothingInIt(SyntaxFlaw):
+    """The text holds no document at all, as the file of a writer that failed; an empty List is one."""
+
+    def __init__(self) -> None:
+        super().__init__("the file is empty", None)
+
+
 class EditError(ValueError):
     """The address and ports cannot be put into the text; the message says why."""
 

@@ -3,8 +3,9 @@
 A file is read when a writer has closed it, when it was renamed into its place, or when a symbolic link on
 the way to it was set anew (ConfigMap mounts replace a folder's link), never while it is being written. It
 counts as deleted when it has been missing for a moment: some editors rename the old file away before they
-write the new one, and to believe that the VMI is gone would end its running migration. For the same reason an
-error is not taken for its end: it is a problem, and tried again until it is over.
+write the new one, and to believe that the VMI is gone would end its running migration. For the same reason nothing
+else is taken for its end: neither an error, which is a problem and tried again until it is over, nor a file that has
+turned empty or does not parse.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ import structlog
 from migproxy.fds import MORE_FILES
 from migproxy.health import WatchHealth
 from migproxy.inventory import InventoryError, PublishError
-from migproxy.inventory.contents import EMPTY, Contents, EditError, Flaw, SyntaxFlaw
+from migproxy.inventory.contents import EMPTY, Contents, EditError, Flaw, NothingInIt, SyntaxFlaw
 from migproxy.liveness import Liveness
 from migproxy.pauses import doubling
 from migproxy.portmap import IPAddress, PortMap
@@ -569,6 +570,11 @@ def _load(path: str, before: _File) -> _File:
         return _File(digest, read(data.decode(), before.contents))
     except UnicodeDecodeError as error:
         flaw = Flaw("the file is not UTF-8", data.count(b"\n", 0, error.start) + 1)
+    except NothingInIt as error:
+        kept = (
+            "what was read of it before stays in force" if before.contents.entries else "it may have held VMIs before"
+        )
+        flaw = Flaw(f"{error.reason}; {kept}: remove it, or write 'kind: List' and 'items: []' into it", error.line)
     except SyntaxFlaw as error:
         flaw = Flaw(f"{error.reason}; what was read of the file before stays in force", error.line)
     return _File(digest, replace(before.contents, flaws=()), flaw)

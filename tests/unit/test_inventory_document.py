@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migproxy.inventory import document
-from migproxy.inventory.contents import EMPTY, EditError, Flaw, SyntaxFlaw
+from migproxy.inventory.contents import EMPTY, EditError, Flaw, NothingInIt, SyntaxFlaw
 from migproxy.inventory.document import publish, read
 
 pytestmark = pytest.mark.tier("gate")
@@ -85,9 +85,27 @@ def test_what_is_no_kubernetes_object_is_a_flaw(text: str) -> None:
     assert read(text, EMPTY).flaws == (Flaw("this is no Kubernetes object: it has no kind", 1),)
 
 
-@pytest.mark.parametrize("empty", ["", "\n", "# nothing\n", "---\n"])
-def test_an_empty_file_holds_nothing(empty: str) -> None:
-    assert read(empty, EMPTY) == EMPTY
+@pytest.mark.parametrize("empty", ["", " \n", "# nothing\n", "---\n", "null\n", "---\n---\n# nothing\n", "\ufeff"])
+def test_an_empty_file_is_no_empty_list(empty: str) -> None:
+    with pytest.raises(NothingInIt):
+        read(empty, EMPTY)
+
+
+@pytest.mark.parametrize("nothing", ["kind: List\nitems: []\n", '{"kind": "VirtualMachineInstanceList", "items": []}'])
+def test_an_empty_list_says_that_there_is_nothing(nothing: str) -> None:
+    assert read(nothing, read(yaml.safe_dump(vmi()), EMPTY)) == EMPTY
+
+
+def test_what_is_cut_off_may_be_any_of_the_vmis_before() -> None:
+    many = yaml.safe_dump({"apiVersion": "v1", "items": [vmi("a", "1"), vmi("b", "2")], "kind": "List"})
+    before = read(many, EMPTY)
+    cuts = [many[: many.index("kind: List")], many[: many.index("- apiVersion")], "kind: VirtualMachineInstance\n"]
+    for text in cuts:
+        contents = read(text, before)
+        assert contents.entries == before.entries
+        assert len(contents.flaws) == 1
+    one = yaml.safe_dump(vmi("a", "1", phase="Failed")) + "---\nkind: VirtualMachineInstance\n"
+    assert [(entry.vmi.name, entry.vmi.phase) for entry in read(one, before).entries] == [("a", "Failed"), ("b", None)]
 
 
 def test_one_bad_vmi_is_reported_by_line_and_keeps_its_last_good_state() -> None:

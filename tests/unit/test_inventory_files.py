@@ -464,6 +464,47 @@ async def test_one_bad_vmi_does_not_hold_up_the_others(watcher: Watcher, folder:
     assert {(log["path"], log["line"]) for log in errors} == {(str(file), 1)}
 
 
+@pytest.mark.parametrize("empty", ["", " \n", "# nothing\n", "---\n", "null\n"])
+async def test_a_file_that_turns_empty_ends_nothing_until_an_empty_list_says_so(
+    watcher: Watcher, folder: Path, logs: list[EventDict], empty: str
+) -> None:
+    file = folder / "a.yaml"
+    file.write_text(text("a"))
+    async with reading(watcher, folder) as reader:
+        await reader.batch()
+        file.write_text(empty)
+        await reader.nothing_for(10)
+        await reader.until_flaws(f"{file}: the file is empty; what was read of it before stays in force: remove it, or")
+        assert reader.inventory.may_hide("uid-a")
+        file.write_text("kind: List\nitems: []\n")
+        assert await reader.phases() == {"a": None}
+        assert not reader.inventory.flaws
+    assert [(log["log_level"], log["path"]) for log in logs] == [("error", str(file)), ("info", str(file))]
+
+
+@pytest.mark.parametrize("then", [Path.unlink, lambda file: file.write_text("kind: Pod\n")])
+async def test_an_empty_file_ends_its_vmis_once_it_is_removed_or_holds_something_else(
+    watcher: Watcher, folder: Path, then: Callable[[Path], Any]
+) -> None:
+    file = folder / "a.yaml"
+    file.write_text(text("a"))
+    async with reading(watcher, folder) as reader:
+        await reader.batch()
+        file.write_text("")
+        await reader.until_flaws("the file is empty")
+        then(file)
+        assert await reader.phases() == {"a": None}
+        assert not reader.inventory.flaws
+
+
+async def test_a_file_that_is_empty_from_the_start_may_hide_any_vmi(watcher: Watcher, folder: Path) -> None:
+    (folder / "a.yaml").write_text("")
+    async with reading(watcher, folder) as reader:
+        assert await reader.batch() == {}
+        await reader.until_flaws("the file is empty; it may have held VMIs before: remove it, or write 'kind: List'")
+        assert reader.inventory.may_hide("uid-a")
+
+
 async def test_of_two_files_with_one_uid_the_first_by_name_counts(
     watcher: Watcher, folder: Path, logs: list[EventDict]
 ) -> None:
