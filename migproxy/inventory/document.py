@@ -21,7 +21,7 @@ import yaml
 from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 
-from migproxy.inventory.contents import Contents, EditError, Entry, Flaw, NothingInIt, SyntaxFlaw
+from migproxy.inventory.contents import Contents, EditError, Entry, Flaw, NothingInIt, Revision, SyntaxFlaw, newest
 from migproxy.text import excerpt, printable
 from migproxy.vmi import VMI, InvalidVMI, parse
 
@@ -61,7 +61,7 @@ def read(text: str, last: Contents) -> Contents:
             line = _line(node)
             if kind == VMI_KIND:
                 try:
-                    entries.append(Entry(_vmi(node), line))
+                    entries.append(Entry(_vmi(node), line, _revision(node)))
                 except InvalidVMI as error:
                     flaws.append(Flaw(str(error), line))
                     entries += [replace(one, line=line) for one in last.entries if _is_same(one.vmi, node)]
@@ -254,6 +254,11 @@ def _vmi(node: Node) -> VMI:
     return parse(document)
 
 
+def _revision(node: Node) -> Revision:
+    texts = [_text(_value(node, "metadata", name)) or "" for name in ("resourceVersion", "generation")]
+    return Revision(*(text if text.isascii() and text.isdecimal() else "" for text in texts))
+
+
 def _construct(node: Node) -> Any:
     try:
         return yaml.constructor.SafeConstructor().construct_document(node)
@@ -342,10 +347,11 @@ def _targets(
 
 
 def _find(documents: list[Node], uid: str) -> Node:
-    for node, kind in _objects(documents):
-        if kind == VMI_KIND and _text(_value(node, "metadata", "uid")) == uid:
-            return node
-    raise EditError(f"the file holds no VMI with the UID {uid} (any more)")
+    """The VMI with the UID; of several, the one that counts."""
+    found = [n for n, kind in _objects(documents) if kind == VMI_KIND and _text(_value(n, "metadata", "uid")) == uid]
+    if not found:
+        raise EditError(f"the file holds no VMI with the UID {uid} (any more)")
+    return found[newest(map(_revision, found))]
 
 
 def _indentation_step(documents: list[Node], uid: str) -> int:

@@ -28,7 +28,7 @@ import structlog
 from migproxy.fds import MORE_FILES
 from migproxy.health import WatchHealth
 from migproxy.inventory import InventoryError, PublishError
-from migproxy.inventory.contents import EMPTY, Contents, EditError, Flaw, NothingInIt, SyntaxFlaw
+from migproxy.inventory.contents import EMPTY, Contents, EditError, Entry, Flaw, NothingInIt, SyntaxFlaw, newest
 from migproxy.liveness import Liveness
 from migproxy.pauses import doubling
 from migproxy.portmap import IPAddress, PortMap
@@ -143,7 +143,9 @@ class FileInventory:
         self._absent = False
         self._missing: dict[str, float] = {}
         self._unseen: set[str] = set()
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, _File] = {}  # in the order in which their VMIs were written
+        self._since: dict[tuple[str, str], int] = {}  # path and UID: in which merge that was new
+        self._merges = 0
         self._state: dict[str, VMI] = {}
         self._told: dict[str, VMI] = {}
         self._owners: dict[str, str] = {}
@@ -255,10 +257,13 @@ class FileInventory:
         """Reads the files that may have changed; returns those that have."""
         changed = set()
         stale = [path for path, way in look.ways.items() if way.is_there and self._is_stale(path, way, news, retries)]
-        for path in sorted(stale):
+        for path in sorted(sorted(stale, reverse=True), key=_modified):  # of equals, the first by name comes last
             before = self._files.get(path, _File())
-            self._files[path] = await _load_aside(path, before)
-            if self._files[path] != before:
+            file = await _load_aside(path, before)
+            if file.contents.entries != before.contents.entries:
+                self._files.pop(path, None)
+            self._files[path] = file
+            if file != before:
                 changed.add(path)
         return changed
 
@@ -299,28 +304,50 @@ class FileInventory:
         return True
 
     def _merge(self, problems: dict[str, str], changed: Collection[str]) -> None:
-        """Make one state of all files, the first by name having the say on a UID, and report what is wrong."""
-        self._state, self._owners = {}, {}
-        places: dict[str, str] = {}
+        """Make one state of all files, and report what is wrong."""
         found: list[tuple[str, int | None, str]] = []
-        for path, file in sorted(self._files.items()):
+        copies: dict[str, list[tuple[str, Entry]]] = {}
+        for path, file in reversed(self._files.items()):
             if file.flaw and file.unreadable:
                 problems[path] = file.flaw.reason
             flaws = [*([file.flaw] if file.flaw and not file.unreadable else []), *file.contents.flaws]
-            for entry in file.contents.entries:
-                vmi, place = entry.vmi, f"{path}:{entry.line}"
-                if vmi.uid in self._state:
-                    first = places[vmi.uid]
-                    flaws.append(
-                        Flaw(f"{_name(vmi)} has the UID {vmi.uid} that {first} has; that one counts", entry.line)
-                    )
-                else:
-                    self._state[vmi.uid], self._owners[vmi.uid], places[vmi.uid] = vmi, path, place
             found += [(path, flaw.line, flaw.reason) for flaw in flaws]
+            for entry in file.contents.entries:
+                copies.setdefault(entry.vmi.uid, []).append((path, entry))
             if path in changed:
                 for line, kind in file.contents.ignored:
                     log.debug("object is no VMI: ignored", path=path, line=line, kind=kind)
-        self._report(problems, found, changed)
+        self._merges += 1
+        self._since = {
+            (path, uid): self._since.get((path, uid), self._merges)
+            for uid, several in copies.items()
+            for path, _ in several
+        }
+        self._state, self._owners = {}, {}
+        for uid, several in copies.items():
+            found += self._choose(uid, several)
+        self._report(problems, sorted(found, key=lambda flaw: (flaw[0], flaw[1] or 0)), changed)
+
+    def _choose(self, uid: str, copies: list[tuple[str, Entry]]) -> Iterator[tuple[str, int | None, str]]:
+        """Decides which of the copies of a VMI counts; yields what is wrong with the others.
+
+        Args:
+            copies: the file that was written last first; each with its path.
+        """
+        # Of those that nothing tells apart, a backup is made after its file, and is not written again after it.
+        copies.sort(key=lambda copy: self._since[copy[0], uid])
+        path, first = copies.pop(newest(entry.revision for _, entry in copies))
+        self._state[uid], self._owners[uid] = first.vmi, path
+        for other, entry in copies:
+            if path == other:
+                tie = "comes first"
+            elif self._since[path, uid] < self._since[other, uid]:
+                tie = "was there first"
+            else:
+                tie = "was written last"
+            why = first.revision.newer_than(entry.revision) or f"neither is newer, and it {tie}"
+            which = f"{_name(entry.vmi)} has the UID {uid} that {path}:{first.line} has"
+            yield other, entry.line, f"{which}; that one counts: {why}: remove the other one"
 
     def _report(
         self, problems: dict[str, str], flaws: list[tuple[str, int | None, str]], changed: Collection[str]
@@ -533,6 +560,14 @@ def _place(path: str) -> tuple[int, int]:
     """Device and inode."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def _modified(path: str) -> int:
+    """When, as the file system has it; 0 where it does not say."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 async def _load_aside(path: str, before: _File) -> _File:

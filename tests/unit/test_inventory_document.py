@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migproxy.inventory import document
-from migproxy.inventory.contents import EMPTY, EditError, Flaw, NothingInIt, SyntaxFlaw
+from migproxy.inventory.contents import EMPTY, EditError, Flaw, NothingInIt, Revision, SyntaxFlaw, newest
 from migproxy.inventory.document import publish, read
 
 pytestmark = pytest.mark.tier("gate")
@@ -223,6 +223,50 @@ def test_python_s_own_parser_serves_where_libyaml_is_missing(monkeypatch: pytest
     assert difference(text, published(text)) == [*BLOCK_PORTS, BLOCK_ADDRESS]
     indented = json.dumps(vmi(migrationState={"migrationUid": "m-1"}), indent="\t")
     assert published(indented) == json.dumps(json.loads(published(indented)), indent="\t")
+
+
+# Several states of one VMI
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        (Revision("10", "1"), Revision("9", "2")),
+        (Revision("1" + "0" * 5000), Revision("9" * 5000)),
+        (Revision("10", "3"), Revision("0010", "2")),
+        (Revision("", "10"), Revision("7", "9")),
+    ],
+)
+def test_a_state_is_newer_by_its_resource_version_and_then_its_generation(new: Revision, old: Revision) -> None:
+    why = new.newer_than(old)
+    assert why
+    assert len(why) < 200
+    assert old.newer_than(new) is None
+    assert newest([old, new, old]) == 1
+    assert newest([new, old, new]) == 0
+
+
+@pytest.mark.parametrize("revision", [Revision(), Revision("7"), Revision("7", "1")])
+def test_of_states_that_cannot_be_told_apart_the_first_counts(revision: Revision) -> None:
+    assert newest([revision, Revision(), revision]) == 0
+
+
+@pytest.mark.parametrize("version", ["1_0", "+10", "0x10", "\u0661", "v10", "10.5", ""])
+def test_a_version_that_is_no_decimal_number_says_nothing(version: str) -> None:
+    document = vmi()
+    document["metadata"] |= {"resourceVersion": version, "generation": 3}
+    (entry,) = read(json.dumps(document), EMPTY).entries
+    assert entry.revision == Revision("", "3")
+
+
+def test_publishing_edits_the_newest_of_several_states_in_the_file() -> None:
+    states = [vmi(migrationState={"migrationUid": "m-1"}) for _ in range(3)]
+    for state, version in zip(states, ("9", "10", "10"), strict=True):
+        state["metadata"]["resourceVersion"] = version
+    edited = publish(yaml.safe_dump_all(states), "u-1", "m-1", "10.1.1.1", PORTS)
+    assert edited
+    told = [one["status"]["migrationState"].get("targetNodeAddress") for one in yaml.safe_load_all(edited)]
+    assert told == [None, "10.1.1.1", None]
 
 
 # Publishing
