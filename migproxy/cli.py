@@ -94,6 +94,7 @@ def _run(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = Non
         from migproxy.inventory import InventoryError
         from migproxy.lifeline import LifelineError
         from migproxy.security import SecurityError
+        from migproxy.watch import WatchError
         from migproxy.web import HTTPError
 
     faulthandler.enable()  # a watchdog ends a process that hangs by SIGABRT: every thread then says where it is
@@ -101,7 +102,7 @@ def _run(invocation: typer.Context, config: Annotated[str | None, _CONFIG] = Non
     logs.hear_libraries()
     try:
         uvloop.run(serve(settings, read))
-    except (SecurityError, ControlError, HTTPError, InventoryError, LifelineError) as error:
+    except (SecurityError, ControlError, HTTPError, InventoryError, LifelineError, WatchError) as error:
         _fail(str(error))
 
 
@@ -321,7 +322,9 @@ def uri(
     try:
         with open(0 if file == "-" else file, encoding="utf-8") as text:
             contents = read(text.read(), EMPTY)
-    except (OSError, UnicodeDecodeError, SyntaxFlaw) as error:
+    except SyntaxFlaw as error:
+        _fail(f"{file}: {error}" if error.line is None else f"{file}:{error.line}: {error}")
+    except (OSError, UnicodeDecodeError) as error:
         _fail(f"{file}: {error}")
     for flaw in contents.flaws:
         _complain(f"{file}:{flaw.line}: {flaw.reason}")

@@ -61,7 +61,8 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
         read_again: Returns them as they are now; raises SettingsError where they are wrong.
 
     Raises:
-        InventoryError, SecurityError, ControlError, HTTPError, LifelineError: The daemon cannot start; says why.
+        InventoryError, SecurityError, ControlError, HTTPError, LifelineError, WatchError: The daemon cannot start; says
+            why.
     """
     raise_file_limit()  # a connection takes eight descriptors
     signals, liveness = _Signals(), Liveness()

@@ -46,7 +46,10 @@ class SharedFolder(SocketFolder):
     longest_pause = 0.02  # virt-handler makes its sockets anew, one after the other, and then asks the launcher
 
     def invites(self, name: str) -> bool:
-        return self._mode_of(name) is not None
+        try:
+            return self._mode_of(name) is not None
+        except OSError as error:
+            raise ProxyError(f"{self.path}/{name} cannot be looked at: {error.strerror}") from error
 
     def kept(self, name: str) -> SocketNode:
         for candidate in (_aside(name), name):  # where ours has stepped aside, it is at its own name again
@@ -69,10 +72,17 @@ class SharedFolder(SocketFolder):
         try:
             self._keep(temporary, name)
         except (OSError, ProxyError):
-            if _is_ours(self._mode_of(name)):
+            if self._may_be_ours(name):
                 self._rename(temporary, name, _RENAME_EXCHANGE)
             raise
         return True
+
+    def _may_be_ours(self, name: str) -> bool:
+        """Whether ours stands at a name, or nobody can tell."""
+        try:
+            return _is_ours(self._mode_of(name))
+        except OSError:
+            return True
 
     def _keep(self, displaced: str, name: str) -> None:
         """Puts aside what stood at a name, for when ours goes; a dead one of ours has no use any more."""
@@ -145,8 +155,10 @@ class SharedFolder(SocketFolder):
             return self._look(name).st_mode
         except FileNotFoundError:
             return None
-        except OSError:  # something is mounted there: it is not ours
-            return 0
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # it may be ours, or virt-handler's
+                raise
+            return 0  # something is mounted there
 
     def _unlink(self, name: str) -> None:
         os.unlink(name, dir_fd=self.fd)

@@ -180,7 +180,10 @@ class SocketFolder:
         """
         temporary = temporary_name(name)
         path = f"{self.path}/{name}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise ProxyError(f"{path} cannot be made: {error.strerror}") from error
         try:
             self._discard(temporary, name)
             os.fchmod(listener.fileno(), self.mode)  # the file is made with it (net/unix/af_unix.c)
@@ -426,6 +429,7 @@ class Source(Proxy):
         self._owner = owner
         self._folders = folders
         self._gives_back = False
+        self._unwatched: str | None = None
         self._folder: SocketFolder | None = None
         self._places: dict[Channel, _Place] = {}
         self._keeper: asyncio.Task[None] | None = None
@@ -596,10 +600,16 @@ class Source(Proxy):
             return True
         try:
             changes = await self._watcher.watch_aside(self.thread.run, f"/proc/self/fd/{folder.fd}", _FOLDER_CHANGES)
-        except OSError:
+        except OSError as error:
             if self._folder is not folder:  # it has been closed meanwhile
                 return True
-            raise
+            why = f"{folder.path}: {error.strerror} (raise the sysctl fs.inotify.max_user_watches)"
+            if self._unwatched != why:
+                self.log.error("socket files are looked at once a second, as their folder cannot be watched", error=why)
+            self._unwatched = why
+            await asyncio.sleep(_LONGEST_PAUSE)
+            return False
+        self._unwatched = None
         with changes:
             if await self.thread.run(lambda: self._folder is not folder or self._has_work(folder)):
                 return True

@@ -15,16 +15,32 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import Final, Self
 
+import structlog
 from asyncinotify import Inotify, Mask, Watch
 
-__all__ = ["Event", "Mask", "Subscription", "Watcher"]
+from migproxy.fds import MORE_FILES
+from migproxy.pauses import doubling
+
+__all__ = ["FIRST_RETRY", "LAST_RETRY", "Event", "Mask", "Subscription", "WatchError", "Watcher"]
 
 Aside = Callable[[Callable[[], Watch], Callable[[Watch], object]], Awaitable[Watch]]
 QUEUE_LIMIT: Final = 1024
 """Events that may wait for one subscriber; more become a single overflow."""
+FIRST_RETRY: Final = 0.05
+LAST_RETRY: Final = 1.0
+"""Seconds between two times that what has failed is tried again: the first pause, and the longest."""
+
+_BATCH: Final = 256  # events that are taken in one turn of the loop: a pod may make any number
+
+log = structlog.get_logger()
+
+
+class WatchError(Exception):
+    """Nothing can be watched at all; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,32 +125,41 @@ class Subscription:
 class Watcher:
     """Owns the inotify descriptor: an async context manager, within which `watch` may be called.
 
+    Attributes:
+        problem: What keeps events from being read, None while they are. Each vain try is an overflow to everybody.
+
     Raises:
-        OSError: on entering, when the user has no inotify instance left (EMFILE).
+        WatchError: on entering, when there is no inotify instance to be had.
     """
 
     def __init__(self) -> None:
+        self.problem: str | None = None
         self._inotify: Inotify | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._pauses = doubling(FIRST_RETRY, LAST_RETRY)
         self._subscriptions: dict[int, list[Subscription]] = {}
 
     async def __aenter__(self) -> Self:
-        self._inotify = Inotify()
-        self._reader = asyncio.create_task(self._read(self._inotify), name="inotify")
+        try:
+            self._inotify = Inotify(sync_timeout=0)
+        except OSError as error:
+            remedy = f"{MORE_FILES}, or the sysctl fs.inotify.max_user_instances"
+            raise WatchError(f"no folder can be watched (inotify_init1): {error.strerror}: {remedy}") from error
+        asyncio.get_running_loop().add_reader(self._inotify.fd, self._read)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._inotify
-        assert self._reader
-        self._reader.cancel()
-        try:
-            with suppress(asyncio.CancelledError):
-                await self._reader
-        finally:
-            self._inotify.close()
-            self._inotify = None
+        asyncio.get_running_loop().remove_reader(self._inotify.fd)
+        if self._retry:
+            self._retry.cancel()
+        self._inotify.close()
+        self._inotify = None
+        for subscription in self._everybody():
+            subscription._end()
+        self._subscriptions.clear()
 
     def watch(self, path: str, mask: Mask) -> Subscription:
         """Subscribe to what happens to a file, or to a folder and its entries.
@@ -187,19 +212,46 @@ class Watcher:
             with suppress(OSError, KeyError):  # the kernel has ended the watch already and is about to say so
                 self._inotify.rm_watch(watch)
 
-    async def _read(self, inotify: Inotify) -> None:
+    def _read(self) -> None:
+        """Delivers what has happened; where that cannot be read, tries again later."""
+        if self._inotify is None:
+            return
+        loop = asyncio.get_running_loop()
         try:
-            async for event in inotify:
-                self._dispatch(Event(event.mask, None if event.name is None else str(event.name)), event.watch)
-        finally:
-            for subscribers in self._subscriptions.values():
-                for subscription in subscribers:
-                    subscription._end()
-            self._subscriptions.clear()
+            events = list(islice(self._inotify, _BATCH))
+        except OSError as error:
+            self._fail(error.strerror or str(error))
+            return
+        if self.problem:
+            log.info("inotify is read again")
+            self.problem, self._pauses = None, doubling(FIRST_RETRY, LAST_RETRY)
+            loop.add_reader(self._inotify.fd, self._read)
+        for event in events:
+            self._dispatch(Event(event.mask, None if event.name is None else str(event.name)), event.watch)
+        if len(events) == _BATCH:
+            loop.call_soon(self._read)  # more may have been read than was taken
+
+    def _fail(self, why: str) -> None:
+        """Has everybody look for themselves, since events may be lost, and tries again after a pause."""
+        assert self._inotify
+        problem = f"changes of files are noticed late: inotify cannot be read: {why}"
+        if self.problem != problem:
+            log.error("inotify cannot be read", error=why)
+        self.problem = problem
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._inotify.fd)
+        if self._retry:
+            self._retry.cancel()
+        self._retry = loop.call_later(next(self._pauses), self._read)
+        for subscription in self._everybody():
+            subscription._deliver(Event(Mask.Q_OVERFLOW, None))
+
+    def _everybody(self) -> list[Subscription]:
+        return [one for subscribers in self._subscriptions.values() for one in subscribers]
 
     def _dispatch(self, event: Event, watch: Watch | None) -> None:
         if event.overflow:
-            receivers = [one for subscribers in self._subscriptions.values() for one in subscribers]
+            receivers = self._everybody()
         elif watch is None:  # of a watch that was removed
             receivers = []
         elif event.gone:

@@ -14,14 +14,14 @@ import gc
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import yaml
 from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 
-from migproxy.inventory.contents import Contents, EditError, Entry, Flaw, SyntaxFlaw
+from migproxy.inventory.contents import Contents, EditError, Entry, Flaw, NothingInIt, Revision, SyntaxFlaw, newest
 from migproxy.text import excerpt, printable
 from migproxy.vmi import VMI, InvalidVMI, parse
 
@@ -46,24 +46,34 @@ def read(text: str, last: Contents) -> Contents:
         last: what the file held before; the source of a flawed VMI's last good state.
 
     Raises:
-        SyntaxFlaw: the text does not parse; `last` stays in force.
+        NothingInIt: there is no document; `last` stays in force.
+        SyntaxFlaw: the text does not parse; likewise.
     """
     entries: list[Entry] = []
     flaws: list[Flaw] = []
     ignored: list[tuple[int, str]] = []
+    is_cut = False
     with _collector_paused():
-        for node, kind in _objects(_compose(_masked(_split_mark(text)[1]))):
+        documents = _compose(_masked(_split_mark(text)[1]))
+        if all(map(_is_null, documents)):
+            raise NothingInIt
+        for node, kind in _objects(documents):
             line = _line(node)
             if kind == VMI_KIND:
                 try:
-                    entries.append(Entry(_vmi(node), line))
+                    entries.append(Entry(_vmi(node), line, _revision(node)))
                 except InvalidVMI as error:
                     flaws.append(Flaw(str(error), line))
-                    entries += [Entry(one.vmi, line) for one in last.entries if _is_same(one.vmi, node)]
+                    entries += [replace(one, line=line) for one in last.entries if _is_same(one.vmi, node)]
+                    is_cut = is_cut or not _says_which(node)
             elif kind is None:
                 flaws.append(Flaw("this is no Kubernetes object: it has no kind", line))
+                is_cut = True  # kubectl prints a List's kind after its items
             else:
                 ignored.append((line, printable(kind[:100])))
+    if is_cut:  # what is missing may be any of those before
+        found = {entry.vmi.uid for entry in entries}
+        entries += [one for one in last.entries if one.vmi.uid not in found]
     return Contents(tuple(entries), tuple(flaws), tuple(ignored))
 
 
@@ -244,6 +254,11 @@ def _vmi(node: Node) -> VMI:
     return parse(document)
 
 
+def _revision(node: Node) -> Revision:
+    texts = [_text(_value(node, "metadata", name)) or "" for name in ("resourceVersion", "generation")]
+    return Revision(*(text if text.isascii() and text.isdecimal() else "" for text in texts))
+
+
 def _construct(node: Node) -> Any:
     try:
         return yaml.constructor.SafeConstructor().construct_document(node)
@@ -296,6 +311,10 @@ def _is_same(vmi: VMI, node: Node) -> bool:
     return vmi.uid == uid if uid else f"{vmi.namespace}/{vmi.name}" == _name(node)
 
 
+def _says_which(node: Node) -> bool:
+    return any(_text(_value(node, "metadata", name)) for name in ("uid", "name"))
+
+
 # Publishing
 
 
@@ -328,10 +347,11 @@ def _targets(
 
 
 def _find(documents: list[Node], uid: str) -> Node:
-    for node, kind in _objects(documents):
-        if kind == VMI_KIND and _text(_value(node, "metadata", "uid")) == uid:
-            return node
-    raise EditError(f"the file holds no VMI with the UID {uid} (any more)")
+    """The VMI with the UID; of several, the one that counts."""
+    found = [n for n, kind in _objects(documents) if kind == VMI_KIND and _text(_value(n, "metadata", "uid")) == uid]
+    if not found:
+        raise EditError(f"the file holds no VMI with the UID {uid} (any more)")
+    return found[newest(map(_revision, found))]
 
 
 def _indentation_step(documents: list[Node], uid: str) -> int:

@@ -3,31 +3,37 @@
 A file is read when a writer has closed it, when it was renamed into its place, or when a symbolic link on
 the way to it was set anew (ConfigMap mounts replace a folder's link), never while it is being written. It
 counts as deleted when it has been missing for a moment: some editors rename the old file away before they
-write the new one, and to believe that the VMI is gone would end its running migration.
+write the new one, and to believe that the VMI is gone would end its running migration. For the same reason nothing
+else is taken for its end: neither an error, which is a problem and tried again until it is over, nor a file that has
+turned empty or does not parse.
 """
 
 import asyncio
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import secrets
+import select
 import stat
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
 
+from migproxy.fds import MORE_FILES
 from migproxy.health import WatchHealth
 from migproxy.inventory import InventoryError, PublishError
-from migproxy.inventory.contents import EMPTY, Contents, EditError, Flaw, SyntaxFlaw
+from migproxy.inventory.contents import EMPTY, Contents, EditError, Entry, Flaw, NothingInIt, SyntaxFlaw, newest
 from migproxy.liveness import Liveness
+from migproxy.pauses import doubling
 from migproxy.portmap import IPAddress, PortMap
 from migproxy.vmi import VMI
-from migproxy.watch import Mask, Subscription, Watcher
+from migproxy.watch import FIRST_RETRY, LAST_RETRY, Mask, Subscription, Watcher
 
 SUFFIXES: Final = (".yaml", ".yml", ".json")
 MISSING_SECONDS: Final = 0.25
@@ -39,6 +45,10 @@ MAX_BYTES: Final = 16 << 20
 """Of a file: some 1,500 VMIs as kubectl prints them, or 10,000 of a few lines."""
 MAX_LINKS: Final = 40
 """More symbolic links on one way are a loop to the kernel too (path_resolution(7))."""
+MOUNT_SECONDS: Final = 1.0
+"""Between two looks whether something else is mounted where a folder is watched: inotify tells nothing of it."""
+MAX_LOOKS: Final = 10
+"""At folders that appear and vanish while they are looked at; then it is a problem, and tried again."""
 
 _WRITTEN: Final = Mask.CLOSE_WRITE | Mask.MOVED_TO
 _WATCHED: Final = _WRITTEN | Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.ATTRIB | Mask.MOVE_SELF
@@ -47,6 +57,51 @@ Step = tuple[str, str]
 """A folder, and a name in it that was met on the way to a file."""
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """The way to a file.
+
+    Args:
+        steps: that decide which file it is: each symbolic link met, and the last step. Where the way ends early, since
+            something is missing or cannot be looked at, the last step is the one that failed.
+        is_there: a regular file stands at its end.
+        error: why that, or a part of the way, is not known.
+    """
+
+    steps: tuple[Step, ...]
+    is_there: bool
+    error: OSError | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What was found.
+
+    Args:
+        root: the steps to the folder, or to the single file.
+        folder: the folder's path without links; None for a single file.
+        ways: to each file by its path.
+        error: why all that is not known.
+    """
+
+    root: tuple[Step, ...]
+    folder: str | None = None
+    ways: Mapping[str, _Way] = field(default_factory=dict)
+    error: OSError | None = None
+
+    @property
+    def folders(self) -> set[str]:
+        """Where anything happens that changes what is found."""
+        ways = (self.root, *(way.steps for way in self.ways.values()))
+        found = {folder for steps in ways for folder, _ in steps}
+        return found | {self.folder} if self.folder else found
+
+    @property
+    def present(self) -> set[str]:
+        """The files that are there, or may be."""
+        return {path for path, way in self.ways.items() if way.is_there or way.error}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +142,10 @@ class FileInventory:
         self._root: tuple[Step, ...] = ()
         self._absent = False
         self._missing: dict[str, float] = {}
-        self._files: dict[str, _File] = {}
+        self._unseen: set[str] = set()
+        self._files: dict[str, _File] = {}  # in the order in which their VMIs were written
+        self._since: dict[tuple[str, str], int] = {}  # path and UID: in which merge that was new
+        self._merges = 0
         self._state: dict[str, VMI] = {}
         self._told: dict[str, VMI] = {}
         self._owners: dict[str, str] = {}
@@ -98,14 +156,16 @@ class FileInventory:
         try:
             if os.path.isfile(self._path):
                 open(self._path, "rb").close()
-            _list(self._path)
+            if error := _look(self._path).error:
+                raise error
         except OSError as error:
             raise InventoryError(_explained("cannot read VMIs from", self._path, error)) from error
 
     @property
     def problems(self) -> Mapping[str, str]:
         """Files and folders that cannot be read or followed now, and why."""
-        return self._problems
+        unread = self._watcher.problem
+        return ({self._path: unread} if unread else {}) | self._problems
 
     @property
     def flaws(self) -> Mapping[str, str]:
@@ -113,8 +173,8 @@ class FileInventory:
         return self._flaws
 
     def may_hide(self, uid: str) -> bool:
-        """See `Inventory.may_hide`: what does not parse may be any VMI."""
-        return bool(self._problems or self._flaws)
+        """See `Inventory.may_hide`: what cannot be read or does not parse may be any VMI."""
+        return bool(self.problems or self._flaws)
 
     @property
     def health(self) -> WatchHealth:
@@ -123,17 +183,21 @@ class FileInventory:
 
     async def changes(self) -> AsyncGenerator[Mapping[str, VMI | None], None]:
         """See `Inventory.changes`."""
-        feed = _Feed(self._watcher)
+        loop, feed = asyncio.get_running_loop(), _Feed(self._watcher)
+        pauses, retry_at = doubling(FIRST_RETRY, LAST_RETRY), None
         synchronised = False
         try:
             while True:
-                await self._refresh(feed)
-                self._last_event = time.time()
+                await self._refresh(feed, retries=retry_at is not None and loop.time() >= retry_at)
                 batch = self._untold()
                 if batch or not synchronised:
                     synchronised = True
                     yield batch
-                await feed.wait(min(self._missing.values(), default=None))
+                if not self._problems:
+                    pauses, retry_at = doubling(FIRST_RETRY, LAST_RETRY), None
+                elif retry_at is None or loop.time() >= retry_at:
+                    retry_at = loop.time() + next(pauses)
+                await feed.wait([*self._missing.values(), *([retry_at] if retry_at else [])])
         finally:
             await feed.close()
 
@@ -153,59 +217,76 @@ class FileInventory:
     def note(self, vmi: VMI, reason: str, message: str, *, warning: bool = False) -> None:
         """See `Inventory.note`: a file has no place for it, and the log has it anyway."""
 
-    async def _refresh(self, feed: "_Feed") -> None:
-        """Bring `_files` up to the disk's state, reading no file but those that the news are about."""
+    async def _refresh(self, feed: "_Feed", *, retries: bool) -> None:
+        """Bring `_files` up to the disk's state, reading no file but those that the news are about.
+
+        Args:
+            retries: what could not be read is tried again.
+        """
         news = feed.take()
+        if news.steps or news.everything:
+            self._last_event = time.time()
         if self._absent or self._is_replaced(news):
             news.everything = True
         if news.everything:
             feed.reset()
-        trails, error = self._follow(feed)
+        look = self._follow(feed)
         problems = dict(feed.unwatched)
-        changed = set()
-        if error is None:
+        for path, way in look.ways.items():
+            if way.error:
+                problems[path] = f"{_explained('cannot read', path, way.error)}; {_STAYS}"
+        unseen = {*problems, *([self._path] if look.error else [])}
+        if not self._unseen <= unseen:  # what has happened there meanwhile was told to nobody
+            news.everything = True
+        self._unseen = unseen
+        changed: set[str] = set()
+        if look.error is None:
             self._absent = False
-            self._forget_missing(trails)
-            for path in sorted(path for path, trail in trails.items() if self._is_stale(path, trail, news)):
-                before = self._files.get(path, _File())
-                self._files[path] = await _load_aside(path, before)
-                if self._files[path] is not before:
-                    changed.add(path)
-        elif self._absent or not isinstance(error, FileNotFoundError) or self._is_overdue(self._path):
+            self._forget_missing(look.present)
+            changed = await self._read(look, news, retries=retries)
+        elif self._absent or not isinstance(look.error, FileNotFoundError) or self._is_overdue(self._path):
             self._absent = True
             self._missing.clear()
-            what = _explained("cannot read VMIs from", self._path, error)
+            what = _explained("cannot read VMIs from", self._path, look.error)
             problems[self._path] = f"{what}; those read before stay in force"
         else:
             self._missing = {self._path: self._missing[self._path]}
         self._merge(problems, changed)
 
+    async def _read(self, look: _Look, news: "_News", *, retries: bool) -> set[str]:
+        """Reads the files that may have changed; returns those that have."""
+        changed = set()
+        stale = [path for path, way in look.ways.items() if way.is_there and self._is_stale(path, way, news, retries)]
+        for path in sorted(sorted(stale, reverse=True), key=_modified):  # of equals, the first by name comes last
+            before = self._files.get(path, _File())
+            file = await _load_aside(path, before)
+            if file.contents.entries != before.contents.entries:
+                self._files.pop(path, None)
+            self._files[path] = file
+            if file != before:
+                changed.add(path)
+        return changed
+
     def _is_replaced(self, news: "_News") -> bool:
         """The folder, or a link on the way to it, may be another one now."""
         return not os.path.isfile(self._path) and not news.steps.keys().isdisjoint(self._root)
 
-    def _follow(self, feed: "_Feed") -> tuple[dict[str, tuple[Step, ...]], OSError | None]:
-        """The files there are and the ways to them, all of which are watched when this returns."""
-        while True:
-            self._root = _trail(self._path)
-            try:
-                trails, failure = _list(self._path), None
-            except OSError as error:
-                trails, failure = {}, error
-            ways = [self._root, *trails.values()]
-            folders = {folder for way in ways for folder, _ in way}
-            if failure is None and os.path.isdir(self._path):
-                folders.add(os.path.realpath(self._path))
-            if not feed.follow(folders):
-                return trails, failure
+    def _follow(self, feed: "_Feed") -> _Look:
+        """What there is; everything on the ways to it is watched when this returns, or told to be unwatched."""
+        look = _look(self._path)
+        for _ in range(MAX_LOOKS):
+            if not feed.follow(look.folders):
+                break
+            look = _look(self._path)
+        self._root = look.root
+        return look
 
-    def _is_stale(self, path: str, trail: Iterable[Step], news: "_News") -> bool:
-        if news.everything:
+    def _is_stale(self, path: str, way: _Way, news: "_News", retries: bool) -> bool:
+        is_unreadable = path in self._files and self._files[path].unreadable
+        if news.everything or (retries and is_unreadable):
             return True
-        wanted = _WRITTEN
-        if path in self._files and self._files[path].unreadable:
-            wanted |= Mask.ATTRIB
-        masks = [(step, news.steps[step]) for step in trail if step in news.steps]
+        wanted = _WRITTEN | Mask.ATTRIB if is_unreadable else _WRITTEN
+        masks = [(step, news.steps[step]) for step in way.steps if step in news.steps]
         return any(mask & wanted or (mask & Mask.CREATE and _is_linked(step)) for step, mask in masks)
 
     def _forget_missing(self, present: Collection[str]) -> None:
@@ -223,28 +304,50 @@ class FileInventory:
         return True
 
     def _merge(self, problems: dict[str, str], changed: Collection[str]) -> None:
-        """Make one state of all files, the first by name having the say on a UID, and report what is wrong."""
-        self._state, self._owners = {}, {}
-        places: dict[str, str] = {}
+        """Make one state of all files, and report what is wrong."""
         found: list[tuple[str, int | None, str]] = []
-        for path, file in sorted(self._files.items()):
+        copies: dict[str, list[tuple[str, Entry]]] = {}
+        for path, file in reversed(self._files.items()):
             if file.flaw and file.unreadable:
                 problems[path] = file.flaw.reason
             flaws = [*([file.flaw] if file.flaw and not file.unreadable else []), *file.contents.flaws]
-            for entry in file.contents.entries:
-                vmi, place = entry.vmi, f"{path}:{entry.line}"
-                if vmi.uid in self._state:
-                    first = places[vmi.uid]
-                    flaws.append(
-                        Flaw(f"{_name(vmi)} has the UID {vmi.uid} that {first} has; that one counts", entry.line)
-                    )
-                else:
-                    self._state[vmi.uid], self._owners[vmi.uid], places[vmi.uid] = vmi, path, place
             found += [(path, flaw.line, flaw.reason) for flaw in flaws]
+            for entry in file.contents.entries:
+                copies.setdefault(entry.vmi.uid, []).append((path, entry))
             if path in changed:
                 for line, kind in file.contents.ignored:
                     log.debug("object is no VMI: ignored", path=path, line=line, kind=kind)
-        self._report(problems, found, changed)
+        self._merges += 1
+        self._since = {
+            (path, uid): self._since.get((path, uid), self._merges)
+            for uid, several in copies.items()
+            for path, _ in several
+        }
+        self._state, self._owners = {}, {}
+        for uid, several in copies.items():
+            found += self._choose(uid, several)
+        self._report(problems, sorted(found, key=lambda flaw: (flaw[0], flaw[1] or 0)), changed)
+
+    def _choose(self, uid: str, copies: list[tuple[str, Entry]]) -> Iterator[tuple[str, int | None, str]]:
+        """Decides which of the copies of a VMI counts; yields what is wrong with the others.
+
+        Args:
+            copies: the file that was written last first; each with its path.
+        """
+        # Of those that nothing tells apart, a backup is made after its file, and is not written again after it.
+        copies.sort(key=lambda copy: self._since[copy[0], uid])
+        path, first = copies.pop(newest(entry.revision for _, entry in copies))
+        self._state[uid], self._owners[uid] = first.vmi, path
+        for other, entry in copies:
+            if path == other:
+                tie = "comes first"
+            elif self._since[path, uid] < self._since[other, uid]:
+                tie = "was there first"
+            else:
+                tie = "was written last"
+            why = first.revision.newer_than(entry.revision) or f"neither is newer, and it {tie}"
+            which = f"{_name(entry.vmi)} has the UID {uid} that {path}:{first.line} has"
+            yield other, entry.line, f"{which}; that one counts: {why}: remove the other one"
 
     def _report(
         self, problems: dict[str, str], flaws: list[tuple[str, int | None, str]], changed: Collection[str]
@@ -281,8 +384,9 @@ class _Feed:
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
-        self._subscriptions: dict[str, Subscription] = {}
+        self._subscriptions: dict[str, tuple[Subscription, tuple[int, int]]] = {}
         self._listeners: set[asyncio.Task[None]] = set()
+        self._mounts = _Mounts()
         self._news = _News(everything=True)
         self._arrived = asyncio.Event()
         self.unwatched: dict[str, str] = {}
@@ -291,27 +395,28 @@ class _Feed:
         """Watch these folders and no others; tells whether to look again at what was there before."""
         self.unwatched = {}
         for folder in self._subscriptions.keys() - folders:
-            self._subscriptions.pop(folder).close()
-        new = set(folders) - self._subscriptions.keys()
-        for folder in new:
+            self._subscriptions.pop(folder)[0].close()
+        again = False
+        for folder in set(folders) - self._subscriptions.keys():
             try:
                 self._subscribe(folder)
-            except FileNotFoundError:
-                pass  # it has vanished just now: the caller looks again
+                again = True
             except OSError as error:
+                again = again or isinstance(error, FileNotFoundError)  # it has vanished just now
                 self.unwatched[folder] = _explained("changes are not noticed in", folder, error, _WATCH_REMEDIES)
-        return not new <= self.unwatched.keys()
+        return again
 
     def _subscribe(self, folder: str) -> None:
+        identity = _place(folder)  # first: whatever comes into its place later is another one
         subscription = self._watcher.watch(folder, _WATCHED | Mask.ONLYDIR)
-        self._subscriptions[folder] = subscription
+        self._subscriptions[folder] = subscription, identity
         listener = asyncio.create_task(self._listen(folder, subscription), name=f"inotify {folder}")
         self._listeners.add(listener)
         listener.add_done_callback(self._listeners.discard)
 
     def reset(self) -> None:
         """Forget all watches: a folder may be another one by now than the one watched under its name."""
-        for subscription in self._subscriptions.values():
+        for subscription, _ in self._subscriptions.values():
             subscription.close()
         self._subscriptions.clear()
 
@@ -321,13 +426,28 @@ class _Feed:
         self._arrived.clear()
         return news
 
-    async def wait(self, deadline: float | None) -> None:
-        """Wait for news, until the loop's time is `deadline` at most."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline):
-                await self._arrived.wait()
+    async def wait(self, deadlines: Collection[float]) -> None:
+        """Wait for news, or until the loop's time is the first of `deadlines`."""
+        loop, deadline = asyncio.get_running_loop(), min(deadlines, default=math.inf)
+        while True:
+            if self._mounts.have_changed() and any(map(self._is_another, self._subscriptions)):
+                self._news.everything = True
+                return
+            if self._arrived.is_set() or loop.time() >= deadline:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(min(deadline, loop.time() + MOUNT_SECONDS)):
+                    await self._arrived.wait()
+
+    def _is_another(self, folder: str) -> bool:
+        """Something else has been mounted where a folder is watched."""
+        try:
+            return _place(folder) != self._subscriptions[folder][1]
+        except OSError:
+            return True
 
     async def close(self) -> None:
+        self._mounts.close()
         self.reset()
         await asyncio.gather(*self._listeners)
 
@@ -341,43 +461,62 @@ class _Feed:
             self._arrived.set()
 
 
+class _Mounts:
+    """Whether anything has been mounted or unmounted; asks no file system, whose server may never answer."""
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+        self._poll = select.poll()
+
+    def have_changed(self) -> bool:
+        """Since the last time; or it is not known."""
+        with suppress(OSError):
+            if self._file is not None:
+                return bool(self._poll.poll(0))  # proc(5), /proc/pid/mounts
+            self._file = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
+            self._poll.register(self._file, select.POLLPRI)
+        return True
+
+    def close(self) -> None:
+        """Once."""
+        if self._file is not None:
+            os.close(self._file)
+
+
 # Reading
 
 
-def _list(path: str) -> dict[str, tuple[Step, ...]]:
-    """The files of the folder (or the single file itself), and the way to each.
-
-    Raises:
-        OSError: there is no such folder or file, or it cannot be read.
-    """
-    if os.path.isdir(path):
-        real = os.path.realpath(path)
-        names = [name for name in os.listdir(real) if name.endswith(SUFFIXES) and not name.startswith(".")]
-        return {
-            os.path.join(path, name): _trail(os.path.join(real, name))
-            for name in names
-            if _is_file(os.path.join(real, name))
-        }
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is neither a folder nor a regular file")
-    return {path: _trail(path)}
-
-
-def _is_file(path: str) -> bool:
+def _look(path: str) -> _Look:
+    """What there is: the files of the folder, or the single file."""
+    root, failure = _trail(path)
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except PermissionError:
-        return True  # there is something, and reading it will report why it cannot be read
-    except OSError:
-        return False
+        if failure:
+            raise failure
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            way = _way(path)
+            if not way.is_there and not way.error:
+                raise OSError(errno.EINVAL, "it is neither a folder nor a regular file")
+            return _Look(root, None, {path: way})
+        real = os.path.realpath(path, strict=True)
+        names = [name for name in os.listdir(real) if name.endswith(SUFFIXES) and not name.startswith(".")]
+    except OSError as error:
+        return _Look(root, error=error)
+    return _Look(root, real, {os.path.join(path, name): _way(os.path.join(real, name)) for name in names})
 
 
-def _trail(path: str) -> tuple[Step, ...]:
-    """The steps to a file that decide which file it is: each symbolic link met, and the last step.
+def _way(path: str) -> _Way:
+    steps, failure = _trail(path)
+    try:
+        return _Way(steps, stat.S_ISREG(os.stat(path).st_mode), failure)
+    except (FileNotFoundError, NotADirectoryError):
+        return _Way(steps, False, failure)
+    except OSError as error:
+        return _Way(steps, False, error)
 
-    Where the way ends early (something is missing), the last step is the one that failed.
-    """
-    trail: list[Step] = []
+
+def _trail(path: str) -> tuple[tuple[Step, ...], OSError | None]:
+    """The steps of a way, as `_Way` has them, and why a step cannot be looked at."""
+    steps: list[Step] = []
     here, rest = "/", _names(path)
     while rest:
         step = (here, rest.pop())
@@ -386,17 +525,21 @@ def _trail(path: str) -> tuple[Step, ...]:
             continue
         try:
             link = os.readlink(os.path.join(*step))
+        except (FileNotFoundError, NotADirectoryError):
+            return (*steps, step), None
         except OSError as error:
-            if error.errno != errno.EINVAL or not rest:  # EINVAL: it exists and is no link
-                return (*trail, step)
+            if error.errno != errno.EINVAL:
+                return (*steps, step), error
+            if not rest:  # it exists and is no link
+                return (*steps, step), None
             here = os.path.join(*step)
             continue
-        trail.append(step)
-        if len(trail) > MAX_LINKS:
+        steps.append(step)
+        if len(steps) > MAX_LINKS:
             break
         here = "/" if link.startswith("/") else here
         rest += _names(link)
-    return tuple(trail)
+    return tuple(steps), None
 
 
 def _names(path: str) -> list[str]:
@@ -409,8 +552,22 @@ def _is_linked(step: Step) -> bool:
     try:
         status = os.lstat(os.path.join(*step))
     except OSError:
-        return False
+        return True  # reading it tells what is wrong
     return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+
+
+def _place(path: str) -> tuple[int, int]:
+    """Device and inode."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _modified(path: str) -> int:
+    """When, as the file system has it; 0 where it does not say."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 async def _load_aside(path: str, before: _File) -> _File:
@@ -421,7 +578,10 @@ async def _load_aside(path: str, before: _File) -> _File:
     with suppress(OSError):
         if os.stat(path).st_size <= SMALL_BYTES:
             return _load(path, before)
-    return await asyncio.to_thread(_load, path, before)
+    try:
+        return await asyncio.to_thread(_load, path, before)
+    except RuntimeError:  # there is no thread to be had
+        return _load(path, before)
 
 
 def _load(path: str, before: _File) -> _File:
@@ -429,10 +589,10 @@ def _load(path: str, before: _File) -> _File:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return before  # to be seen missing, or back, in a moment
     except OSError as error:
-        flaw = Flaw(f"{_explained('cannot read', path, error)}; what was read before stays in force", None)
+        flaw = Flaw(f"{_explained('cannot read', path, error)}; {_STAYS}", None)
         return replace(before, digest=b"", flaw=flaw, unreadable=True)
     digest = hashlib.blake2b(data, digest_size=16).digest()
     if digest == before.digest:
@@ -445,6 +605,11 @@ def _load(path: str, before: _File) -> _File:
         return _File(digest, read(data.decode(), before.contents))
     except UnicodeDecodeError as error:
         flaw = Flaw("the file is not UTF-8", data.count(b"\n", 0, error.start) + 1)
+    except NothingInIt as error:
+        kept = (
+            "what was read of it before stays in force" if before.contents.entries else "it may have held VMIs before"
+        )
+        flaw = Flaw(f"{error.reason}; {kept}: remove it, or write 'kind: List' and 'items: []' into it", error.line)
     except SyntaxFlaw as error:
         flaw = Flaw(f"{error.reason}; what was read of the file before stays in force", error.line)
     return _File(digest, replace(before.contents, flaws=()), flaw)
@@ -542,10 +707,15 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 # Messages
 
 
+_STAYS: Final = "what was read before stays in force"
+
 _REMEDIES: Final = {
     errno.ENOENT: "create it, or give another path",
     errno.EACCES: "give the daemon's user the right to it",
     errno.EPERM: "give the daemon's user the right to it",
+    errno.EMFILE: MORE_FILES,
+    errno.EIO: "look at the node's disks (dmesg)",
+    errno.ESTALE: "mount it anew",
     errno.EROFS: "use a writable folder (a ConfigMap mount never is)",
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -553,10 +723,7 @@ _REMEDIES: Final = {
 }
 
 
-_WATCH_REMEDIES: Final = {
-    errno.EACCES: _REMEDIES[errno.EACCES],
-    errno.ENOSPC: "raise the sysctl fs.inotify.max_user_watches",
-}
+_WATCH_REMEDIES: Final = _REMEDIES | {errno.ENOSPC: "raise the sysctl fs.inotify.max_user_watches"}
 
 
 def _explained(what: str, path: str, error: OSError, remedies: Mapping[int, str] = _REMEDIES) -> str:

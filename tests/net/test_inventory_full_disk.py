@@ -1,4 +1,4 @@
-"""Publishing where the disk does not play along: a clear error, the file untouched, nothing left behind."""
+"""Disks that do not play along: a clear error, files untouched, nothing left behind; another one is noticed."""
 
 import asyncio
 import os
@@ -107,4 +107,20 @@ async def test_an_unmounted_folder_is_looked_at_anew(tmp_path: Path) -> None:
         assert set(await anext(changes)) == {"u"}
         subprocess.run(["umount", str(folder)], check=True, timeout=30)
         assert await asyncio.wait_for(anext(changes), 10) == {"u": None}  # below the mount point: an empty folder
+        await changes.aclose()
+
+
+async def test_what_is_mounted_over_the_folder_is_noticed_though_inotify_tells_nothing(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for path, uid in ((folder, "u"), (other, "o")):
+        path.mkdir()
+        (path / "a.yaml").write_text(DOCUMENT.replace("uid: u", f"uid: {uid}"))
+    async with Watcher() as watcher:
+        changes = FileInventory(str(folder), watcher).changes()
+        assert set(await anext(changes)) == {"u"}
+        for uid, command in (("o", ["mount", "--bind", str(other), str(folder)]), ("u", ["umount", str(folder)])):
+            following = asyncio.ensure_future(anext(changes))
+            subprocess.run(command, check=True, timeout=30)
+            batch = await asyncio.wait_for(following, 5)
+            assert {known for known, vmi in batch.items() if vmi} == {uid}
         await changes.aclose()

@@ -21,6 +21,7 @@ from migproxy.portmap import Channel, source_socket_name
 from migproxy.proxy import ProxyError
 from migproxy.shared import SharedFolder
 from migproxy.source import SocketFile
+from tests.faults import Faults, injected
 from tests.virt_handler import VirtHandler, shortened
 
 pytestmark = pytest.mark.tier("gate")
@@ -255,6 +256,44 @@ def test_what_the_pod_puts_in_the_place_of_virt_handlers_socket_is_not_followed(
             kept.write_text("no socket")
         with pytest.raises(LauncherError, match=r"never followed|not a socket"):
             scene.reach()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_an_error_of_a_look_takes_nothing_of_virt_handlers_away(scene: Scene, tmp_path: Path, number: int) -> None:
+    faults = Faults(tmp_path / "faults")
+    scene.listen()
+    scene.place()
+    with injected(faults), faults.failing("openat2", number, scene.path.parent):
+        scene.leave()
+        for look in (scene.folder.invites, scene.folder.place, scene.folder.mend):
+            with pytest.raises(ProxyError, match=os.strerror(number)):
+                look(NAME)
+    assert scene.folder.mend(NAME)
+    assert scene.dial() == "virt-handler"
+    assert {path.name for path in scene.path.parent.iterdir()} == {NAME}
+
+
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_a_look_that_fails_while_ours_is_put_there_leaves_virt_handlers_in_reach(scene: Scene, failing: int) -> None:
+    """Of the looks that one placing takes, each fails in turn, and all after it."""
+    look, looks = scene.folder._open, 0
+
+    def open_failing(name: str) -> int:
+        nonlocal looks
+        looks += 1
+        if looks >= failing:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return look(name)
+
+    scene.listen()
+    with pytest.MonkeyPatch.context() as patch, suppress(ProxyError):
+        patch.setattr(scene.folder, "_open", open_failing)
+        scene.place()
+    assert scene.dial() in ("virt-handler", "us")
+    scene.place()
+    assert scene.dial() == "us"
+    scene.leave()
+    assert scene.dial() == "virt-handler"
 
 
 def test_what_virt_handler_removes_while_ours_is_being_put_there_is_left_to_virt_handler(scene: Scene) -> None:

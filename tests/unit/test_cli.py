@@ -119,8 +119,9 @@ def test_uri_with_several_vmis_asks_which(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "holds no such VMI"),
-        ("a: [", "1"),
+        ("", "the file is empty"),
+        ("kind: Pod\n", "holds no such VMI"),
+        ("a: 1\nb: [", ".yaml:2: "),
         (yaml.safe_dump(VMI | {"metadata": {"name": "vm", "uid": "a/b"}}), "a/b"),
         (yaml.safe_dump(VMI | {"metadata": {"name": "vm"}}), "metadata.uid is missing"),
     ],

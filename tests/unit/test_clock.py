@@ -25,7 +25,7 @@ REASONS = {
     "failsafe._Acting.begin": "runs in a thread",
     "failsafe._Acting._watch": "a signal of the kernel's",
     "inventory.files._locked": "runs in a thread",
-    "inventory.files.FileInventory.changes": "a time of day, for people",
+    "inventory.files.FileInventory._refresh": "a time of day, for people",
     "kube.reflector.Reflector._list": "a time of day, for people",
     "kube.reflector.Reflector._watch": "a time of day, for people",
     "liveness.Liveness.__init__": "the clock that it has without another",

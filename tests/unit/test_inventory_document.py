@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migproxy.inventory import document
-from migproxy.inventory.contents import EMPTY, EditError, Flaw, SyntaxFlaw
+from migproxy.inventory.contents import EMPTY, EditError, Flaw, NothingInIt, Revision, SyntaxFlaw, newest
 from migproxy.inventory.document import publish, read
 
 pytestmark = pytest.mark.tier("gate")
@@ -85,9 +85,27 @@ def test_what_is_no_kubernetes_object_is_a_flaw(text: str) -> None:
     assert read(text, EMPTY).flaws == (Flaw("this is no Kubernetes object: it has no kind", 1),)
 
 
-@pytest.mark.parametrize("empty", ["", "\n", "# nothing\n", "---\n"])
-def test_an_empty_file_holds_nothing(empty: str) -> None:
-    assert read(empty, EMPTY) == EMPTY
+@pytest.mark.parametrize("empty", ["", " \n", "# nothing\n", "---\n", "null\n", "---\n---\n# nothing\n", "\ufeff"])
+def test_an_empty_file_is_no_empty_list(empty: str) -> None:
+    with pytest.raises(NothingInIt):
+        read(empty, EMPTY)
+
+
+@pytest.mark.parametrize("nothing", ["kind: List\nitems: []\n", '{"kind": "VirtualMachineInstanceList", "items": []}'])
+def test_an_empty_list_says_that_there_is_nothing(nothing: str) -> None:
+    assert read(nothing, read(yaml.safe_dump(vmi()), EMPTY)) == EMPTY
+
+
+def test_what_is_cut_off_may_be_any_of_the_vmis_before() -> None:
+    many = yaml.safe_dump({"apiVersion": "v1", "items": [vmi("a", "1"), vmi("b", "2")], "kind": "List"})
+    before = read(many, EMPTY)
+    cuts = [many[: many.index("kind: List")], many[: many.index("- apiVersion")], "kind: VirtualMachineInstance\n"]
+    for text in cuts:
+        contents = read(text, before)
+        assert contents.entries == before.entries
+        assert len(contents.flaws) == 1
+    one = yaml.safe_dump(vmi("a", "1", phase="Failed")) + "---\nkind: VirtualMachineInstance\n"
+    assert [(entry.vmi.name, entry.vmi.phase) for entry in read(one, before).entries] == [("a", "Failed"), ("b", None)]
 
 
 def test_one_bad_vmi_is_reported_by_line_and_keeps_its_last_good_state() -> None:
@@ -205,6 +223,50 @@ def test_python_s_own_parser_serves_where_libyaml_is_missing(monkeypatch: pytest
     assert difference(text, published(text)) == [*BLOCK_PORTS, BLOCK_ADDRESS]
     indented = json.dumps(vmi(migrationState={"migrationUid": "m-1"}), indent="\t")
     assert published(indented) == json.dumps(json.loads(published(indented)), indent="\t")
+
+
+# Several states of one VMI
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        (Revision("10", "1"), Revision("9", "2")),
+        (Revision("1" + "0" * 5000), Revision("9" * 5000)),
+        (Revision("10", "3"), Revision("0010", "2")),
+        (Revision("", "10"), Revision("7", "9")),
+    ],
+)
+def test_a_state_is_newer_by_its_resource_version_and_then_its_generation(new: Revision, old: Revision) -> None:
+    why = new.newer_than(old)
+    assert why
+    assert len(why) < 200
+    assert old.newer_than(new) is None
+    assert newest([old, new, old]) == 1
+    assert newest([new, old, new]) == 0
+
+
+@pytest.mark.parametrize("revision", [Revision(), Revision("7"), Revision("7", "1")])
+def test_of_states_that_cannot_be_told_apart_the_first_counts(revision: Revision) -> None:
+    assert newest([revision, Revision(), revision]) == 0
+
+
+@pytest.mark.parametrize("version", ["1_0", "+10", "0x10", "\u0661", "v10", "10.5", ""])
+def test_a_version_that_is_no_decimal_number_says_nothing(version: str) -> None:
+    document = vmi()
+    document["metadata"] |= {"resourceVersion": version, "generation": 3}
+    (entry,) = read(json.dumps(document), EMPTY).entries
+    assert entry.revision == Revision("", "3")
+
+
+def test_publishing_edits_the_newest_of_several_states_in_the_file() -> None:
+    states = [vmi(migrationState={"migrationUid": "m-1"}) for _ in range(3)]
+    for state, version in zip(states, ("9", "10", "10"), strict=True):
+        state["metadata"]["resourceVersion"] = version
+    edited = publish(yaml.safe_dump_all(states), "u-1", "m-1", "10.1.1.1", PORTS)
+    assert edited
+    told = [one["status"]["migrationState"].get("targetNodeAddress") for one in yaml.safe_load_all(edited)]
+    assert told == [None, "10.1.1.1", None]
 
 
 # Publishing

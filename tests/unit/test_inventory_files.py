@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -24,6 +25,7 @@ from migproxy.portmap import Channel, PortMap
 from migproxy.vmi import VMI
 from migproxy.watch import Watcher
 from tests.clock import Clock, eventually
+from tests.faults import Faults, injected
 
 pytestmark = [pytest.mark.tier("gate"), pytest.mark.simulated_time]
 
@@ -239,7 +241,7 @@ async def test_an_editor_that_renames_the_old_file_away_loses_no_vmi(watcher: Wa
         with file.open("w") as new:
             new.write("kind: VirtualMachineInstance\n")
             new.flush()
-            await reader.nothing_for(3600)
+            await reader.nothing_for(60)
             assert not reader.inventory.problems
             new.seek(0)
             new.write(text("a", phase="Succeeded"))
@@ -464,23 +466,148 @@ async def test_one_bad_vmi_does_not_hold_up_the_others(watcher: Watcher, folder:
     assert {(log["path"], log["line"]) for log in errors} == {(str(file), 1)}
 
 
-async def test_of_two_files_with_one_uid_the_first_by_name_counts(
-    watcher: Watcher, folder: Path, logs: list[EventDict]
+@pytest.mark.parametrize("empty", ["", " \n", "# nothing\n", "---\n", "null\n"])
+async def test_a_file_that_turns_empty_ends_nothing_until_an_empty_list_says_so(
+    watcher: Watcher, folder: Path, logs: list[EventDict], empty: str
 ) -> None:
+    file = folder / "a.yaml"
+    file.write_text(text("a"))
     async with reading(watcher, folder) as reader:
         await reader.batch()
-        (folder / "b.yaml").write_text(text("x", phase="second"))
-        assert await reader.phases() == {"x": "second"}
-        (folder / "a.yaml").write_text(text("x", phase="first"))
-        assert await reader.phases() == {"x": "first"}
-        first, second = folder / "a.yaml", folder / "b.yaml"
-        await reader.until_flaws(f"{second}:1: VMI default/x has the UID uid-x that {first}:1 has; that one counts")
-        (folder / "c.yaml").write_text(text("c"))
-        assert await reader.phases() == {"c": "Running"}
+        file.write_text(empty)
+        await reader.nothing_for(10)
+        await reader.until_flaws(f"{file}: the file is empty; what was read of it before stays in force: remove it, or")
+        assert reader.inventory.may_hide("uid-a")
+        file.write_text("kind: List\nitems: []\n")
+        assert await reader.phases() == {"a": None}
+        assert not reader.inventory.flaws
+    assert [(log["log_level"], log["path"]) for log in logs] == [("error", str(file)), ("info", str(file))]
+
+
+@pytest.mark.parametrize("then", [Path.unlink, lambda file: file.write_text("kind: Pod\n")])
+async def test_an_empty_file_ends_its_vmis_once_it_is_removed_or_holds_something_else(
+    watcher: Watcher, folder: Path, then: Callable[[Path], Any]
+) -> None:
+    file = folder / "a.yaml"
+    file.write_text(text("a"))
+    async with reading(watcher, folder) as reader:
+        await reader.batch()
+        file.write_text("")
+        await reader.until_flaws("the file is empty")
+        then(file)
+        assert await reader.phases() == {"a": None}
+        assert not reader.inventory.flaws
+
+
+async def test_a_file_that_is_empty_from_the_start_may_hide_any_vmi(watcher: Watcher, folder: Path) -> None:
+    (folder / "a.yaml").write_text("")
+    async with reading(watcher, folder) as reader:
+        assert await reader.batch() == {}
+        await reader.until_flaws("the file is empty; it may have held VMIs before: remove it, or write 'kind: List'")
+        assert reader.inventory.may_hide("uid-a")
+
+
+def copy(phase: str, **metadata: Any) -> str:
+    """One state of VMI x."""
+    return yaml.safe_dump(document("x", phase, **metadata))
+
+
+async def test_of_equal_copies_the_one_that_was_there_first_counts_and_is_published_into(
+    watcher: Watcher, folder: Path, logs: list[EventDict]
+) -> None:
+    first, second = folder / "vm1.yaml", folder / "vm1-backup.yaml"  # the copy is the first by name
+    async with reading(watcher, folder) as reader:
+        await reader.batch()
+        first.write_text(copy("Running", resourceVersion="7"))
+        vmi = (await reader.batch())["uid-x"]
+        assert vmi
+        second.write_text(first.read_text())
+        which = (
+            f"{second}:1: VMI default/x has the UID uid-x that {first}:1 has; that one counts: neither is newer, and"
+        )
+        await reader.until_flaws(which)
+        await reader.inventory.publish(vmi, ADDRESS, PORTS)
+        assert set(await reader.batch()) == {"uid-x"}
+        assert "targetNodeAddress" in first.read_text()
+        assert "targetNodeAddress" not in second.read_text()
+        first.write_text(copy("Failed", resourceVersion="7"))
+        assert await reader.phases() == {"x": "Failed"}
+        await reader.until_flaws(which)
         first.unlink()
-        assert await reader.phases() == {"x": "second"}
+        assert await reader.phases() == {"x": "Running"}
         assert not reader.inventory.flaws
     assert [(log["log_level"], log["path"]) for log in logs] == [("error", str(second)), ("info", str(second))]
+
+
+async def test_the_newer_of_two_copies_counts_and_is_published_into(watcher: Watcher, folder: Path) -> None:
+    old, new = folder / "a.yaml", folder / "b.yaml"
+    old.write_text(copy("old", resourceVersion="999", generation=1))
+    async with reading(watcher, folder) as reader:
+        await reader.batch()
+        new.write_text(copy("new", resourceVersion="1000", generation=1))
+        vmi = (await reader.batch())["uid-x"]
+        assert vmi
+        assert vmi.phase == "new"
+        await reader.until_flaws(f"{old}:1: VMI default/x has the UID uid-x that {new}:1 has; that one counts: its res")
+        await reader.inventory.publish(vmi, ADDRESS, PORTS)
+        await reader.batch()
+        assert "targetNodeAddress" in new.read_text()
+        old.write_text(copy("newest", resourceVersion="1000", generation=2))
+        assert await reader.phases() == {"x": "newest"}
+        await reader.until_flaws(f"{new}:1: VMI default/x has the UID uid-x that {old}:1 has; that one counts: its gen")
+        new.write_text(copy("as old", resourceVersion="1000", generation=2))
+        await reader.until_flaws(f"{new}:1: VMI default/x has the UID uid-x that {old}:1 has; that one counts: neither")
+        new.write_text(copy("newest", resourceVersion="1001"))
+        await reader.until_flaws(f"{old}:1: ")
+        await reader.nothing_for(1)  # a version alone is no news
+
+
+async def test_of_copies_that_were_there_at_the_start_the_one_that_was_written_last_counts(
+    watcher: Watcher, folder: Path
+) -> None:
+    paths = {name: folder / f"{name}.yaml" for name in "abcd"}
+    for name, seconds in (("a", 1000), ("b", 2000), ("c", 1000)):
+        paths[name].write_text(copy(f"of {name}"))
+        os.utime(paths[name], (seconds, seconds))
+    async with reading(watcher, folder) as reader:
+        assert await reader.phases() == {"x": "of b"}
+        paths["d"].write_text(copy("of d"))  # is not one of them
+        paths["b"].unlink()
+        assert await reader.phases() == {"x": "of a"}
+        paths["c"].write_text(copy("of c, edited"))
+        os.utime(paths["c"], (500, 500))  # whatever the file system's clock says
+        assert await reader.phases() == {"x": "of c, edited"}
+        which = (
+            f"VMI default/x has the UID uid-x that {paths['c']}:1 has; that one counts: neither is newer, and it was"
+        )
+        await reader.until_flaws(f"{paths['a']}:1: {which} written last", f"{paths['d']}:1: {which} there first")
+
+
+async def test_an_error_of_all_copies_does_not_change_which_one_counts(
+    watcher: Watcher, folder: Path, tmp_path: Path
+) -> None:
+    for name, seconds in (("a", 2000), ("b", 1000)):
+        (folder / f"{name}.yaml").write_text(copy(f"of {name}"))
+        os.utime(folder / f"{name}.yaml", (seconds, seconds))
+    faults = Faults(tmp_path / "faults")
+    async with reading(watcher, folder) as reader:
+        assert await reader.phases() == {"x": "of a"}
+        with injected(faults), faults.failing("open", errno.EIO, folder):
+            for name in "ab":
+                os.rename(folder / f"{name}.yaml", folder / f".{name}")
+                os.rename(folder / f".{name}", folder / f"{name}.yaml")
+            await reader.until_problems("a.yaml", "b.yaml")
+        (folder / "b.yaml").touch()
+        await reader.nothing_for(5)
+        assert not reader.inventory.problems
+
+
+async def test_within_one_file_the_newest_copy_counts(watcher: Watcher, folder: Path) -> None:
+    file = folder / "a.yaml"
+    file.write_text("---\n".join(copy(f"of {version}", resourceVersion=version) for version in ("9", "11", "10")))
+    async with reading(watcher, folder) as reader:
+        assert await reader.phases() == {"x": "of 11"}
+        await reader.until_flaws(f"{file}:1: ", f"{file}:25: ")
 
 
 async def test_objects_of_other_kinds_are_only_a_debug_line(
@@ -558,7 +685,7 @@ async def test_publishing_writes_the_vmis_file_and_is_told_once(watcher: Watcher
         written = file.stat()
         await reader.inventory.publish(vmi, ADDRESS, PORTS)
         assert file.stat() == written
-        await reader.nothing_for(3600)
+        await reader.nothing_for(60)
         assert os.listdir(folder) == ["a.yaml"]
 
 
