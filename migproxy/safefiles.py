@@ -80,6 +80,29 @@ def open_file(path: str, flags: int) -> int:
     return fd
 
 
+def read_regular(path: str, most: int = 16 << 20) -> bytes:
+    """Reads a file that an option names. A link is followed, as Kubernetes makes them of ConfigMaps and Secrets.
+
+    Args:
+        path: Of the file.
+        most: Bytes that it may have.
+
+    Raises:
+        OSError: It cannot be read, is larger, or is no regular file: others may never answer or end.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file: give one", path)
+        with open(fd, "rb", closefd=False) as file:
+            content = file.read(most + 1)
+    finally:
+        os.close(fd)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", path)
+    return content
+
+
 def write_file(path: str, text: str) -> None:
     """Puts text into a file of mode 0644 in one step: another one takes its place.
 
