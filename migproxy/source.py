@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import socket
@@ -15,17 +16,19 @@ from functools import partial
 
 from asyncinotify import Mask
 
+from migproxy import route
 from migproxy.beneath import open_beneath
 from migproxy.fds import quench, reset
 from migproxy.greeting import Greet
 from migproxy.launcher import LauncherError, RunDir, SocketNode
 from migproxy.launcherthread import NoAnswer
+from migproxy.netif import MigrationAddress
 from migproxy.pauses import doubling
 from migproxy.plan import Reason, Role, SourceProxy
-from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
+from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, IPAddress, source_socket_name
 from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
 from migproxy.relay.client import Lease
-from migproxy.sockets import BACKLOG, connect_tcp, new_tcp
+from migproxy.sockets import BACKLOG, address_of, connect_tcp, new_tcp
 from migproxy.tls import Meeting
 from migproxy.tlserrors import Reason as TLSReason
 from migproxy.tlserrors import TLSError
@@ -43,6 +46,7 @@ _PASSING = {Reason.UNANNOUNCED, Reason.VERSION, Reason.MALFORMED, Reason.CHANNEL
 _LONGEST_PAUSE = 1.0  # seconds between two times that what has failed is tried
 _LOOK_SECONDS = 1.5  # between two looks whether the launcher's folder is the same: nobody tells of one above it
 _WORKSHOP = ".migproxy-new"
+_ANSWERS = {errno.ECONNREFUSED, errno.ECONNRESET}  # of the target: packets find their way
 _CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
 
 
@@ -405,6 +409,7 @@ class Source(Proxy):
     Attributes:
         plan: What it does now.
         problem: What keeps its sockets from being in place, None while they are.
+        detour: Why the target may not answer, although a route leads to it; None where nothing says so.
     """
 
     role = Role.SOURCE
@@ -422,6 +427,7 @@ class Source(Proxy):
         self.plan = plan
         self._led = plan.address, plan.ports
         self.problem: str | None = None
+        self.detour: str | None = None
         self._watcher = watcher
         self._owner = owner
         self._folders = folders
@@ -469,6 +475,11 @@ class Source(Proxy):
         if (self._keeper is None or self._keeper.done()) and not self._gives_back:
             self._keeper = asyncio.create_task(self._keep())
         self.problem = None
+        try:
+            self._look_at_route()
+        except ProxyError:
+            if plan.beside is None:
+                raise
 
     async def _place_all(self) -> list[str]:
         async with self._change:
@@ -639,18 +650,60 @@ class Source(Proxy):
     def _new_tcp(self, channel: Channel) -> socket.socket:
         if self.plan.address is None or channel not in self.plan.ports:
             raise OSError(f"the target has no port for channel {channel.label}")
-        local = self.around.local_address(self.plan.address.version)
+        local = route.local_address(self.plan.address, self._own(self.plan.address))
         try:
             return new_tcp(local, self.around.tcp)
         except OSError as error:
             raise OSError(f"cannot connect from {local}: {error.strerror}") from error
 
     async def _connect(self, sock: socket.socket, channel: Channel) -> None:
-        assert self.plan.address
+        target = self.plan.address
+        assert target
         try:
-            await connect_tcp(sock, self.plan.address, self.plan.ports[channel])
+            await connect_tcp(sock, target, self.plan.ports[channel])
         except OSError as error:
-            raise OSError(f"{self.peer(channel)}: {error.strerror}") from error
+            if error.errno in _ANSWERS:
+                raise OSError(f"{self.peer(channel)}: {error.strerror}") from error
+            local = address_of(sock.getsockname())
+            found = route.look_up(target, local)
+            if found.refusal:
+                raise DialError(route.no_route(target, self._own(target), local, found)) from error
+            raise OSError(f"{self.peer(channel)}: {error.strerror} (packets from {local}{found})") from error
+
+    def no_answer(self, channel: Channel) -> str:
+        """See Proxy; says where the packets have gone."""
+        silence, target = super().no_answer(channel), self.plan.address
+        try:
+            assert target
+            local = route.local_address(target, self._own(target))
+        except ProxyError:  # it has gone meanwhile
+            return silence
+        return f"{silence} to packets from {local}{route.look_up(target, local)}"
+
+    def _own(self, target: IPAddress) -> MigrationAddress:
+        return self.around.migration_address(target.version)
+
+    def _look_at_route(self) -> None:
+        """Says before the first connection where none would get to the target, or might stay unanswered.
+
+        Raises:
+            ProxyError: No route leads there, or this node has no address of that IP version.
+        """
+        target = self.plan.address
+        departure = route.depart(target, self._own(target)) if target else None
+        if departure and departure.refusal:
+            raise ProxyError(departure.refusal)
+        detour = departure.detour if departure else None
+        if detour and detour != self.detour:
+            self.log.warning("target is not reached by the migration interface", why=detour)
+        self.detour = detour
+
+    def sample(self) -> None:
+        """See Proxy; of a route that is mended, nobody tells."""
+        super().sample()
+        if self.detour:
+            with suppress(ProxyError):
+                self._look_at_route()
 
     def meeting(self, channel: Channel) -> Meeting:
         """See Proxy."""
@@ -722,7 +775,7 @@ class Source(Proxy):
                 reason = Reason.UNREADY
         except ProxyError as error:
             why, reason = str(error), Reason.UNREADY
-        except OSError as error:
+        except (OSError, DialError) as error:
             why, reason = str(error), Reason.UNREACHABLE
         raise _NoWay(reason, why)
 
