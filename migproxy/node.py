@@ -21,7 +21,7 @@ from migproxy.limit import Limit
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.pauses import doubling
 from migproxy.plan import Bypassed, Held, Migration, Plan, Readiness, Reason, Role, SourceProxy, TargetProxy, make_plan
-from migproxy.portmap import IPAddress
+from migproxy.portmap import IPAddress, is_address
 from migproxy.proxy import Proxy, ProxyError, Surroundings
 from migproxy.relay.client import Contents
 from migproxy.retention import Ended, Retention
@@ -469,7 +469,7 @@ class Node:
         if vmi is None or vmi.migration is None:
             return
         side = vmi.migration.target_state
-        told = side is None or (side.node_address, side.ports) == (str(address), ports.published())
+        told = side is None or (is_address(side.node_address, address) and side.ports == ports.published())
         if told and (plan.published_address, plan.published) == (address, ports):
             return
         if plan.running:

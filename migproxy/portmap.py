@@ -205,6 +205,14 @@ def read_address(text: str) -> IPAddress:
     return address
 
 
+def is_address(text: str | None, address: IPAddress) -> bool:
+    """Whether a text in a VMI's status means an address, however it is written."""
+    try:
+        return text is not None and parse_address(text) == address
+    except AddressError:
+        return False
+
+
 def unmapped(address: IPAddress) -> IPAddress:
     """The IPv4 address that an IPv4-mapped IPv6 address stands for (RFC 4291, 2.5.5.2); any other, as it is."""
     return getattr(address, "ipv4_mapped", None) or address
@@ -259,6 +267,7 @@ _MISTAKES = tuple(
         (r"[0-9.]+", "it has four numbers from 0 to 255, without leading zeros, which some take for octal"),
         (r"\[[0-9.]+\]", "brackets stand around an IPv6 address alone"),
         (r"[0-9.]+:[0-9]+|\[.*\]:[0-9]+", "write it without a port"),
+        (r".*,.*", "give one of them"),
         (r"[0-9A-Fa-f.:]+/[0-9]+", "write it without the length of its network's prefix"),
         (r"[A-Za-z0-9.-]+", "names are not looked up, give the address that it stands for"),
     )

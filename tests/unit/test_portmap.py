@@ -213,6 +213,7 @@ def test_what_is_no_address_of_a_node_is_refused(text: str) -> None:
         ("[10.1.1.1]", "brackets stand around an IPv6 address alone"),
         ("10.1.1.1:80", "write it without a port"),
         ("[fd00::1]:80", "write it without a port"),
+        ("10.1.1.1,fd00::1", "give one of them"),  # a pod's status.podIPs
         ("10.1.1.1/24", "write it without the length of its network's prefix"),
         ("fe80::1", "give the interface that it is on, such as fe80::1%migration0"),
         ("fe80::1%2", "only an interface's name"),  # whose number is another on each node
