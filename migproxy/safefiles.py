@@ -5,7 +5,8 @@ whoever opens it waits for, a file whose lock is never free. None of it is follo
 or waited for: it is refused. Who counts as a stranger is decided as the kernel does for sticky folders
 (Documentation/admin-guide/sysctl/fs.rst: protected_regular, protected_symlinks), whether these sysctls are set or not.
 
-What is made here is never wider than it says, whatever the umask.
+What is made here is never wider than it says, whatever the umask. A file that an option names is the administrator's
+own choice, wherever links lead: all that is asked of it is that it ends.
 """
 
 from __future__ import annotations
