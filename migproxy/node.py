@@ -728,7 +728,7 @@ class _Worker:
         held = self._node.held.get(self._key)
         problem = self.problem or (proxy.problem if isinstance(proxy, Source) else None) or (held and held.reason)
         state = "running" if self.is_active else "error" if problem else "prepared" if proxy else "preparing"
-        told = problem or (proxy.detour if isinstance(proxy, Source) else None)
+        told = problem or (proxy.route_problem if isinstance(proxy, Source) else None)
         report: dict[str, Any] = {**rows.identity(migration, role), "state": state, "error": told}
         if proxy is not None:
             report |= rows.traffic(proxy)

@@ -62,13 +62,13 @@ class Departure:
 
     Args:
         address: the migration address to connect from.
-        refusal: why nothing gets from there to the target, and what to do; None where a route leads there.
-        detour: why the target may not answer, and what to do; None where nothing says so.
+        problem: why the target is not reached, or may not answer, and what to do; None where nothing says so.
+        has_route: whether anything gets to the target at all.
     """
 
     address: IPAddress
-    refusal: str | None = None
-    detour: str | None = None
+    problem: str | None = None
+    has_route: bool = True
 
 
 def depart(target: IPAddress, own: MigrationAddress) -> Departure:
@@ -116,10 +116,10 @@ def choose(
     address = [*straight, *routed, *routes][0]
     route = routes[address]
     if route.refusal:
-        return Departure(address, refusal=no_route(target, own, address, route))
+        return Departure(address, no_route(target, own, address, route), has_route=False)
     if address in straight or None in (route.interface, own.interface):
         return Departure(address)
-    return Departure(address, detour=_detour(target, own, address, route))
+    return Departure(address, _detour(target, own, address, route))
 
 
 def no_route(target: IPAddress, own: MigrationAddress, address: IPAddress, route: Route) -> str:

@@ -409,7 +409,7 @@ class Source(Proxy):
     Attributes:
         plan: What it does now.
         problem: What keeps its sockets from being in place, None while they are.
-        detour: Why the target may not answer, although a route leads to it; None where nothing says so.
+        route_problem: Why the target is not reached, or may not answer; None where nothing says so.
     """
 
     role = Role.SOURCE
@@ -427,7 +427,7 @@ class Source(Proxy):
         self.plan = plan
         self._led = plan.address, plan.ports
         self.problem: str | None = None
-        self.detour: str | None = None
+        self.route_problem: str | None = None
         self._watcher = watcher
         self._owner = owner
         self._folders = folders
@@ -475,11 +475,7 @@ class Source(Proxy):
         if (self._keeper is None or self._keeper.done()) and not self._gives_back:
             self._keeper = asyncio.create_task(self._keep())
         self.problem = None
-        try:
-            self._look_at_route()
-        except ProxyError:
-            if plan.beside is None:
-                raise
+        self._look_at_route(must=plan.beside is None)  # else there is virt-handler's way as well
 
     async def _place_all(self) -> list[str]:
         async with self._change:
@@ -683,27 +679,33 @@ class Source(Proxy):
     def _own(self, target: IPAddress) -> MigrationAddress:
         return self.around.migration_address(target.version)
 
-    def _look_at_route(self) -> None:
-        """Says before the first connection where none would get to the target, or might stay unanswered.
+    def _look_at_route(self, *, must: bool) -> None:
+        """Says before the first connection that none would get to the target, or might stay unanswered.
+
+        Args:
+            must: Whether it is an error if none would.
 
         Raises:
-            ProxyError: No route leads there, or this node has no address of that IP version.
+            ProxyError: It is: no route leads there, or this node has no address of the target's IP version.
         """
         target = self.plan.address
-        departure = route.depart(target, self._own(target)) if target else None
-        if departure and departure.refusal:
-            raise ProxyError(departure.refusal)
-        detour = departure.detour if departure else None
-        if detour and detour != self.detour:
-            self.log.warning("target is not reached by the migration interface", why=detour)
-        self.detour = detour
+        try:
+            departure = route.depart(target, self._own(target)) if target else None
+        except ProxyError:
+            if must:
+                raise
+            return
+        problem = departure.problem if departure else None
+        is_new, self.route_problem = problem != self.route_problem, problem
+        if departure and must and not departure.has_route:
+            raise ProxyError(problem)
+        if problem and is_new:
+            self.log.warning("target may not be reached", why=problem)
 
     def sample(self) -> None:
-        """See Proxy; of a route that is mended, nobody tells."""
+        """See Proxy; looks at the route too, which changes without a word to us."""
         super().sample()
-        if self.detour:
-            with suppress(ProxyError):
-                self._look_at_route()
+        self._look_at_route(must=False)
 
     def meeting(self, channel: Channel) -> Meeting:
         """See Proxy."""

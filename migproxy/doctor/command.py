@@ -146,7 +146,7 @@ def _check_peer(request: Request, peer_address: str, address: MigrationAddress) 
         return
     departure = route.depart(far, own)
     yield host.check_route(departure, far)
-    if departure.refusal:
+    if not departure.has_route:
         return
     mtu = host.interface_mtu(request.settings.migration_interface)
     yield from peer.check_peer(far, request.port, departure.address, mtu, request.daemon_options, request.seconds)

@@ -138,9 +138,9 @@ def check_address(address: MigrationAddress) -> Finding:
 
 def check_route(departure: Departure, far: IPAddress) -> Finding:
     """Whether packets find their way to another node's migration address."""
-    if wrong := departure.refusal or departure.detour:
-        found, _, remedy = wrong.rpartition(": ")
-        return Finding("route", Level.FAIL if departure.refusal else Level.WARN, found, remedy)
+    if departure.problem:
+        found, _, remedy = departure.problem.rpartition(": ")
+        return Finding("route", Level.WARN if departure.has_route else Level.FAIL, found, remedy)
     return Finding("route", Level.OK, f"to {far} from {departure.address}")
 
 

@@ -5,7 +5,8 @@ from ipaddress import ip_address
 import pytest
 
 from migproxy.netif import MigrationAddress
-from migproxy.route import Route, choose
+from migproxy.portmap import IPAddress
+from migproxy.route import Departure, Route, choose
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -34,17 +35,17 @@ def own(*addresses: object, interface: str | None = "migration0") -> MigrationAd
     ],
 )
 def test_a_target_is_reached_from_the_address_that_its_route_has(
-    preferred: object, routes: dict[object, Route], address: object
+    preferred: IPAddress, routes: dict[IPAddress, Route], address: IPAddress
 ) -> None:
-    departure = choose(TARGET, own(ONE, TWO), preferred, routes.__getitem__)  # type: ignore[arg-type]
-    assert (departure.address, departure.refusal, departure.detour) == (address, None, None)
+    departure = choose(TARGET, own(ONE, TWO), preferred, routes.__getitem__)
+    assert departure == Departure(address)
 
 
 def test_packets_that_leave_by_another_interface_are_told_with_a_remedy() -> None:
     departure = choose(TARGET, own(ONE, TWO), OTHER, {ONE: NONE, TWO: BY_ETH0}.__getitem__)
     assert departure.address == TWO
-    assert departure.refusal is None
-    assert departure.detour == (
+    assert departure.has_route
+    assert departure.problem == (
         "packets from 10.2.2.1 (interface migration0) to 10.3.3.3 leave by eth0 via 192.168.0.1, not by migration0, "
         "and may stay unanswered: add a route (ip route add 10.3.3.3 via ROUTER dev migration0), or give both nodes "
         "addresses of one network"
@@ -53,13 +54,14 @@ def test_packets_that_leave_by_another_interface_are_told_with_a_remedy() -> Non
 
 def test_an_address_of_an_interface_that_carries_nothing_leaves_by_another() -> None:
     departure = choose(TARGET, own(ONE, interface=None), OTHER, {ONE: BY_ETH0}.__getitem__)
-    assert (departure.address, departure.refusal, departure.detour) == (ONE, None, None)
+    assert departure == Departure(ONE)
 
 
 def test_where_no_route_leads_there_both_addresses_and_the_remedy_are_told() -> None:
     departure = choose(TARGET, own(ONE, TWO), None, {ONE: NONE, TWO: NONE}.__getitem__)
     assert departure.address == ONE
-    assert departure.refusal == (
+    assert not departure.has_route
+    assert departure.problem == (
         "no route from 10.1.1.1 (interface migration0) to 10.3.3.3: the kernel has none: add a route (ip route add "
         "10.3.3.3 via ROUTER dev migration0), or give both nodes addresses of one network"
     )
