@@ -274,7 +274,8 @@ def _make_node(
         state = node.address
         if state and (of_version := state.of_version(ip_version)):
             return of_version
-        why = (state and state.problem) or f"this node's migration address is not IPv{ip_version}"
+        lacking = f"this node's migration address is not IPv{ip_version}: give both nodes addresses of one version"
+        why = (state and state.problem) or lacking
         raise ProxyError(f"no address to connect from: {why}")
 
     around = Surroundings(

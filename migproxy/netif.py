@@ -278,7 +278,7 @@ def _holder(address: IPAddress) -> str | None:
     """The interface by which packets from an address of this node should leave; see MigrationAddress."""
     host, _, zone = str(address).partition("%")
     for index, one in _addresses(0):
-        if zone in ("", name := socket.if_indextoname(index)) and one.address == ip_address(host):
+        if one.address == ip_address(host) and zone in ("", name := socket.if_indextoname(index)):
             interface = read_interface(name)
             return name if interface and interface.carries else None
     return None

@@ -251,7 +251,8 @@ async def test_a_target_of_an_ip_version_that_this_node_lacks_is_told_at_once(no
     await add("10.9.1.1")
     await nodes.source.start()
     vm = elsewhere(nodes, "fd09:1::2")
-    await assert_reported(nodes.source, vm, "no address to connect from: this node's migration address is not IPv6")
+    words = "no address to connect from: this node's migration address is not IPv6: give both nodes addresses of one"
+    await assert_reported(nodes.source, vm, words)
 
 
 async def test_link_local_addresses_keep_their_zone_wherever_they_go(far: At) -> None:
