@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
 
 from migproxy.pki import Files
+from migproxy.safefiles import read_regular
 
 log = structlog.get_logger(__name__)
 
@@ -146,8 +147,7 @@ class Credentials:
             raise CredentialsError(_explain(error)) from error
         context = self._make_context()
         try:
-            with open(files.key, "rb") as file:
-                key = load_pem_private_key(file.read(), None)
+            key = load_pem_private_key(read_regular(files.key), None)
             context.use_certificate(leaf[0])
             for issuer in leaf[1:]:
                 context.add_extra_chain_cert(issuer)
@@ -172,8 +172,7 @@ class Credentials:
 
 
 def _read(path: str) -> list[x509.Certificate]:
-    with open(path, "rb") as file:
-        text = file.read()
+    text = read_regular(path)
     try:
         return x509.load_pem_x509_certificates(text)
     except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -24,11 +23,14 @@ from migproxy.launcher import Launchers
 from migproxy.lifeline import Lifeline, is_locked
 from migproxy.liveness import Liveness
 from migproxy.measure import Measures
-from migproxy.netif import AddressWatcher, read_interface
+from migproxy.netif import AddressWatcher, MigrationAddress, read_interface
 from migproxy.node import Node, NodeOptions
 from migproxy.notify import Notifier
+<<<<<<< HEAD
 from migproxy.output import lines
 from migproxy.portmap import IPAddress
+=======
+>>>>>>> route
 from migproxy.proxy import ProxyError, Surroundings
 from migproxy.relay.client import RelayClient
 from migproxy.reload import Reloader, limits, port_range
@@ -275,22 +277,18 @@ def _make_node(
     measures: Measures,
     relay: RelayClient,
 ) -> tuple[Surroundings, Node]:
-    def local_address(ip_version: int) -> IPAddress:
+    def migration_address(ip_version: int) -> MigrationAddress:
         state = node.address
-        addresses: tuple[IPAddress, ...] = state.addresses if state else ()
-        for address in addresses:
-            if address.version == ip_version:
-                return address
-        why = (state and state.problem) or f"this node's migration address is not IPv{ip_version}"
+        if state and (of_version := state.of_version(ip_version)):
+            return of_version
+        lacking = f"this node's migration address is not IPv{ip_version}: give both nodes addresses of one version"
+        why = (state and state.problem) or lacking
         raise ProxyError(f"no address to connect from: {why}")
 
-    override, pod_ip = (
-        address and ipaddress.ip_address(str(address)) for address in (settings.migration_address, settings.pod_ip)
-    )
     around = Surroundings(
         launchers=Launchers(settings.launcher_run_dir, settings.pods_dir),
         security=inputs.security,
-        local_address=local_address,
+        migration_address=migration_address,
         measures=measures,
         relay=relay,
         budget=Budget(node_capacity(lambda: relay.limits, together=relay.is_beside)),
@@ -307,7 +305,7 @@ def _make_node(
         ),
         around,
         inputs.inventory,
-        AddressWatcher(settings.migration_interface, override, pod_ip),
+        AddressWatcher(settings.migration_interface, settings.migration_address, settings.pod_ip),
         watcher,
         inputs.announcements,
         _lives(settings.daemon_lock) if settings.is_beside else None,

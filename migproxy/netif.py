@@ -10,7 +10,7 @@ its own asynchronous socket cannot be used, as uvloop refuses to open a datagram
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, ip_address
@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from migproxy.imports import bare
 from migproxy.portmap import IPAddress, unmapped
+from migproxy.sockets import family, sockaddr
 
 with bare("pyroute2"):  # whose __init__ loads every protocol there is
     from pyroute2.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE
@@ -27,6 +28,7 @@ with bare("pyroute2"):  # whose __init__ loads every protocol there is
         RTM_GETLINK,
         RTM_NEWADDR,
         RTM_NEWLINK,
+        RTM_NEWROUTE,
         RTMGRP_IPV4_IFADDR,
         RTMGRP_IPV6_IFADDR,
         RTMGRP_LINK,
@@ -40,6 +42,7 @@ with bare("pyroute2"):  # whose __init__ loads every protocol there is
         ifaddrmsg,
     )
     from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+    from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 DUMP_ATTEMPTS: Final = 10
@@ -47,6 +50,7 @@ REPLY_SECONDS: Final = 10.0
 
 # Linux headers: if.h, socket.h, netlink.h. Python's socket module has none of them.
 _IFF_UP: Final = 0x1
+_IFF_LOOPBACK: Final = 0x8
 _SOL_NETLINK: Final = 270
 _NETLINK_GET_STRICT_CHK: Final = 12
 
@@ -59,11 +63,19 @@ class MigrationAddress:
         addresses: all that could serve; the first is the one to use. Empty: there is none.
         source: where they are from, for messages: "interface migration0", "--migration-address", "--pod-ip".
         problem: what is wrong and what to do about it; addresses that were good before may still be there.
+        interface: that has them, and by which packets from them should leave; None where none leave by it, as by a
+            loopback interface, whose address others are told of by BGP.
     """
 
     addresses: tuple[IPAddress, ...]
     source: str
     problem: str | None
+    interface: str | None = None
+
+    def of_version(self, ip_version: int) -> "MigrationAddress | None":
+        """The same with its addresses of an IP version (4 or 6) alone; None where there are none."""
+        addresses = tuple(address for address in self.addresses if address.version == ip_version)
+        return replace(self, addresses=addresses) if addresses else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +93,12 @@ class Interface:
     Args:
         is_up: administratively up (IFF_UP).
         addresses: in the kernel's order.
+        carries: whether it can take packets to other nodes; a loopback or dummy interface cannot.
     """
 
     is_up: bool
     addresses: tuple[InterfaceAddress, ...]
+    carries: bool = True
 
 
 def is_global_unicast(address: IPAddress) -> bool:
@@ -121,7 +135,7 @@ def choose(
     *,
     override: IPAddress | None = None,
     pod_ip: IPAddress | None = None,
-    foreign: Collection[IPAddress] = (),
+    holders: Mapping[IPAddress, str | None] | None = None,
 ) -> MigrationAddress:
     """Decide which address is the migration address.
 
@@ -130,14 +144,14 @@ def choose(
         interface: its state; None: it does not exist.
         override: --migration-address, which beats everything.
         pod_ip: used where the interface does not exist, and only there.
-        foreign: those of override and pod_ip that are not addresses of this node.
+        holders: the interfaces of those of override and pod_ip that are addresses of this node; see MigrationAddress.
     """
     if override is not None:
-        return _given(override, "--migration-address", foreign)
+        return _given(override, "--migration-address", holders or {})
     if interface is not None:
         return _of_interface(name, interface, usable_addresses(interface))
     if pod_ip is not None:
-        return _given(pod_ip, "--pod-ip", foreign)
+        return _given(pod_ip, "--pod-ip", holders or {})
     return MigrationAddress(
         (),
         f"interface {name}",
@@ -145,14 +159,11 @@ def choose(
     )
 
 
-def _given(address: IPAddress, option: str, foreign: Collection[IPAddress]) -> MigrationAddress:
-    if address.is_unspecified or address.is_multicast:
-        problem = f"{address} is no address that one host could be reached at: change {option}"
-    elif address in foreign:
+def _given(address: IPAddress, option: str, holders: Mapping[IPAddress, str | None]) -> MigrationAddress:
+    if address not in holders:
         problem = f"{address} is not an address of this node: add it to an interface, or change {option}"
-    else:
-        return MigrationAddress((address,), option, None)
-    return MigrationAddress((), option, problem)
+        return MigrationAddress((), option, problem)
+    return MigrationAddress((address,), option, None, holders[address])
 
 
 def _of_interface(name: str, interface: Interface, usable: tuple[IPAddress, ...]) -> MigrationAddress:
@@ -160,7 +171,7 @@ def _of_interface(name: str, interface: Interface, usable: tuple[IPAddress, ...]
     if not interface.is_up:
         return MigrationAddress((), source, f"interface {name} is down: ip link set {name} up")
     if usable:
-        return MigrationAddress(usable, source, None)
+        return MigrationAddress(usable, source, None, name if interface.carries else None)
     candidates = [one for one in interface.addresses if is_global_unicast(one.address)]
     if not candidates:
         problem = f"interface {name} has no global-unicast address: give it one (ip address add ... dev {name})"
@@ -190,8 +201,8 @@ class AddressWatcher:
         pod_ip: IPAddress | None = None,
     ) -> None:
         self._interface = interface
-        self._override = override and unmapped(override)
-        self._pod_ip = pod_ip and unmapped(pod_ip)
+        self._override = override
+        self._pod_ip = pod_ip
 
     async def states(self) -> AsyncGenerator[MigrationAddress, None]:
         """Yield the migration address as it is now, and then each time it is another one or has a problem.
@@ -228,13 +239,13 @@ class AddressWatcher:
                 await _rung(bell)
 
     def _look(self) -> MigrationAddress:
-        given = {address for address in (self._override, self._pod_ip) if address}
+        given = [address for address in (self._override, self._pod_ip) if address and _is_own(address)]
         return choose(
             self._interface,
             None if self._override else read_interface(self._interface),
             override=self._override,
             pod_ip=self._pod_ip,
-            foreign={address for address in given if not _is_own(address)},
+            holders={address: _holder(address) for address in given},
         )
 
 
@@ -253,15 +264,24 @@ async def _rung(bell: socket.socket) -> None:
 
 def _is_own(address: IPAddress) -> bool:
     """Whether this node could listen on an address: asked of the kernel, which knows all of 127.0.0.0/8."""
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((str(address), 0))
+        with socket.socket(family(address), socket.SOCK_STREAM) as probe:
+            probe.bind(sockaddr(address, 0))
     except OSError as error:
-        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL):
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL, errno.ENODEV):
             raise
         return False
     return True
+
+
+def _holder(address: IPAddress) -> str | None:
+    """The interface by which packets from an address of this node should leave; see MigrationAddress."""
+    host, _, zone = str(address).partition("%")
+    for index, one in _addresses(0):
+        if one.address == ip_address(host) and zone in ("", name := socket.if_indextoname(index)):
+            interface = read_interface(name)
+            return name if interface and interface.carries else None
+    return None
 
 
 def read_interface(name: str) -> Interface | None:
@@ -270,28 +290,42 @@ def read_interface(name: str) -> Interface | None:
     Raises:
         OSError: rtnetlink failed.
     """
-    link, query = ifinfmsg(), ifaddrmsg()
+    link = ifinfmsg()
     link["attrs"] = [("IFLA_IFNAME", name)]
     try:
-        (found,) = _request(link, RTM_GETLINK, 0)
-        query["index"] = found["index"]
-        addresses = _request(query, RTM_GETADDR, NLM_F_DUMP)
+        (found,) = request(link, RTM_GETLINK, 0)
+        addresses = tuple(address for _, address in _addresses(found["index"]))
     except OSError as error:
         if error.errno != errno.ENODEV:
             raise
         return None
-    return Interface(
-        is_up=bool(found["flags"] & _IFF_UP),
-        addresses=tuple(
+    kind = found.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND")
+    carries = kind != "dummy" and not found["flags"] & _IFF_LOOPBACK
+    return Interface(bool(found["flags"] & _IFF_UP), addresses, carries)
+
+
+def _addresses(index: int) -> Iterator[tuple[int, InterfaceAddress]]:
+    """The addresses of an interface, or of all where that is 0, each with its interface."""
+    query = ifaddrmsg()
+    query["index"] = index
+    for one in request(query, RTM_GETADDR, NLM_F_DUMP):
+        if index in (0, one["index"]):
             # On a point-to-point link, IFA_ADDRESS is the other end's; IPv6 has IFA_LOCAL only there.
-            InterfaceAddress(ip_address(one.get_attr("IFA_LOCAL") or one.get_attr("IFA_ADDRESS")), one["flags"])
-            for one in addresses
-            if one["index"] == found["index"]
-        ),
-    )
+            address = ip_address(one.get_attr("IFA_LOCAL") or one.get_attr("IFA_ADDRESS"))
+            yield one["index"], InterfaceAddress(address, one["flags"])
 
 
-def _request(message: Any, kind: int, flags: int) -> list[Any]:
+def request(message: Any, kind: int, flags: int) -> list[Any]:
+    """Ask rtnetlink(7).
+
+    Args:
+        message: pyroute2's, its header apart.
+        kind: of the request, RTM_GET...
+        flags: NLM_F_DUMP, or 0 where one answer is due.
+
+    Raises:
+        OSError: what the kernel answers instead, or that it does not.
+    """
     message["header"] = {"type": kind, "flags": NLM_F_REQUEST | flags, "sequence_number": 1, "pid": 0}
     message.encode()
     for _ in range(DUMP_ATTEMPTS):
@@ -308,7 +342,7 @@ def _request(message: Any, kind: int, flags: int) -> list[Any]:
 
 def _replies(netlink: socket.socket, *, is_dump: bool) -> list[Any]:
     marshal = Marshal()
-    marshal.msg_map = {RTM_NEWLINK: ifinfmsg, RTM_NEWADDR: ifaddrmsg}
+    marshal.msg_map = {RTM_NEWLINK: ifinfmsg, RTM_NEWADDR: ifaddrmsg, RTM_NEWROUTE: rtmsg}
     replies: list[Any] = []
     while not replies or (is_dump and replies[-1]["header"]["type"] != NLMSG_DONE):
         for reply in marshal.parse(netlink.recv(1 << 18)):

@@ -21,7 +21,7 @@ from migproxy.limit import Limit
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.pauses import doubling
 from migproxy.plan import Bypassed, Held, Migration, Plan, Readiness, Reason, Role, SourceProxy, TargetProxy, make_plan
-from migproxy.portmap import IPAddress
+from migproxy.portmap import IPAddress, is_address
 from migproxy.proxy import Proxy, ProxyError, Surroundings
 from migproxy.relay.client import Contents
 from migproxy.retention import Ended, Retention
@@ -469,7 +469,7 @@ class Node:
         if vmi is None or vmi.migration is None:
             return
         side = vmi.migration.target_state
-        told = side is None or (side.node_address, side.ports) == (str(address), ports.published())
+        told = side is None or (is_address(side.node_address, address) and side.ports == ports.published())
         if told and (plan.published_address, plan.published) == (address, ports):
             return
         if plan.running:
@@ -729,7 +729,8 @@ class _Worker:
         held = self._node.held.get(self._key)
         problem = self.problem or (proxy.problem if isinstance(proxy, Source) else None) or (held and held.reason)
         state = "running" if self.is_active else "error" if problem else "prepared" if proxy else "preparing"
-        report: dict[str, Any] = {**rows.identity(migration, role), "state": state, "error": problem}
+        told = problem or (proxy.route_problem if isinstance(proxy, Source) else None)
+        report: dict[str, Any] = {**rows.identity(migration, role), "state": state, "error": told}
         if proxy is not None:
             report |= rows.traffic(proxy)
         if proxy is not None and self._node.is_beside:

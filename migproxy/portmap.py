@@ -161,26 +161,16 @@ def _is_unknown(value: object) -> bool:
 def parse_address(text: str) -> IPAddress:
     """Read the address of a migration's target; an IPv6 address may stand in brackets.
 
-    An IPv4-mapped IPv6 address is read as the IPv4 address that the kernel takes it for. Loopback addresses pass: who
-    may migrate there is the plan's to say.
+    Loopback addresses pass: who may migrate there is the plan's to say.
 
     Raises:
-        AddressError: a host name, anything else that is no address, or an address that no target has: unspecified,
-            multicast, broadcast, reserved, or link-local, but for an IPv6 one with the zone to reach it by.
+        AddressError: see `read_address`; or an address that no target has: unspecified, multicast, broadcast,
+            reserved, or IPv4 link-local.
     """
     bracketed = text.startswith("[") and text.endswith("]")
-    try:
-        address: IPAddress
-        address = ipaddress.IPv6Address(text[1:-1]) if bracketed else ipaddress.ip_address(text)
-    except ValueError:
-        raise AddressError(f"{excerpt(text)} is not an IP address") from None
-    address = unmapped(address)
-    zone = getattr(address, "scope_id", None)
-    if zone and not (address.is_link_local and _ZONE.fullmatch(zone)):
-        raise AddressError(f"{excerpt(text)} has a zone: only an interface's name, at a link-local address, may be one")
-    if address.is_link_local and not zone:
-        zoned = ": give its zone too, such as %migration0" if address.version == 6 else ""
-        raise AddressError(f"{address} is link-local, which no migration target is{zoned}")
+    address = read_address(text[1:-1] if bracketed and ":" in text else text)
+    if address.version == 4 and address.is_link_local:
+        raise AddressError(f"{address} is link-local, which no migration target is")
     # Reserved by IPv4 is 240.0.0.0/4, which some clusters use.
     is_reserved = (
         any(address in network for network in _NOBODY)
@@ -190,6 +180,37 @@ def parse_address(text: str) -> IPAddress:
     if address.is_multicast or is_reserved:
         raise AddressError(f"{address} is not the address of a node")
     return address
+
+
+def read_address(text: str) -> IPAddress:
+    """Read an IP address as people write it.
+
+    An IPv4-mapped IPv6 address is read as the IPv4 address that the kernel takes it for. A link-local IPv6 address
+    has a zone, the interface that it is on; by its name, since each node numbers its interfaces its own way.
+
+    Raises:
+        AddressError: a host name, anything else that is no address, a zone missing or where there is none.
+    """
+    try:
+        address: IPAddress = ipaddress.ip_address(text)
+    except ValueError:
+        remedy = next((f": {remedy}" for mistake, remedy in _MISTAKES if mistake.fullmatch(text)), "")
+        raise AddressError(f"{excerpt(text)} is not an IP address{remedy}") from None
+    zone = getattr(address, "scope_id", None)
+    if zone and not (address.is_link_local and _ZONE.fullmatch(zone)):
+        raise AddressError(f"{excerpt(text)} has a zone: only an interface's name, at a link-local address, may be one")
+    address = unmapped(address)
+    if address.version == 6 and address.is_link_local and not zone:
+        raise AddressError(f"{address} is link-local: give the interface that it is on, such as {address}%migration0")
+    return address
+
+
+def is_address(text: str | None, address: IPAddress) -> bool:
+    """Whether a text in a VMI's status means an address, however it is written."""
+    try:
+        return text is not None and parse_address(text) == address
+    except AddressError:
+        return False
 
 
 def unmapped(address: IPAddress) -> IPAddress:
@@ -238,7 +259,19 @@ def target_socket_path(key: str, channel: Channel, libvirt_socket: str = LIBVIRT
     return f"{MIGRATION_PROXY_DIR}/{source_socket_name(key, channel)}"
 
 
-_ZONE = re.compile(r"[A-Za-z0-9._-]{1,15}")  # what the kernel allows, and people use, of IFNAMSIZ
+_ZONE = re.compile(r"(?![0-9]+$)[A-Za-z0-9._-]{1,15}")  # what the kernel allows, and people use, of IFNAMSIZ
+_MISTAKES = tuple(
+    (re.compile(mistake), remedy)
+    for mistake, remedy in (
+        (r"\s.*|.*\s", "write it without spaces"),
+        (r"[0-9.]+", "it has four numbers from 0 to 255, without leading zeros, which some take for octal"),
+        (r"\[[0-9.]+\]", "brackets stand around an IPv6 address alone"),
+        (r"[0-9.]+:[0-9]+|\[.*\]:[0-9]+", "write it without a port"),
+        (r".*,.*", "give one of them"),
+        (r"[0-9A-Fa-f.:]+/[0-9]+", "write it without the length of its network's prefix"),
+        (r"[A-Za-z0-9.-]+", "names are not looked up, give the address that it stands for"),
+    )
+)
 _NOBODY = (ipaddress.IPv4Network("0.0.0.0/8"), ipaddress.IPv4Network("255.255.255.255"))  # RFC 6890, 2.2.2
 _NO_URI_CHARACTER = re.compile(r"[^A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]")
 _DRIVER = re.compile(r"[A-Za-z][A-Za-z0-9.-]*")

@@ -25,9 +25,10 @@ from migproxy.launcher import Launchers, SocketNode, new_unix
 from migproxy.launcherthread import LauncherThread
 from migproxy.limit import Limit
 from migproxy.measure import Measures
+from migproxy.netif import MigrationAddress
 from migproxy.pauses import doubling
 from migproxy.plan import Migration, Role
-from migproxy.portmap import Channel, IPAddress
+from migproxy.portmap import Channel
 from migproxy.relay.client import Lease, RelayClient
 from migproxy.relay.protocol import Way
 from migproxy.sockets import TCPOptions, accept, ready, widen_unix
@@ -78,7 +79,7 @@ class Surroundings:
         launchers: Finds the launchers' folders.
         tcp: Options of the connections between the nodes.
         security: Protects them.
-        local_address: This node's migration address of an IP version (4 or 6); raises ProxyError without one.
+        migration_address: This node's migration addresses of an IP version (4 or 6); raises ProxyError without one.
         dial_timeout: Seconds that the other leg may take to appear, retried meanwhile.
         max_connections: Open connections per channel of a migration; more wait in the listener's queue.
         max_handshakes: Unfinished TLS handshakes per channel of a migration.
@@ -91,7 +92,7 @@ class Surroundings:
     launchers: Launchers
     tcp: TCPOptions
     security: Security
-    local_address: Callable[[int], IPAddress]
+    migration_address: Callable[[int], MigrationAddress]
     dial_timeout: float
     max_connections: int
     max_handshakes: int
@@ -201,6 +202,10 @@ class Proxy(ABC):
     @abstractmethod
     def peer(self, channel: Channel) -> str:
         """Where the other leg of a channel is, for people."""
+
+    def no_answer(self, channel: Channel) -> str:
+        """What to say where nothing was heard of the other leg of a channel in time."""
+        return f"{self.peer(channel)}: no answer"
 
     @property
     def open_connections(self) -> int:
@@ -658,7 +663,7 @@ class Proxy(ABC):
                         last = error
                     await asyncio.sleep(next(pauses))
         except TimeoutError:
-            why = str(last) if last else f"{self.peer(channel)}: no answer"
+            why = str(last) if last else self.no_answer(channel)
             raise DialError(f"{why} (tried for {self.around.dial_timeout:g} s)") from last
 
     def _begin(self, connection: Connection, channel: Channel) -> None:

@@ -5,7 +5,8 @@ whoever opens it waits for, a file whose lock is never free. None of it is follo
 or waited for: it is refused. Who counts as a stranger is decided as the kernel does for sticky folders
 (Documentation/admin-guide/sysctl/fs.rst: protected_regular, protected_symlinks), whether these sysctls are set or not.
 
-What is made here is never wider than it says, whatever the umask.
+What is made here is never wider than it says, whatever the umask. A file that an option names is the administrator's
+own choice, wherever links lead: all that is asked of it is that it ends.
 """
 
 from __future__ import annotations
@@ -78,6 +79,29 @@ def open_file(path: str, flags: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def read_regular(path: str, most: int = 16 << 20) -> bytes:
+    """Reads a file that an option names. A link is followed, as Kubernetes makes them of ConfigMaps and Secrets.
+
+    Args:
+        path: Of the file.
+        most: Bytes that it may have.
+
+    Raises:
+        OSError: It cannot be read, is larger, or is no regular file: others may never answer or end.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file: give one", path)
+        with open(fd, "rb", closefd=False) as file:
+            content = file.read(most + 1)
+    finally:
+        os.close(fd)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", path)
+    return content
 
 
 def write_file(path: str, text: str) -> None:

@@ -10,7 +10,6 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,7 +17,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    IPvAnyAddress,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -37,6 +35,9 @@ from migproxy.pki import (
     Files,
     locate,
 )
+from migproxy.portmap import IPAddress, parse_address, read_address
+from migproxy.safefiles import read_regular
+from migproxy.text import printable
 
 KUBEVIRT_VERSIONS: Mapping[str, Literal["1.2", "1.3"]] = {
     "VersionTLS10": "1.2",
@@ -46,6 +47,7 @@ KUBEVIRT_VERSIONS: Mapping[str, Literal["1.2", "1.3"]] = {
 }
 """KubeVirt's names of the oldest TLS version, and what is spoken for them: nothing older than 1.2 ever is."""
 
+_LONGEST_CONFIG = 1 << 20  # bytes
 _KUBEVIRT_OWNER = (107, 107)  # the qemu user and group of KubeVirt's launcher images
 
 
@@ -70,6 +72,12 @@ def _version(value: object) -> object:
     return KUBEVIRT_VERSIONS.get(value, value) if isinstance(value, str) else value
 
 
+def _address(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError("an IP address in quotes is expected")
+    return parse_address(value)
+
+
 def _port_range(value: object) -> object:
     pair = _pair("-", value)
     if isinstance(pair, tuple) and not 1 <= pair[0] <= pair[1] <= 65535:
@@ -89,9 +97,7 @@ def parse_listen(text: str) -> tuple[str, int] | None:
     bare = host.removeprefix("[").removesuffix("]")
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535 or (":" in bare and host == bare):
         raise ValueError("[ADDRESS]:PORT (an IPv6 ADDRESS in brackets), :PORT, or off is expected")
-    if bare:
-        ip_address(bare)
-    return bare, int(port)
+    return str(read_address(bare)) if bare else "", int(port)
 
 
 class Settings(BaseModel):
@@ -124,10 +130,10 @@ class Settings(BaseModel):
     migration_interface: str = Field(
         "migration0", min_length=1, description="Interface whose first global-unicast address is the migration address."
     )
-    migration_address: IPvAnyAddress | None = Field(
+    migration_address: Annotated[IPAddress | None, BeforeValidator(_address)] = Field(
         None, description="The migration address itself, instead of an interface's."
     )
-    pod_ip: IPvAnyAddress | None = Field(
+    pod_ip: Annotated[IPAddress | None, BeforeValidator(_address)] = Field(
         None,
         description="The migration address where the interface does not exist. Also read from MY_POD_IP.",
         json_schema_extra={"env": "MY_POD_IP"},
@@ -417,14 +423,17 @@ def load(given: Mapping[str, Any], origins: Mapping[str, str], config: str | Non
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        with open(path, "rb") as file:
-            table = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"--config {path}: {error}") from error
+        table = tomllib.loads(read_regular(path, _LONGEST_CONFIG).decode())
+    except OSError as error:
+        raise SettingsError(f"--config {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"--config {path}: not TOML in UTF-8: {error}") from error
     unknown = sorted(set(table) - {key(field) for field in Settings.model_fields})
     if unknown:
         raise SettingsError(
-            "\n".join(f"{path}: {name}: there is no such option; see `migproxy run --help`" for name in unknown)
+            "\n".join(
+                f"{path}: {printable(name)}: there is no such option; see `migproxy run --help`" for name in unknown
+            )
         )
     values = {name.replace("-", "_"): value for name, value in table.items()}
     return values, {field: f"{path}: {key(field)}" for field in values}

@@ -9,10 +9,12 @@ import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any
 
 import structlog
 
-from migproxy.portmap import IPAddress
+from migproxy.portmap import IPAddress, unmapped
 
 log = structlog.get_logger(__name__)
 
@@ -80,12 +82,12 @@ def listen_tcp(address: IPAddress, port: int, options: TCPOptions) -> socket.soc
         PortTaken: The port is in use on that address.
         OSError: Anything else, such as an address that is not this machine's (EADDRNOTAVAIL).
     """
-    sock = socket.socket(_family(address), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.socket(family(address), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         # Connections of an earlier listener that linger in TIME_WAIT do not keep its port.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         options.apply(sock)
-        sock.bind((str(address), port))
+        sock.bind(sockaddr(address, port))
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -101,12 +103,12 @@ def new_tcp(local: IPAddress, options: TCPOptions) -> socket.socket:
     Raises:
         OSError: `local` is not this machine's address.
     """
-    sock = socket.socket(_family(local), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.socket(family(local), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         options.apply(sock)
         # The port is chosen at connect, where the same one can serve several destinations (ip(7)).
         sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-        sock.bind((str(local), 0))
+        sock.bind(sockaddr(local, 0))
     except OSError:
         sock.close()
         raise
@@ -122,7 +124,7 @@ async def connect_tcp(sock: socket.socket, address: IPAddress, port: int) -> Non
     Raises:
         OSError: The peer refuses or cannot be reached.
     """
-    error = sock.connect_ex((str(address), port))
+    error = sock.connect_ex(sockaddr(address, port))
     if error == errno.EINPROGRESS:
         await ready(sock.fileno(), writing=True)
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -177,5 +179,31 @@ def widen_unix(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
 
 
-def _family(address: IPAddress) -> socket.AddressFamily:
+def family(address: IPAddress) -> socket.AddressFamily:
+    """The family of an address's sockets."""
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def sockaddr(address: IPAddress, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    """An address and port as the methods of sockets take them; of an address with a zone, they would drop that.
+
+    Raises:
+        OSError: There is no interface of the zone's name (ENODEV).
+    """
+    host, _, zone = str(address).partition("%")
+    if not zone:
+        return host, port
+    try:
+        return host, port, 0, socket.if_nametoindex(zone)
+    except OSError as error:
+        raise OSError(errno.ENODEV, f"there is no interface {zone}") from error
+
+
+def address_of(name: tuple[Any, ...]) -> IPAddress:
+    """The address in what `getsockname` or `getpeername` of a TCP or UDP socket says, with its zone.
+
+    Raises:
+        OSError: The zone's interface has gone.
+    """
+    host, _, *zone = name
+    return unmapped(ip_address(f"{host}%{socket.if_indextoname(zone[1])}" if zone and zone[1] else host))

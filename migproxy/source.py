@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import socket
@@ -15,17 +16,19 @@ from functools import partial
 
 from asyncinotify import Mask
 
+from migproxy import route
 from migproxy.beneath import open_beneath
 from migproxy.fds import quench, reset
 from migproxy.greeting import Greet
 from migproxy.launcher import LauncherError, RunDir, SocketNode
 from migproxy.launcherthread import NoAnswer
+from migproxy.netif import MigrationAddress
 from migproxy.pauses import doubling
 from migproxy.plan import Reason, Role, SourceProxy
-from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, source_socket_name
+from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, IPAddress, source_socket_name
 from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
 from migproxy.relay.client import Lease
-from migproxy.sockets import BACKLOG, connect_tcp, new_tcp
+from migproxy.sockets import BACKLOG, address_of, connect_tcp, new_tcp
 from migproxy.tls import Meeting
 from migproxy.tlserrors import Reason as TLSReason
 from migproxy.tlserrors import TLSError
@@ -43,6 +46,7 @@ _PASSING = {Reason.UNANNOUNCED, Reason.VERSION, Reason.MALFORMED, Reason.CHANNEL
 _LONGEST_PAUSE = 1.0  # seconds between two times that what has failed is tried
 _LOOK_SECONDS = 1.5  # between two looks whether the launcher's folder is the same: nobody tells of one above it
 _WORKSHOP = ".migproxy-new"
+_ANSWERS = {errno.ECONNREFUSED, errno.ECONNRESET}  # of the target: packets find their way
 _CALM = 1.0  # seconds without a replacement after which the next one is put back at once again
 
 
@@ -408,6 +412,7 @@ class Source(Proxy):
     Attributes:
         plan: What it does now.
         problem: What keeps its sockets from being in place, None while they are.
+        route_problem: Why the target is not reached, or may not answer; None where nothing says so.
     """
 
     role = Role.SOURCE
@@ -425,6 +430,7 @@ class Source(Proxy):
         self.plan = plan
         self._led = plan.address, plan.ports
         self.problem: str | None = None
+        self.route_problem: str | None = None
         self._watcher = watcher
         self._owner = owner
         self._folders = folders
@@ -473,6 +479,7 @@ class Source(Proxy):
         if (self._keeper is None or self._keeper.done()) and not self._gives_back:
             self._keeper = asyncio.create_task(self._keep())
         self.problem = None
+        self._look_at_route(must=plan.beside is None)  # else there is virt-handler's way as well
 
     async def _place_all(self) -> list[str]:
         async with self._change:
@@ -649,18 +656,66 @@ class Source(Proxy):
     def _new_tcp(self, channel: Channel) -> socket.socket:
         if self.plan.address is None or channel not in self.plan.ports:
             raise OSError(f"the target has no port for channel {channel.label}")
-        local = self.around.local_address(self.plan.address.version)
+        local = route.local_address(self.plan.address, self._own(self.plan.address))
         try:
             return new_tcp(local, self.around.tcp)
         except OSError as error:
             raise OSError(f"cannot connect from {local}: {error.strerror}") from error
 
     async def _connect(self, sock: socket.socket, channel: Channel) -> None:
-        assert self.plan.address
+        target = self.plan.address
+        assert target
         try:
-            await connect_tcp(sock, self.plan.address, self.plan.ports[channel])
+            await connect_tcp(sock, target, self.plan.ports[channel])
         except OSError as error:
-            raise OSError(f"{self.peer(channel)}: {error.strerror}") from error
+            if error.errno in _ANSWERS:
+                raise OSError(f"{self.peer(channel)}: {error.strerror}") from error
+            local = address_of(sock.getsockname())
+            found = route.look_up(target, local)
+            if found.refusal:
+                raise DialError(route.no_route(target, self._own(target), local, found)) from error
+            raise OSError(f"{self.peer(channel)}: {error.strerror} (packets from {local}{found})") from error
+
+    def no_answer(self, channel: Channel) -> str:
+        """See Proxy; says where the packets have gone."""
+        silence, target = super().no_answer(channel), self.plan.address
+        try:
+            assert target
+            local = route.local_address(target, self._own(target))
+        except ProxyError:  # it has gone meanwhile
+            return silence
+        return f"{silence} to packets from {local}{route.look_up(target, local)}"
+
+    def _own(self, target: IPAddress) -> MigrationAddress:
+        return self.around.migration_address(target.version)
+
+    def _look_at_route(self, *, must: bool) -> None:
+        """Says before the first connection that none would get to the target, or might stay unanswered.
+
+        Args:
+            must: Whether it is an error if none would.
+
+        Raises:
+            ProxyError: It is: no route leads there, or this node has no address of the target's IP version.
+        """
+        target = self.plan.address
+        try:
+            departure = route.depart(target, self._own(target)) if target else None
+        except ProxyError:
+            if must:
+                raise
+            return
+        problem = departure.problem if departure else None
+        is_new, self.route_problem = problem != self.route_problem, problem
+        if departure and must and not departure.has_route:
+            raise ProxyError(problem)
+        if problem and is_new:
+            self.log.warning("target may not be reached", why=problem)
+
+    def sample(self) -> None:
+        """See Proxy; looks at the route too, which changes without a word to us."""
+        super().sample()
+        self._look_at_route(must=False)
 
     def meeting(self, channel: Channel) -> Meeting:
         """See Proxy."""
@@ -732,7 +787,7 @@ class Source(Proxy):
                 reason = Reason.UNREADY
         except ProxyError as error:
             why, reason = str(error), Reason.UNREADY
-        except OSError as error:
+        except (OSError, DialError) as error:
             why, reason = str(error), Reason.UNREACHABLE
         raise _NoWay(reason, why)
 

@@ -8,7 +8,6 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import ip_address
 
 from migproxy.announcement import Announcement
 from migproxy.fds import quench
@@ -17,7 +16,7 @@ from migproxy.plan import Role, TargetProxy
 from migproxy.portmap import Channel, IPAddress, PortMap, target_socket_path
 from migproxy.proxy import DialError, Proxy, ProxyError, Surroundings
 from migproxy.relay.client import Lease
-from migproxy.sockets import PortTaken, listen_tcp
+from migproxy.sockets import PortTaken, address_of, listen_tcp
 from migproxy.survival import LeftListener
 from migproxy.tls import Meeting
 
@@ -188,9 +187,8 @@ class Target(Proxy):
         """Takes the listener that an earlier daemon left, if it is where this one has to be."""
         found = None
         for left in self.inherit(channel):
-            host, its_port = left.socket.getsockname()[:2]
-            is_here = ip_address(host) == address
-            if found is None and is_here and port in (None, its_port):
+            name = left.socket.getsockname()
+            if found is None and address_of(name) == address and port in (None, name[1]):
                 found = _Bound(left.socket, left)
             else:
                 left.close()

@@ -6,15 +6,18 @@ import errno
 import os
 import socket
 import ssl
+import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 import structlog
 
 from migproxy import httpd, pages
 from migproxy.limit import Limit
 from migproxy.measure import Measures
+from migproxy.sockets import sockaddr
 
 log = structlog.get_logger(__name__)
 
@@ -101,12 +104,14 @@ def _listen(options: HTTPOptions) -> socket.socket:
     dual = not options.host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual or ":" in options.host else socket.AF_INET
     try:
-        return socket.create_server((options.host, options.port), family=family, dualstack_ipv6=dual, backlog=_BACKLOG)
+        where = sockaddr(ip_address(options.host), options.port) if options.host else ("", options.port)
+        return socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=_BACKLOG)
     except OSError as error:
         remedies = {
             errno.EADDRINUSE: f"another program listens there (ss -ltnp 'sport = :{options.port}'): end it, "
             "choose another port, or off",
             errno.EADDRNOTAVAIL: "it is not an address of this machine",
+            errno.ENODEV: "there is no interface of the name after the %",
             errno.EACCES: "ports below 1024 need root (CAP_NET_BIND_SERVICE)",
         }
         remedy = remedies.get(error.errno or 0, "choose another")
@@ -156,4 +161,6 @@ class _Certificate:
 
 def _identity(path: str) -> tuple[int, int, int]:
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # OpenSSL would wait for what a FIFO says
+        raise OSError(errno.EINVAL, "one is no regular file", path)
     return status.st_dev, status.st_ino, status.st_mtime_ns

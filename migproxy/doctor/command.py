@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import signal
 import sys
@@ -11,11 +10,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from migproxy import route
 from migproxy.doctor import api, host, peer
 from migproxy.doctor.finding import Finding, Level, render
 from migproxy.doctor.peer import PeerError
 from migproxy.netif import AddressWatcher, MigrationAddress
-from migproxy.portmap import IPAddress
+from migproxy.portmap import AddressError, IPAddress, parse_address
 from migproxy.settings import Settings, option
 
 __all__ = ["PeerError", "Request", "examine", "serve"]
@@ -131,12 +131,12 @@ def _findings(request: Request) -> Iterator[Finding]:
 
 def _check_peer(request: Request, peer_address: str, address: MigrationAddress) -> Iterator[Finding]:
     try:
-        far = ipaddress.ip_address(peer_address)
-    except ValueError as error:
+        far = parse_address(peer_address)
+    except AddressError as error:
         yield Finding("peer", Level.FAIL, str(error), "give --peer the other node's migration address")
         return
-    local = next((one for one in address.addresses if one.version == far.version), None)
-    if local is None:
+    own = address.of_version(far.version)
+    if own is None:
         yield Finding(
             "peer",
             Level.FAIL,
@@ -144,8 +144,12 @@ def _check_peer(request: Request, peer_address: str, address: MigrationAddress) 
             f"give {request.settings.migration_interface} one, or say --migration-address",
         )
         return
+    departure = route.depart(far, own)
+    yield host.check_route(departure, far)
+    if not departure.has_route:
+        return
     mtu = host.interface_mtu(request.settings.migration_interface)
-    yield from peer.check_peer(far, request.port, local, mtu, request.daemon_options, request.seconds)
+    yield from peer.check_peer(far, request.port, departure.address, mtu, request.daemon_options, request.seconds)
 
 
 def serve(request: Request) -> int:
@@ -168,5 +172,5 @@ def serve(request: Request) -> int:
 
 
 def _address(settings: Settings) -> MigrationAddress:
-    override, pod_ip = (one and ipaddress.ip_address(str(one)) for one in (settings.migration_address, settings.pod_ip))
-    return asyncio.run(host.migration_address(AddressWatcher(settings.migration_interface, override, pod_ip)))
+    watcher = AddressWatcher(settings.migration_interface, settings.migration_address, settings.pod_ip)
+    return asyncio.run(host.migration_address(watcher))

@@ -26,6 +26,8 @@ from migproxy.fds import peer_of
 from migproxy.lifeline import is_locked
 from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.portmap import IPAddress
+from migproxy.route import Departure
+from migproxy.safefiles import read_regular
 from migproxy.sockets import PortTaken, TCPOptions, listen_tcp
 from migproxy.splice import PIPE_SIZES, Pipe
 from migproxy.verify import issued
@@ -132,6 +134,14 @@ def check_address(address: MigrationAddress) -> Finding:
         problem, _, remedy = (address.problem or "none").partition(": ")
         return Finding("migration address", Level.FAIL, problem, remedy or f"give {address.source} an address")
     return Finding("migration address", Level.OK, f"{address.addresses[0]} ({address.source})")
+
+
+def check_route(departure: Departure, far: IPAddress) -> Finding:
+    """Whether packets find their way to another node's migration address."""
+    if departure.problem:
+        found, _, remedy = departure.problem.rpartition(": ")
+        return Finding("route", Level.WARN if departure.has_route else Level.FAIL, found, remedy)
+    return Finding("route", Level.OK, f"to {far} from {departure.address}")
 
 
 def check_interface(name: str) -> Iterator[Finding]:
@@ -292,7 +302,7 @@ def _cas(roots: Sequence[x509.Certificate]) -> Iterator[tuple[str, x509.Certific
 
 def _certificates(path: str) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificates(Path(path).read_bytes())
+        return x509.load_pem_x509_certificates(read_regular(path))
     except ValueError as error:
         raise ValueError(f"{path}: no PEM certificate in it: {error}") from error
 
@@ -303,7 +313,7 @@ def _reason(error: Exception) -> str:
 
 def _check_key(leaf: x509.Certificate, path: str) -> Finding:
     try:
-        key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
+        key = serialization.load_pem_private_key(read_regular(path), None)
     except (OSError, ValueError, TypeError) as error:
         return Finding(
             "key", Level.FAIL, f"{path}: {_reason(error)}", "name the certificate's unencrypted key with --tls-key"

@@ -28,7 +28,7 @@ from migproxy import control
 from migproxy.doctor.finding import Finding, Level
 from migproxy.doctor.host import check_clock
 from migproxy.portmap import MIGRATION_PROXY_DIR, Channel, IPAddress, source_socket_name
-from migproxy.sockets import TCPOptions, new_tcp
+from migproxy.sockets import TCPOptions, family, new_tcp, sockaddr
 from migproxy.status import size
 
 PORT: Final = 9471
@@ -150,7 +150,7 @@ def serve(address: IPAddress, port: int, options: Sequence[str]) -> Iterator[Non
     with ExitStack() as stack:
         udp = stack.enter_context(_udp(address))
         try:
-            udp.bind((str(address), port))
+            udp.bind(sockaddr(address, port))
         except OSError as error:
             raise PeerError(f"UDP port {port} of {address}: {error.strerror}: choose another --peer-port") from error
         threading.Thread(target=_answer_packets, args=(udp,), daemon=True).start()
@@ -244,7 +244,7 @@ def _check_reachable(peer: IPAddress, port: int, local: IPAddress) -> Finding:
     try:
         with new_tcp(local, TCPOptions("system")) as sock:
             sock.settimeout(5)
-            sock.connect((str(peer), port))
+            sock.connect(sockaddr(peer, port))
     except ConnectionRefusedError:
         return Finding(name, Level.FAIL, f"nobody listens at {where}", "start `migproxy doctor --serve` on that node")
     except OSError as error:
@@ -324,8 +324,8 @@ def _check_path_mtu(peer: IPAddress, port: int, local: IPAddress, mtu: int) -> F
     """The largest packet that gets through whole, found by halving."""
     name = "path MTU"
     with _udp(local) as udp:
-        udp.bind((str(local), 0))
-        udp.connect((str(peer), port))
+        udp.bind(sockaddr(local, 0))
+        udp.connect(sockaddr(peer, port))
         udp.settimeout(0.3)
         low, high = _SMALLEST[peer.version], mtu
         if not _passes(udp, low):
@@ -346,7 +346,7 @@ def _check_path_mtu(peer: IPAddress, port: int, local: IPAddress, mtu: int) -> F
 
 
 def _udp(address: IPAddress) -> socket.socket:
-    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
+    sock = socket.socket(family(address), socket.SOCK_DGRAM)
     sock.setsockopt(*_PROBE[address.version])
     return sock
 

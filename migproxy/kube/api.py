@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -247,6 +248,7 @@ class ApiServer:
             if self._kubeconfig is None:
                 load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
             else:
+                _check_kind(self._kubeconfig)
                 await load_kube_config(
                     self._kubeconfig, self._context, client_configuration=configuration, persist_config=False
                 )
@@ -260,6 +262,11 @@ class ApiServer:
             raise ConfigurationError(f"--kubeconfig {self._kubeconfig}: {error or type(error).__name__}") from error
         self.host = str(configuration.host)
         return client
+
+
+def _check_kind(path: str) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):  # a FIFO might never answer
+        raise ValueError("it is no regular file: give one")
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> ApiError:

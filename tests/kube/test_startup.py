@@ -1,5 +1,6 @@
 """What the Kubernetes side costs a daemon before it does anything, and what it says when it cannot start."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,12 @@ def test_kubeconfig_that_cannot_be_used_is_named(tmp_path: Path, content: str | 
     if content is not None:
         path.write_text(content)
     assert f"--kubeconfig {path}: " in migproxy("--kubeconfig", str(path), "--control-socket", str(tmp_path / "c"))
+
+
+def test_kubeconfig_that_is_a_fifo_is_named_and_nobody_waits_for_its_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "kubeconfig")
+    told = migproxy("--kubeconfig", f"{tmp_path}/kubeconfig", "--control-socket", str(tmp_path / "c"))
+    assert told.endswith(f"--kubeconfig {tmp_path}/kubeconfig: it is no regular file: give one\n")
 
 
 def test_contradicting_options_are_named(tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from migproxy.inventory.kube import KubeInventory
 from migproxy.kube.api import ApiServer
 from migproxy.kube.reflector import Pace
 from migproxy.launcher import Launchers
-from migproxy.netif import AddressWatcher
+from migproxy.netif import AddressWatcher, MigrationAddress
 from migproxy.node import Node, NodeOptions
-from migproxy.portmap import IPAddress
 from migproxy.proxy import Surroundings
 from migproxy.relay.client import Contents
 from migproxy.sockets import TCPOptions
@@ -125,8 +124,8 @@ class LocalNode:
             left: What an earlier daemon has left at the relay.
         """
 
-        def local_address(version: int) -> IPAddress:
-            return self.address
+        def migration_address(version: int) -> MigrationAddress:
+            return MigrationAddress((self.address,), "--migration-address", None)
 
         async with relaying() as relay, Watcher() as watcher, ApiServer(str(kubeconfig)) as api:
             self.node = Node(
@@ -135,7 +134,7 @@ class LocalNode:
                     launchers=Launchers(pattern or f"{self.launchers}/{{uid}}", pods),
                     tcp=TCPOptions(),
                     security=self.security,
-                    local_address=local_address,
+                    migration_address=migration_address,
                     dial_timeout=5,
                     max_connections=self.max_connections,
                     max_handshakes=8,

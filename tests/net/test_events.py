@@ -414,6 +414,25 @@ async def test_address_that_changes_after_the_start_moves_the_listeners_and_publ
     assert vm.path.read_bytes() == before
 
 
+async def test_ipv4_mapped_addresses_in_a_status_are_this_nodes_own(nodes: Nodes) -> None:
+    await nodes.start()
+    vm, mapped, ports = nodes.migration(block=False), f"::ffff:{nodes.target.address}", {"47101": 0, "47102": 49152}
+    vm.begin(
+        targetNodeAddress=mapped,
+        targetDirectMigrationNodePorts=ports,
+        targetState={"nodeAddress": mapped, "directMigrationNodePorts": {**ports}},
+        startTimestamp="2026-01-01T00:00:00Z",
+    )
+    before = vm.path.read_bytes()
+
+    await until(lambda: vm.report(nodes.target).get("state") == "running", "the target to listen")
+    await until(vm.source_path(Channel.DIRECT).is_socket, "the source's socket")
+    async with vm.connection() as (near, far):
+        await assert_carries(near, far)
+    assert vm.report(nodes.target)["error"] is None
+    assert vm.path.read_bytes() == before
+
+
 async def test_address_that_goes_is_told_and_everything_goes_on_when_it_returns(interfaces: Nodes) -> None:
     vm = interfaces.migration()
     vm.begin()

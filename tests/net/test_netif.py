@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from pyroute2.netlink.rtnl import RTM_GETLINK
 from pyroute2.netlink.rtnl.ifaddrmsg import (
     IFA_F_DADFAILED,
     IFA_F_DEPRECATED,
@@ -66,7 +67,7 @@ def interface(*addresses: str | tuple[str, int], is_up: bool = True) -> Interfac
 )
 def test_the_first_usable_address_in_the_kernels_order(addresses: list[Any], expected: list[str]) -> None:
     chosen = choose("migration0", interface(*addresses), pod_ip=ip_address("10.9.9.9"))
-    assert chosen == MigrationAddress(tuple(map(ip_address, expected)), "interface migration0", None)
+    assert chosen == MigrationAddress(tuple(map(ip_address, expected)), "interface migration0", None, "migration0")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,8 @@ def test_an_interface_without_a_usable_address_is_a_problem_and_never_the_pod_ip
 
 def test_the_pod_ip_serves_only_where_the_interface_does_not_exist() -> None:
     pod_ip = ip_address("10.9.9.9")
-    assert choose("migration0", None, pod_ip=pod_ip) == MigrationAddress((pod_ip,), "--pod-ip", None)
+    chosen = choose("migration0", None, pod_ip=pod_ip, holders={pod_ip: "eth0"})
+    assert chosen == MigrationAddress((pod_ip,), "--pod-ip", None, "eth0")
     nothing = choose("migration0", None)
     assert not nothing.addresses
     assert nothing.problem
@@ -100,14 +102,20 @@ def test_the_pod_ip_serves_only_where_the_interface_does_not_exist() -> None:
 
 def test_the_override_beats_all_and_must_be_an_address_of_this_node() -> None:
     override = ip_address("10.2.2.2")
-    good = choose("migration0", interface("10.1.1.1"), override=override, pod_ip=ip_address("10.9.9.9"))
-    assert good == MigrationAddress((override,), "--migration-address", None)
-    for address, foreign in (("10.2.2.2", ["10.2.2.2"]), ("0.0.0.0", []), ("ff02::1", [])):
-        bad = choose("migration0", None, override=ip_address(address), foreign=[*map(ip_address, foreign)])
-        assert not bad.addresses
-        assert bad.problem
-        assert address in bad.problem
-        assert "--migration-address" in bad.problem
+    good = choose(
+        "migration0", interface("10.1.1.1"), override=override, pod_ip=ip_address("10.9.9.9"), holders={override: "lo"}
+    )
+    assert good == MigrationAddress((override,), "--migration-address", None, "lo")
+    bad = choose("migration0", interface("10.1.1.1"), override=override)
+    assert not bad.addresses
+    assert bad.problem == (
+        "10.2.2.2 is not an address of this node: add it to an interface, or change --migration-address"
+    )
+
+
+def test_no_packet_leaves_by_an_interface_that_only_holds_an_address() -> None:
+    chosen = choose("bgp0", Interface(True, (InterfaceAddress(ip_address("10.1.1.1")),), carries=False))
+    assert chosen == MigrationAddress((ip_address("10.1.1.1"),), "interface bgp0", None, None)
 
 
 # Real interfaces
@@ -167,7 +175,7 @@ def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..
 async def test_the_state_now_comes_first_and_then_each_change(link: str) -> None:
     ip("address", "add", "10.1.1.1/24", "dev", link)
     follower = Follower(AddressWatcher(link))
-    assert await follower.next() == MigrationAddress((ip_address("10.1.1.1"),), f"interface {link}", None)
+    assert await follower.next() == MigrationAddress((ip_address("10.1.1.1"),), f"interface {link}", None, link)
     ip("address", "add", "10.1.2.1/24", "dev", link)
     await follower.until("10.1.1.1", "10.1.2.1")
     ip("address", "delete", "10.1.1.1/24", "dev", link)
@@ -264,8 +272,43 @@ async def test_an_override_is_followed_too(link: str) -> None:
 @on_both_loops
 async def test_any_loopback_address_may_be_given(link: str) -> None:
     follower = Follower(AddressWatcher(link, override=ip_address("127.0.0.2")))
-    await follower.until("127.0.0.2")
+    assert (await follower.until("127.0.0.2")).interface is None
     await follower.states.aclose()
+
+
+@on_both_loops
+async def test_the_interface_of_an_address_that_is_given_is_found(link: str) -> None:
+    ip("address", "add", "10.1.1.5/24", "dev", link)
+    ip("address", "add", "fe80::5/64", "dev", link, "nodad")
+    ip("address", "add", "fe80::5/64", "dev", f"{link}-peer", "nodad")
+    for address in ("10.1.1.5", f"fe80::5%{link}", f"fe80::5%{link}-peer"):
+        follower = Follower(AddressWatcher("no-such", override=ip_address(address)))
+        assert (await follower.until(address)).interface == (address.partition("%")[2] or link)
+        await follower.states.aclose()
+    follower = Follower(AddressWatcher("no-such", override=ip_address("fe80::5%no-such")))
+    await follower.until(problem="fe80::5%no-such is not an address of this node")
+    await follower.states.aclose()
+
+
+@pytest.mark.parametrize(("kind", "carries"), [("veth", True), ("dummy", False)])
+def test_a_dummy_interface_is_none_to_leave_by(
+    link: str, kind: str, carries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not each kernel has them: another one's answer says that it is one."""
+    ask = netif.request
+
+    def request(message: Any, what: int, flags: int) -> list[Any]:
+        answers = ask(message, what, flags)
+        for one in answers:
+            for name, value in one["attrs"] if what == RTM_GETLINK else ():
+                if name == "IFLA_LINKINFO":
+                    value["attrs"] = [("IFLA_INFO_KIND", kind)]
+        return answers
+
+    monkeypatch.setattr(netif, "request", request)
+    state = netif.read_interface(link)
+    assert state
+    assert state.carries is carries
 
 
 @on_both_loops

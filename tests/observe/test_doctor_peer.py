@@ -98,6 +98,18 @@ async def test_a_peer_that_is_not_there(lab: Lab) -> None:
     assert "firewalls" in found["peer reachable"]["remedy"]
 
 
+async def test_a_peer_that_no_route_leads_to(lab: Lab) -> None:
+    status, found = await examine(lab.nodes[0], "--peer", "10.5.5.5")
+    assert status == 1
+    assert found["route"]["level"] == "fail"
+    assert f"no route from {lab.nodes[0].address} (interface migration0) to 10.5.5.5" in found["route"]["finding"]
+    assert "peer reachable" not in found
+
+    status, found = await examine(lab.nodes[0], "--peer", "node02")
+    assert status == 1
+    assert "names are not looked up" in found["peer"]["finding"]
+
+
 async def test_an_interface_without_carrier_or_with_a_small_mtu(lab: Lab) -> None:
     node = lab.nodes[0]
     await run(*node.prefix("net"), "ip", "link", "set", "migration0", "mtu", "1400")

@@ -30,6 +30,7 @@ from migproxy.doctor.finding import Finding, Level, render
 from migproxy.lifeline import Lifeline
 from migproxy.netif import MigrationAddress
 from migproxy.pki import SERVER_NAMES
+from migproxy.route import Route, choose
 from migproxy.settings import Settings
 from tests.relays import Speaker, relay_thread
 
@@ -91,6 +92,16 @@ def test_no_migration_address() -> None:
     missing = MigrationAddress((), "interface migration0", "there is no interface migration0: create it, or give ...")
     failing(host.check_address(missing), Level.FAIL, "create it")
     assert host.check_address(MigrationAddress((LOOPBACK,), "--migration-address", None)).level is Level.OK
+
+
+def test_the_way_to_a_peer_and_what_is_wrong_with_it() -> None:
+    far, own = ip_address("10.3.3.3"), MigrationAddress((LOOPBACK,), "interface migration0", None, "migration0")
+    found = host.check_route(choose(far, own, LOOPBACK, lambda _: Route()), far)
+    assert found == Finding("route", Level.OK, f"to {far} from {LOOPBACK}")
+    for route, level in ((Route("eth0"), Level.WARN), (Route(refusal="the kernel has none"), Level.FAIL)):
+        found = host.check_route(choose(far, own, None, {LOOPBACK: route}.__getitem__), far)
+        failing(found, level, "ip route add 10.3.3.3 via ROUTER dev migration0")
+        assert f"from {LOOPBACK} (interface migration0) to {far}" in found.finding
 
 
 def test_ports_that_are_taken_or_used_by_others(tmp_path: Path) -> None:

@@ -200,6 +200,30 @@ def test_what_is_no_address_of_a_node_is_refused(text: str) -> None:
     assert len(str(refused.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("node02.example.org", "names are not looked up, give the address that it stands for"),
+        ("cafe", "names are not looked up"),
+        (" 10.1.1.1", "write it without spaces"),
+        ("10.1.1.1\n", "write it without spaces"),
+        ("010.1.1.1", "four numbers from 0 to 255, without leading zeros"),
+        ("10.1.1.256", "four numbers from 0 to 255"),
+        ("10.1.1", "four numbers from 0 to 255"),
+        ("[10.1.1.1]", "brackets stand around an IPv6 address alone"),
+        ("10.1.1.1:80", "write it without a port"),
+        ("[fd00::1]:80", "write it without a port"),
+        ("10.1.1.1,fd00::1", "give one of them"),  # a pod's status.podIPs
+        ("10.1.1.1/24", "write it without the length of its network's prefix"),
+        ("fe80::1", "give the interface that it is on, such as fe80::1%migration0"),
+        ("fe80::1%2", "only an interface's name"),  # whose number is another on each node
+    ],
+)
+def test_a_mistake_that_people_make_is_told_with_its_remedy(text: str, remedy: str) -> None:
+    with pytest.raises(AddressError, match=remedy):
+        parse_address(text)
+
+
 # --- keys and socket names
 
 

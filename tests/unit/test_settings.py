@@ -1,5 +1,8 @@
 """The daemon's options: three places, one check, and messages that say where a wrong one came from."""
 
+import os
+from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("port_range", "10-9", "the lower one first"),
         ("port_range", "1000-65536", "from 1 to 65535"),
         ("socket_owner", "qemu", "two numbers joined by ':'"),
-        ("migration_address", "host", "IPv4 or IPv6"),
+        ("migration_address", "host", "names are not looked up"),
+        ("migration_address", "0.0.0.0", "is not the address of a node"),
+        ("migration_address", "fe80::1", "give the interface that it is on, such as fe80::1%migration0"),
+        ("migration_address", 167837953, "an IP address in quotes is expected"),
+        ("pod_ip", "fe80::1%2", "only an interface's name"),
+        ("pod_ip", "10.1.1.1/24", "without the length of its network's prefix"),
+        ("http_listen", "[fe80::1]:9470", "give the interface that it is on"),
         ("launcher_run_dir", "/proc/{pod}/root", "unknown placeholders"),
         ("launcher_run_dir", "run", "not an absolute path"),
         ("libvirt_socket", "/run/libvirt-sock", "pattern"),
@@ -44,7 +53,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("handshake_timeout", "0", "greater than 0"),
     ],
 )
-def test_wrong_value_is_named_with_its_origin_and_the_reason(field: str, value: str, why: str) -> None:
+def test_wrong_value_is_named_with_its_origin_and_the_reason(field: str, value: object, why: str) -> None:
     with pytest.raises(SettingsError) as raised:
         load(GIVEN | {field: value}, {field: "MIGPROXY_SOMETHING"}, None)
     assert str(raised.value).startswith(f"MIGPROXY_SOMETHING: {value!r}: ")
@@ -99,6 +108,46 @@ def test_file_that_is_no_toml_is_told_with_the_line(tmp_path: Path, text: str) -
 def test_missing_file_is_told() -> None:
     with pytest.raises(SettingsError, match=r"--config /nonesuch: .*No such file"):
         load(GIVEN, {}, "/nonesuch")
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Path.mkdir, "it is no regular file: give one"),
+        (fifo, "it is no regular file: give one"),  # nobody waits for its writer
+        (lambda path: path.symlink_to("/dev/zero"), "it is no regular file: give one"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+        (lambda path: path.write_bytes(b'node-name = "\xe9"\n'), "not TOML in UTF-8: .* byte 0xe9 in position 13"),
+        (lambda path: path.write_bytes(b"#" * (1 << 20) + b"\n"), "it has more than 1048576 bytes"),
+        (lambda path: path.write_text("a = " + "[" * 100_000), "not TOML in UTF-8"),
+        (lambda path: path.write_text("a = 1" + "0" * 5000), "not TOML in UTF-8"),
+        (lambda path: path.write_text('"\\n\\u001b[2J" = 1'), r"\\n\\x1b\[2J: there is no such option"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_in_one_line(
+    tmp_path: Path, make: Callable[[Path], object], why: str
+) -> None:
+    config = tmp_path / "migproxy.toml"
+    make(config)
+    with pytest.raises(SettingsError, match=rf"{config}: {why}") as raised:
+        load({}, {}, str(config))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_file_may_be_a_link_as_kubernetes_makes_them(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text('vmi-dir = "/vmis"\n')
+    (tmp_path / "migproxy.toml").symlink_to("data")
+    assert load({}, {}, str(tmp_path / "migproxy.toml")).vmi_dir == "/vmis"
+
+
+def test_an_address_counts_as_what_the_kernel_takes_it_for() -> None:
+    settings = load(GIVEN | {"migration_address": "::ffff:10.1.1.1", "pod_ip": "fe80::1%migration0"}, {}, None)
+    assert settings.migration_address == ip_address("10.1.1.1")
+    assert settings.pod_ip == ip_address("fe80::1%migration0")
 
 
 def test_pod_ip_has_kubernetes_usual_variable_too() -> None:

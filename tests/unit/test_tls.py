@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
@@ -514,6 +515,14 @@ async def test_files_that_cannot_be_used_leave_the_last_good_ones_in_force(clust
 def test_a_daemon_without_certificates_says_which_file_is_missing_and_what_to_do(cluster: Cluster) -> None:
     (cluster.folder / "server/tls.key").unlink()
     with pytest.raises(SecurityError, match=r"server/tls\.key: No such file.*--tls-dir.*--disable-tls"):
+        cluster.security()
+
+
+@pytest.mark.parametrize("name", ["server/tls.crt", "client/tls.key", "ca.crt"])
+def test_a_fifo_in_place_of_a_certificate_is_told_and_nobody_waits_for_its_writer(cluster: Cluster, name: str) -> None:
+    (cluster.folder / name).unlink()
+    os.mkfifo(cluster.folder / name)
+    with pytest.raises(SecurityError, match=rf"{name}.*no regular file"):
         cluster.security()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import gzip
 import json
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -209,9 +210,16 @@ async def test_a_taken_port_is_named_with_what_to_do() -> None:
                 pass
 
 
-async def test_a_foreign_address_is_named() -> None:
-    options = web.HTTPOptions("192.0.2.1", 0)
-    with pytest.raises(web.HTTPError, match=r"192\.0\.2\.1:0: .*not an address of this machine"):
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("192.0.2.1", "not an address of this machine"),
+        ("fe80::1%nonesuch", "there is no interface of the name after the %"),
+    ],
+)
+async def test_a_foreign_address_is_named(host: str, why: str) -> None:
+    options = web.HTTPOptions(host, 0)
+    with pytest.raises(web.HTTPError, match=rf"--http-listen \[?{host}\]?:0: .*{why}"):
         async with web.serve(options, dict, dict, Measures(), list):
             pass
 
@@ -267,9 +275,11 @@ def test_what_is_not_tls_is_counted_on_https_and_costs_nobody(run: Any, tmp_path
     assert [(line["event"], line["reason"]) for line in lines] == [("HTTP connection refused", "tls")] * 2
 
 
-async def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    paths = {"certificate": str(tmp_path / "none.crt"), "key": str(tmp_path / "none.key")}
-    with pytest.raises(web.HTTPError, match=r"--http-tls-cert .*none\.crt.*No such file"):
+@pytest.mark.parametrize(("name", "why"), [("none", "No such file"), ("fifo", "one is no regular file")])
+async def test_certificates_that_cannot_be_used_are_named(tmp_path: Path, name: str, why: str) -> None:
+    os.mkfifo(tmp_path / "fifo.crt")  # nobody waits for its writer
+    paths = {"certificate": str(tmp_path / f"{name}.crt"), "key": str(tmp_path / f"{name}.key")}
+    with pytest.raises(web.HTTPError, match=rf"--http-tls-cert .*{name}\.crt.*{why}"):
         async with served(FakeNode(), **paths):
             pass
 
@@ -281,6 +291,8 @@ async def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> Non
         ("127.0.0.1:0", ("127.0.0.1", 0)),
         ("[fd00::1]:80", ("fd00::1", 80)),
         ("[10.1.1.1]:80", ("10.1.1.1", 80)),
+        ("[::ffff:10.1.1.1]:80", ("10.1.1.1", 80)),
+        ("[fe80::1%migration0]:80", ("fe80::1%migration0", 80)),
         ("off", None),
     ],
 )
