@@ -26,11 +26,7 @@ from migproxy.measure import Measures
 from migproxy.netif import AddressWatcher, MigrationAddress, read_interface
 from migproxy.node import Node, NodeOptions
 from migproxy.notify import Notifier
-<<<<<<< HEAD
 from migproxy.output import lines
-from migproxy.portmap import IPAddress
-=======
->>>>>>> route
 from migproxy.proxy import ProxyError, Surroundings
 from migproxy.relay.client import RelayClient
 from migproxy.reload import Reloader, limits, port_range

@@ -673,7 +673,7 @@ class Source(Proxy):
             local = address_of(sock.getsockname())
             found = route.look_up(target, local)
             if found.refusal:
-                raise DialError(route.no_route(target, self._own(target), local, found)) from error
+                raise OSError(route.no_route(target, self._own(target), local, found)) from error
             raise OSError(f"{self.peer(channel)}: {error.strerror} (packets from {local}{found})") from error
 
     def no_answer(self, channel: Channel) -> str:

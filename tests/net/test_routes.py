@@ -134,7 +134,7 @@ async def test_a_target_that_no_route_leads_to_is_told_at_once_with_both_address
     await add(mine)
     if kind:
         await ip(f"route add {kind} {target}")
-    await nodes.source.start("--dial-timeout", "60")
+    await nodes.source.start("--dial-timeout", "0.5")
     vm = elsewhere(nodes, target)
 
     words = [f"no route from {mine} (interface mig1) to {target}: {why}", f"ip route add {target} via ROUTER dev mig1"]
