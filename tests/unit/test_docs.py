@@ -77,7 +77,7 @@ VALUE = re.compile(
     | \d[\d-]*                       # a number, or a range of them
     | '[^']*'                        # what is quoted within
     | \.\.\. | /pods
-    | \b(?:address\ and\ ports | list\ and\ watch | KubeVirt\ resource | opened)
+    | \b(?:no\ answer(?=\ to) | by\ eth0 | address\ and\ ports | list\ and\ watch | KubeVirt\ resource | opened)
     | \b(?:fuse | migration0 | kubevirt | default/vm1)(?=\W|$)
     """,
     re.VERBOSE,
