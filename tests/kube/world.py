@@ -136,6 +136,7 @@ class LocalNode:
                     tcp=TCPOptions(),
                     security=self.security,
                     local_address=local_address,
+                    peer_timeout=180,
                     dial_timeout=5,
                     max_connections=self.max_connections,
                     max_handshakes=8,
