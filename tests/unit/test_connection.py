@@ -113,6 +113,17 @@ async def test_a_launcher_that_goes_away_resets_the_network_but_loses_nothing_it
     assert legs.connection.sent == len(wrote)
 
 
+async def test_what_a_launcher_wrote_before_it_went_away_waits_for_a_far_one_that_pauses(legs: Legs) -> None:
+    wrote = os.urandom(1_000_000)
+    await send(legs.launcher, wrote)
+    legs.launcher.close()
+    await send(legs.far, b"for nobody")
+    await asyncio.sleep(6)
+    assert await read(legs.far, len(wrote)) == wrote
+    with pytest.raises(BrokenPipeError):
+        await legs.ended()
+
+
 async def test_a_launcher_that_only_reads_no_more_ends_the_connection(legs: Legs) -> None:
     legs.launcher.shutdown(socket.SHUT_RD)
     with pytest.raises(OSError, match=BROKEN):

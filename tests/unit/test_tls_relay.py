@@ -310,6 +310,18 @@ async def test_a_reset_from_the_network_is_an_error(legs: Legs) -> None:
         await legs.ended()
 
 
+@pytest.mark.tier("soak")
+async def test_what_a_launcher_wrote_before_it_went_away_waits_for_a_far_one_that_pauses(legs: Legs) -> None:
+    wrote = os.urandom(1_000_000)
+    await asyncio.to_thread(legs.launcher.sendall, wrote)
+    legs.launcher.close()
+    legs.far.sendall(b"for nobody")
+    await asyncio.sleep(6)
+    assert await asyncio.to_thread(read, legs.far, len(wrote)) == wrote
+    with pytest.raises(BrokenPipeError):
+        await legs.ended()
+
+
 async def test_a_launcher_that_goes_away_loses_nothing_it_wrote(legs: Legs) -> None:
     """It closes with unread data: what it wrote arrives, what it cannot take is an error for the peer."""
     wrote = os.urandom(2_000_000)
