@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from migproxy import tcpinfo
@@ -16,12 +17,14 @@ from migproxy.fds import break_off, close_all
 from migproxy.relay.client import Lease, Left
 from migproxy.relay.protocol import Ended, Way
 from migproxy.relay.records import wipe
+from migproxy.sockets import probe_when_idle, remote_address
 from migproxy.splice import Pipe
 from migproxy.tally import PREFACE, Tallies, Tally
 from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
 
 _PIPES = {Way.SPLICED: 2, Way.KTLS: 2, Way.TLS: 0}
+_SOONEST, _LATEST = 1.0, 10.0  # seconds between two looks at the other node
 _STOP_SECONDS = 1.0  # that the relay may take to count the last bytes of a connection that is broken off
 
 
@@ -77,8 +80,11 @@ class Connection(ABC):
         self._last_tcp_info, self._observed = self.tcp_info, None
 
     @abstractmethod
-    async def run(self) -> None:
+    async def run(self, patience: Callable[[], float]) -> None:
         """Returns when both directions have ended, and both sockets are closed.
+
+        Args:
+            patience: Seconds without an answer after which the other node counts as gone, at each look.
 
         Raises:
             OSError: What broke the connection first; its TCP peer has been told by a reset, never by an end of
@@ -140,16 +146,16 @@ class RelayedConnection(Connection):
         """See Connection."""
         return self._way, self._way
 
-    async def run(self) -> None:
+    async def run(self, patience: Callable[[], float]) -> None:
         """See Connection; a cancellation breaks it off."""
         ends = [end for pipe in self._pipes for end in pipe.ends]
         fds = (self._unix.fileno(), self._tcp.fileno(), *ends, self._tallies.fd)
         ended = self.lease.ended or self.lease.move(self._way, *fds)
         try:
-            end = await asyncio.shield(ended)
+            end = await self._end(ended, patience)
             if end.number:  # also where the relay has not taken it
                 self._break_off()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, TimeoutError):
             self._break_off()
             await self._last_words(ended)
             raise
@@ -157,6 +163,21 @@ class RelayedConnection(Connection):
             self._close()
         if end.number:
             raise _error(end)
+
+    async def _end(self, ended: asyncio.Future[Ended], patience: Callable[[], float]) -> Ended:
+        """Waits for the end; raises TimeoutError where the other node is gone."""
+        probed, pause = 0.0, _LATEST
+        while not ended.done():
+            seconds = patience()
+            if info := self.tcp_info:
+                if probed != seconds:
+                    probe_when_idle(self._tcp, seconds)
+                    probed = seconds
+                if info.is_gone(seconds):
+                    raise _gone(self._tcp, info.silence)
+                pause = min(max(_SOONEST, seconds - info.silence), _LATEST)
+            await asyncio.wait([ended], timeout=pause)
+        return ended.result()
 
     def _break_off(self) -> None:
         self._forget_tcp()  # a reset clears it
@@ -201,10 +222,15 @@ class EndedConnection(Connection):
         """See Connection."""
         return self._way, self._way
 
-    async def run(self) -> None:
+    async def run(self, patience: Callable[[], float]) -> None:
         """See Connection."""
         if self._end.number:
             raise _error(self._end)
+
+
+def _gone(tcp: socket.socket, silence: float) -> TimeoutError:
+    why = f"{remote_address(tcp)} has answered nothing for {silence:.0f} s (--peer-timeout)"
+    return TimeoutError(errno.ETIMEDOUT, f"{why}: is that node up, and does the migration network reach it?")
 
 
 def _error(end: Ended) -> OSError:

@@ -17,8 +17,8 @@ with bare("prometheus_client"):  # whose __init__ loads an HTTP server
 
 FAILURES = ("dial", "handshake", "reset", "timeout", "closed", "lost", "other")
 """Why a connection failed: its other leg could not be had; the peer was refused or refused us; the network reset it;
-nothing was acknowledged for the user timeout; one end went away while the other still sent; the
-process that had its keys died; anything else."""
+the other node answered nothing for `--peer-timeout`; one end went away while the other still sent; the process that had
+its keys died; anything else."""
 
 _LATENCY = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 _DURATION = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)

@@ -183,7 +183,8 @@ class Node:
         workers = [self._workers[key] for key in keys]
         for worker in workers:
             worker.want(None)
-        await asyncio.gather(*(worker.task for worker in workers))
+        # Shielded: the end of a drain, which waits here, would cancel the proxies while they close.
+        await asyncio.shield(asyncio.gather(*(worker.task for worker in workers)))
 
     async def _begin(self) -> None:
         """Takes over from whoever acts for a dead daemon: not before it is known what is to be done."""

@@ -31,7 +31,7 @@ from migproxy.plan import Migration, Role
 from migproxy.portmap import Channel
 from migproxy.relay.client import Lease, RelayClient
 from migproxy.relay.protocol import Way
-from migproxy.sockets import TCPOptions, accept, ready, widen_unix
+from migproxy.sockets import TCPOptions, accept, ready, remote_address, widen_unix
 from migproxy.state import ProxyState
 from migproxy.survival import (
     Fate,
@@ -80,6 +80,7 @@ class Surroundings:
         tcp: Options of the connections between the nodes.
         security: Protects them.
         migration_address: This node's migration addresses of an IP version (4 or 6); raises ProxyError without one.
+        peer_timeout: Seconds without an answer, although asked, after which the other node counts as gone.
         dial_timeout: Seconds that the other leg may take to appear, retried meanwhile.
         max_connections: Open connections per channel of a migration; more wait in the listener's queue.
         max_handshakes: Unfinished TLS handshakes per channel of a migration.
@@ -93,6 +94,7 @@ class Surroundings:
     tcp: TCPOptions
     security: Security
     migration_address: Callable[[int], MigrationAddress]
+    peer_timeout: float
     dial_timeout: float
     max_connections: int
     max_handshakes: int
@@ -420,7 +422,7 @@ class Proxy(ABC):
     async def _connection(
         self, accepted: socket.socket, channel: Channel, lease: Lease, dialled: socket.socket | None = None
     ) -> None:
-        remote = _remote(accepted)
+        remote = remote_address(accepted)
         log = self.log.bind(channel=channel.label, remote=remote)
         self._open(channel)
         with ExitStack() as taken:
@@ -512,7 +514,7 @@ class Proxy(ABC):
             if len(legs) == 1:
                 legs.append(await self._reach(channel, lease, deadline))
             dialled = legs[-1]
-            target = _remote(dialled)
+            target = remote_address(dialled)
             try:
                 transport = await self._secure(dialled, self._meet(channel, "launcher"), server=False, commit=commit)
             except TLSError as error:
@@ -678,7 +680,7 @@ class Proxy(ABC):
         traffic = self.traffic[channel]
         failure: dict[str, str] = {}
         try:
-            await connection.run()
+            await connection.run(lambda: self.around.peer_timeout)
         except OSError as error:
             failure = self._fail(channel, error, _BROKEN.get(error.errno or 0, "other"))
         finally:
@@ -721,13 +723,3 @@ def _has_answered(tcp: socket.socket) -> bool:
     """Whether any data have arrived on a connection."""
     info = tcpinfo.read(tcp)
     return info is None or info.received > 1  # a FIN counts as one
-
-
-def _remote(accepted: socket.socket) -> str:
-    """Who made a connection: the launcher, or the other node's address."""
-    if accepted.family == socket.AF_UNIX:
-        return "launcher"
-    try:
-        return str(accepted.getpeername()[0])
-    except OSError:  # it is gone already
-        return "unknown"

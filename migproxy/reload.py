@@ -26,6 +26,7 @@ class Limits(TypedDict):
     """The fields of Surroundings that come from the options alone."""
 
     tcp: TCPOptions
+    peer_timeout: float
     dial_timeout: float
     max_connections: int
     max_handshakes: int
@@ -34,7 +35,8 @@ class Limits(TypedDict):
 def limits(settings: Settings) -> Limits:
     """What the options say of how connections are made."""
     return Limits(
-        tcp=TCPOptions(settings.congestion_control, settings.tcp_user_timeout),
+        tcp=TCPOptions(settings.congestion_control),
+        peer_timeout=settings.peer_timeout,
         dial_timeout=settings.dial_timeout,
         max_connections=settings.max_connections,
         max_handshakes=settings.max_handshakes,

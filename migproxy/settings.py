@@ -168,12 +168,12 @@ class Settings(BaseModel):
         pattern=r"^[a-z0-9_]+$",
         description="TCP congestion control of the migration's connections; `system` leaves the system's default.",
     )
-    tcp_user_timeout: float = Field(
-        30.0,
+    peer_timeout: float = Field(
+        180.0,
         ge=1,
-        le=3600,
-        description="Seconds after which a connection counts as broken whose peer acknowledges nothing or takes "
-        "nothing (TCP_USER_TIMEOUT).",
+        le=900,
+        description="Seconds without an answer of the other node's kernel after which a connection counts as broken. A "
+        "launcher there that reads slowly, or not at all, breaks none.",
     )
     dial_timeout: float = Field(
         10.0, gt=0, le=600, description="Seconds to try to connect the other leg: the target node, or QEMU's socket."
@@ -373,7 +373,7 @@ class Settings(BaseModel):
 
 RELOADED = frozenset(
     {
-        *("port_range", "congestion_control", "tcp_user_timeout", "dial_timeout", "max_connections", "drain_timeout"),
+        *("port_range", "congestion_control", "peer_timeout", "dial_timeout", "max_connections", "drain_timeout"),
         *("disable_tls", "tls_dir", "tls_cert", "tls_key", "tls_server_dir", "tls_client_dir", "tls_ca"),
         *("tls_client_names", "tls_server_names", "tls_externally_managed", "tls_min_version", "tls_ciphers"),
         *("handshake_timeout", "max_handshakes", "ktls", "tls_expiry_warning"),

@@ -22,6 +22,8 @@ BACKLOG = 512
 _UNIX_BUFFER = 1 << 20  # bytes; the default of 208 KiB costs 10 % of the throughput
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; not among Python's constants
 _IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
+_LONGEST_IDLE = 10  # seconds between two probes of an idle connection
+_PROBES = 90  # in vain: a quarter of an hour, as the kernel sends data again (tcp_retries2), should no daemon judge
 _keeping_lock = ctypes.PyDLL(None, use_errno=True)
 
 
@@ -36,24 +38,14 @@ class TCPOptions:
     Attributes:
         congestion_control: An algorithm of the kernel's, or "system" to leave the system's default. On a LAN,
             cubic moves about twice the bytes of bbr for a third of the CPU: bbr paces every packet by a timer.
-        user_timeout: Seconds that sent data may stay unacknowledged, or the peer's window shut, before the
-            connection counts as broken (TCP_USER_TIMEOUT, tcp(7)).
     """
 
     congestion_control: str = "cubic"
-    user_timeout: float = 30.0
     _warned: bool = field(default=False, init=False)
 
     def apply(self, sock: socket.socket) -> None:
         """Sets the options on a TCP socket; a listener hands them on to what it accepts."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self.user_timeout * 1000))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # Probe an idle connection three times within the timeout, so that a vanished peer is noticed by then.
-        interval = max(1, round(self.user_timeout / 3))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         if self.congestion_control == "system":
             return
         try:
@@ -152,6 +144,32 @@ def accept(listener: socket.socket) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return fd
+
+
+def probe_when_idle(tcp: socket.socket, patience: float) -> None:
+    """Has the kernel ask an idle connection's peer for an answer, often enough to judge it (`TCPInfo.is_gone`).
+
+    No TCP_USER_TIMEOUT: with it, the kernel also ends a connection whose peer answers every probe of its shut window
+    (tcp_probe_timer).
+
+    Args:
+        patience: Seconds that the peer may be silent.
+    """
+    interval = round(min(max(1, patience / 6), _LONGEST_IDLE))
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def remote_address(sock: socket.socket) -> str:
+    """The address of who is at the other end, for people; "launcher" at that of a unix socket."""
+    if sock.family == socket.AF_UNIX:
+        return "launcher"
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:  # it is gone already
+        return "unknown"
 
 
 async def ready(fd: int, *, writing: bool) -> None:

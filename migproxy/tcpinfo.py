@@ -8,10 +8,12 @@ import struct
 import termios
 from dataclasses import dataclass
 
-_LAYOUT = struct.Struct("=B7x24I4Q6IQ")  # up to tcpi_delivery_rate, which Linux 4.9 added
-_STATE, _SND_MSS, _RTT, _SND_CWND, _TOTAL_RETRANS, _ACKED, _RECEIVED, _DELIVERY_RATE = 0, 3, 16, 19, 24, 27, 28, 35
+_LAYOUT = struct.Struct("=BxBB4x24I4Q6IQ")  # up to tcpi_delivery_rate, which Linux 4.9 added
+_STATE, _RETRANSMITS, _PROBES, _SND_MSS, _LAST_DATA_RECV, _LAST_ACK_RECV, _RTT, _SND_CWND = 0, 1, 2, 5, 14, 15, 18, 21
+_TOTAL_RETRANS, _ACKED, _RECEIVED, _DELIVERY_RATE = 26, 29, 30, 37
 
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
+_ASKED = 3  # times in vain: one answer, or question, may be lost
 
 # net/tcp_states.h
 ESTABLISHED, SYN_SENT = 1, 2
@@ -32,6 +34,8 @@ class TCPInfo:
         state: As net/tcp_states.h numbers them.
         acked: Bytes that the peer has acknowledged, a SYN and a FIN of ours among them (RFC 4898).
         received: Bytes that have arrived in order, a FIN among them.
+        silence: Seconds since the peer last sent data or an acknowledgement.
+        unanswered: How often it was asked since: data sent again, or probes of a shut window or an idle connection.
     """
 
     rtt: float
@@ -41,6 +45,19 @@ class TCPInfo:
     state: int
     acked: int
     received: int
+    silence: float
+    unanswered: int
+
+    def is_gone(self, patience: float) -> bool:
+        """Whether the peer is gone: it has been silent for so long, although it was asked.
+
+        A peer whose launcher does not read answers each probe of its shut window. Silence alone does not tell: by and
+        by, the kernel sends them 120 s apart (tcp_send_probe0, TCP_RTO_MAX).
+
+        Args:
+            patience: Seconds.
+        """
+        return self.state != _CLOSE and self.silence >= patience and self.unanswered >= _ASKED
 
 
 def read(sock: socket.socket) -> TCPInfo | None:
@@ -60,6 +77,8 @@ def read(sock: socket.socket) -> TCPInfo | None:
         state=fields[_STATE],
         acked=fields[_ACKED],
         received=fields[_RECEIVED],
+        silence=min(fields[_LAST_DATA_RECV], fields[_LAST_ACK_RECV]) / 1e3,
+        unanswered=max(fields[_RETRANSMITS], fields[_PROBES]),
     )
 
 

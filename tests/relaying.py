@@ -13,6 +13,11 @@ from migproxy.relay.process import Relay
 from migproxy.transport import Transport
 
 
+def patience() -> float:
+    """More seconds without an answer of the far node than a test lasts."""
+    return 900.0
+
+
 @asynccontextmanager
 async def relaying() -> AsyncIterator[RelayClient]:
     """What hands connections to a relay that moves them while the context lasts."""
@@ -34,4 +39,4 @@ async def relaying() -> AsyncIterator[RelayClient]:
 async def carry(unix: socket.socket, transport: Transport) -> None:
     """Moves one connection to its end, as a daemon does."""
     async with relaying() as relay:
-        await RelayedConnection(relay.lease("one"), unix, transport).run()
+        await RelayedConnection(relay.lease("one"), unix, transport).run(patience)

@@ -15,7 +15,6 @@ from migproxy.splice import Pump
 from migproxy.threads import Threads
 from migproxy.tlserrors import Reason, TLSError
 
-_FLUSH_SECONDS = 5.0
 _LOOK_SECONDS = 0.01
 
 _threads = Threads(linger=1.0)
@@ -93,14 +92,11 @@ class Carrier:
         break_off(self._tcp, self._unix)
 
     def _flush(self) -> None:
-        """Waits until TCP has delivered what the launcher wrote before it went away: a reset would discard it."""
-        deadline = time.monotonic() + _FLUSH_SECONDS
-        while (
-            not self._stopped
-            and tcpinfo.unsent(self._tcp)
-            and not tcpinfo.is_over(self._tcp)
-            and time.monotonic() < deadline
-        ):
+        """Waits until TCP has delivered what the launcher wrote before it went away: a reset would discard it.
+
+        However long the other launcher takes to read it; where its node is gone, the daemon or the kernel ends it.
+        """
+        while not self._stopped and tcpinfo.unsent(self._tcp) and not tcpinfo.is_over(self._tcp):
             time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:

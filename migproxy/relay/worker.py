@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import sys
-import time
 import traceback
 from contextlib import suppress
 
@@ -36,8 +35,7 @@ from migproxy.relay.tunnel import Buffers, Tunnel
 from migproxy.tally import Tallies
 from migproxy.tlserrors import TLSError
 
-_DELIVERY_SECONDS = 5.0  # that TCP may take to deliver what was sent before a connection broke
-_LOOK_SECONDS = 0.01  # between two looks whether it has
+_LOOK_SECONDS = 0.01  # between two looks whether TCP has delivered what was sent before a connection broke
 _MOST_EVENTS = 64  # at once
 
 
@@ -56,7 +54,7 @@ class Worker:
         self._tunnels: dict[str, Tunnel] = {}
         self._sides: dict[int, tuple[str, Tunnel, bool]] = {}
         self._watched: dict[str, tuple[int, int]] = {}
-        self._breaking: dict[str, float] = {}
+        self._breaking: set[str] = set()
 
     def serve(self) -> None:
         """Serves until the relay is gone: without it, nobody could be told of an end."""
@@ -77,8 +75,8 @@ class Worker:
                     traceback.print_exc()
                     tunnel.fail(OSError(errno.EIO, f"{type(error).__name__} in the worker: see its log"))
                 self._look(name, tunnel)
-        for name, deadline in [*self._breaking.items()] if self._breaking else ():
-            if self._tunnels[name].is_delivered or time.monotonic() > deadline:
+        for name in [*self._breaking] if self._breaking else ():
+            if self._tunnels[name].is_delivered:
                 self._finish(name)
         return True
 
@@ -124,8 +122,8 @@ class Worker:
         if tunnel.is_over and not tunnel.error:
             self._finish(name)
             return
-        if tunnel.is_over and name not in self._breaking:
-            self._breaking[name] = time.monotonic() + _DELIVERY_SECONDS
+        if tunnel.is_over:
+            self._breaking.add(name)
         had, wanted = self._watched[name], tunnel.waits
         if wanted == had:
             return
@@ -141,7 +139,7 @@ class Worker:
 
     def _finish(self, name: str) -> None:
         tunnel = self._tunnels.pop(name)
-        self._breaking.pop(name, None)
+        self._breaking.discard(name)
         for sock, events in zip((tunnel.unix, tunnel.tcp), self._watched.pop(name), strict=True):
             del self._sides[sock.fileno()]
             if events:

@@ -135,6 +135,7 @@ class LocalNode:
                     tcp=TCPOptions(),
                     security=self.security,
                     migration_address=migration_address,
+                    peer_timeout=180,
                     dial_timeout=5,
                     max_connections=self.max_connections,
                     max_handshakes=8,

@@ -39,13 +39,13 @@ def test_daemon_refuses_to_relay_unprotected_unless_told_to(tmp_path: Path) -> N
 
 def test_wrong_options_are_all_named_with_where_they_came_from(tmp_path: Path) -> None:
     config = tmp_path / "migproxy.toml"
-    config.write_text('vmi-dir = "/somewhere"\ntcp-user-timeout = 0\nmigration-address = "nonsense"\n')
+    config.write_text('vmi-dir = "/somewhere"\npeer-timeout = 0\nmigration-address = "nonsense"\n')
     refused = migproxy("run", "--config", str(config), "--port-range", "9-1", MIGPROXY_DIAL_TIMEOUT="soon")
     assert refused.returncode == 2
     for words in (
         r"--port-range: '9-1': ports go from 1 to 65535",
         r"MIGPROXY_DIAL_TIMEOUT: 'soon': .*number",
-        rf"{config}: tcp-user-timeout: 0: .*greater than or equal to 1",
+        rf"{config}: peer-timeout: 0: .*greater than or equal to 1",
         rf"{config}: migration-address: 'nonsense': .*IP",
     ):
         assert re.search(words, refused.stderr, re.IGNORECASE), words

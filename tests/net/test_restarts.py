@@ -387,7 +387,8 @@ async def test_a_relay_that_alone_is_told_to_end_waits_for_what_it_moves_and_is_
 
 
 async def test_draining_leaves_nothing_however_much_there_was(nodes: Nodes) -> None:
-    first = await served(nodes)
+    """Also where its time is up while proxies close."""
+    first = await served(nodes, "--drain-timeout", "0.01")
     migrations = [first, *(nodes.migration(f"vm{number}") for number in range(20))]
     for migration in migrations[1:]:
         migration.begin()

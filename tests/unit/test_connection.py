@@ -7,6 +7,8 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -15,7 +17,8 @@ from migproxy.relay.client import RelayClient
 from migproxy.splice import Splice
 from migproxy.traffic import Traffic
 from migproxy.transport import Transport
-from tests.relaying import relaying
+from tests.clock import Clock
+from tests.relaying import patience, relaying
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -27,6 +30,7 @@ class Legs:
     """A connection under test, with the launcher's end and the far node's end of it."""
 
     def __init__(self, relay: RelayClient, name: str = "one") -> None:
+        self.patience = patience
         self.launcher, unix = socket.socketpair(socket.AF_UNIX)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.far = socket.create_connection(listener.getsockname())
@@ -38,7 +42,7 @@ class Legs:
 
     async def _run(self) -> None:
         try:
-            await self.connection.run()
+            await self.connection.run(lambda: self.patience())
         finally:
             self.connection.lease.drop()
 
@@ -109,6 +113,17 @@ async def test_a_launcher_that_goes_away_resets_the_network_but_loses_nothing_it
     assert legs.connection.sent == len(wrote)
 
 
+async def test_what_a_launcher_wrote_before_it_went_away_waits_for_a_far_one_that_pauses(legs: Legs) -> None:
+    wrote = os.urandom(1_000_000)
+    await send(legs.launcher, wrote)
+    legs.launcher.close()
+    await send(legs.far, b"for nobody")
+    await asyncio.sleep(6)
+    assert await read(legs.far, len(wrote)) == wrote
+    with pytest.raises(BrokenPipeError):
+        await legs.ended()
+
+
 async def test_a_launcher_that_only_reads_no_more_ends_the_connection(legs: Legs) -> None:
     legs.launcher.shutdown(socket.SHUT_RD)
     with pytest.raises(OSError, match=BROKEN):
@@ -127,6 +142,28 @@ async def test_cancelling_ends_a_stalled_transfer_at_once_and_the_peer_sees_a_re
         await legs.ended()
     with pytest.raises(OSError, match=BROKEN):
         await blocked
+    with pytest.raises(ConnectionResetError):
+        await read(legs.far)
+
+
+@pytest.mark.simulated_time
+@pytest.mark.parametrize(
+    ("patience", "then", "ends"), [(180.0, 180.0, 180.0), (180.0, 30.0, 50.0), (60.0, 180.0, 180.0)]
+)
+async def test_a_far_node_that_answers_nothing_is_given_up_by_the_patience_there_is_now(
+    legs: Legs, clock: Clock, monkeypatch: pytest.MonkeyPatch, patience: float, then: float, ends: float
+) -> None:
+    """It changes while the connection runs; a change is noticed within ten seconds."""
+    known = legs.connection.tcp_info
+    assert known
+    silent = partial(replace, known, unanswered=9)
+    monkeypatch.setattr(RelayedConnection, "tcp_info", property(lambda _: silent(silence=clock())))
+    legs.patience = lambda: patience if clock() < 45 else then
+    await send(legs.launcher, b"half of a message")
+    with pytest.raises(TimeoutError, match=rf"127\.0\.0\.1 has answered nothing for {ends:.0f} s \(--peer-timeout\)"):
+        async with asyncio.timeout(1000):
+            await legs.run
+    assert clock() == pytest.approx(ends, abs=0.01)
     with pytest.raises(ConnectionResetError):
         await read(legs.far)
 

@@ -88,6 +88,7 @@ def node(inventory: Inventory, security: Security, watcher: Watcher) -> Node:
         1,
         1,
         1,
+        1,
         relay=RelayClient("/nonexistent"),
         budget=Budget(lambda: Capacity(1000, "nothing", "")),
     )

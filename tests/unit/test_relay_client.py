@@ -32,6 +32,7 @@ from migproxy.relay.protocol import (
     for_relay,
 )
 from migproxy.transport import Transport
+from tests.relaying import patience
 from tests.relays import DEADLINE, RelayProcess, Wire, read, relay_process
 
 pytestmark = pytest.mark.tier("gate")
@@ -68,7 +69,7 @@ def connection(client: RelayClient, wire: Wire, name: str = "one") -> tuple[Rela
     made = RelayedConnection(client.lease(name), wire.unix.dup(), Transport(wire.tcp.dup()))
     wire.unix.close()
     wire.tcp.close()
-    return made, asyncio.create_task(made.run())
+    return made, asyncio.create_task(made.run(patience))
 
 
 @pytest.fixture
@@ -139,11 +140,11 @@ async def test_the_next_client_gets_connections_words_and_ends(relay: RelayProce
         assert told.notes == {"state": "words"}
         assert told.kept["over"].end == Ended("over")
         counted = EndedConnection(told.kept["over"])
-        await counted.run()
+        await counted.run(patience)
         assert (counted.sent, counted.received) == (1000, 1000)
         lease = successor.adopt("moving", told.kept["moving"])
         going = RelayedConnection.adopt(lease, told.kept["moving"])
-        run = asyncio.create_task(going.run())
+        run = asyncio.create_task(going.run(patience))
         await asyncio.to_thread(moving.check, 1000)
         for sock in (moving.launcher, moving.far):
             sock.shutdown(socket.SHUT_WR)
@@ -171,7 +172,7 @@ def test_of_an_ended_connection_the_error_is_raised() -> None:
     with Wire() as wire:
         left = Left([os.dup(wire.tallies.fd)], Way.SPLICED, Ended("n", errno.ECONNRESET, "reset by peer"))
         with pytest.raises(ConnectionResetError, match="reset by peer"):
-            asyncio.run(EndedConnection(left).run())
+            asyncio.run(EndedConnection(left).run(patience))
 
 
 async def cancelled(task: asyncio.Task[object]) -> None:

@@ -42,7 +42,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("launcher_run_dir", "run", "not an absolute path"),
         ("libvirt_socket", "/run/libvirt-sock", "pattern"),
         ("congestion_control", "../cubic", "pattern"),
-        ("tcp_user_timeout", "0", "greater than or equal to 1"),
+        ("peer_timeout", "0", "greater than or equal to 1"),
         ("dial_timeout", "-1", "greater than 0"),
         ("max_connections", "0", "greater than or equal to 1"),
         ("control_socket", "/" + "x" * 107, "at most 107"),

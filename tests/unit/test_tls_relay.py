@@ -25,7 +25,7 @@ from migproxy.relay.protocol import Way
 from migproxy.tls import MutualTLS
 from migproxy.tlserrors import Reason, TLSError
 from tests.certificates import DAY, SOURCE, Cluster, client_context
-from tests.relaying import relaying
+from tests.relaying import patience, relaying
 
 pytestmark = pytest.mark.tier("gate")
 
@@ -75,7 +75,7 @@ class Legs:
 
     async def _run(self) -> None:
         try:
-            await self.connection.run()
+            await self.connection.run(patience)
         finally:
             self._lease.drop()
 
@@ -144,7 +144,7 @@ async def test_bytes_cross_both_ways_at_once_unchanged(relay: RelayClient, clust
         launcher.settimeout(DEADLINE)
         launchers.append(launcher)
         connections.append(RelayedConnection(relay.lease(f"{len(runs)}"), unix, transport))
-        runs.append(asyncio.create_task(connections[-1].run()))
+        runs.append(asyncio.create_task(connections[-1].run(patience)))
     there, back = random.Random(1).randbytes(40_000_000), random.Random(2).randbytes(37_000_001)
 
     def send(launcher: socket.socket, data: bytes) -> None:
@@ -200,7 +200,7 @@ async def test_what_the_peer_sends_with_its_handshake_is_not_lost(relay: RelayCl
     transport = await securing
     assert transport.way is Way.TLS
     lease = relay.lease("one")
-    run = asyncio.create_task(RelayedConnection(lease, unix, transport).run())
+    run = asyncio.create_task(RelayedConnection(lease, unix, transport).run(patience))
     launcher.shutdown(socket.SHUT_WR)  # the target's close_notify must not swallow them
     assert await asyncio.to_thread(read, launcher, 11) == b"first words"
     run.cancel()
@@ -310,6 +310,18 @@ async def test_a_reset_from_the_network_is_an_error(legs: Legs) -> None:
         await legs.ended()
 
 
+@pytest.mark.tier("soak")
+async def test_what_a_launcher_wrote_before_it_went_away_waits_for_a_far_one_that_pauses(legs: Legs) -> None:
+    wrote = os.urandom(1_000_000)
+    await asyncio.to_thread(legs.launcher.sendall, wrote)
+    legs.launcher.close()
+    legs.far.sendall(b"for nobody")
+    await asyncio.sleep(6)
+    assert await asyncio.to_thread(read, legs.far, len(wrote)) == wrote
+    with pytest.raises(BrokenPipeError):
+        await legs.ended()
+
+
 async def test_a_launcher_that_goes_away_loses_nothing_it_wrote(legs: Legs) -> None:
     """It closes with unread data: what it wrote arrives, what it cannot take is an error for the peer."""
     wrote = os.urandom(2_000_000)
@@ -345,7 +357,7 @@ async def test_a_source_learns_after_its_handshake_that_the_target_refused_it(
     launcher, unix = socket.socketpair(socket.AF_UNIX)
     assert transport.way is Way.TLS
     lease = relay.lease("one")
-    run = asyncio.create_task(RelayedConnection(lease, unix, transport).run())
+    run = asyncio.create_task(RelayedConnection(lease, unix, transport).run(patience))
     with pytest.raises(TLSError) as refused:
         await refusing
     far.close()
