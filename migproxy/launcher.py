@@ -87,6 +87,13 @@ class Launchers:
                 f"{self.pattern!r} uses unknown placeholders {sorted(unknown)}; there are {sorted(_PLACEHOLDERS)}"
             )
 
+    @property
+    def folder(self) -> str | None:
+        """The folder that has the launchers of a node, and of no other; None where the pattern tells VMIs apart."""
+        if "{pid}" in self.pattern:
+            return self.pods
+        return None if "{" in self.pattern else self.pattern
+
     def open(self, launcher: Launcher) -> RunDir:
         """Opens the launcher's /var/run.
 
