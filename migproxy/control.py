@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from migproxy import httpd
+from migproxy.fds import peer_of
 from migproxy.safefiles import bind
 from migproxy.sockets import BACKLOG
 
@@ -40,13 +42,24 @@ async def serve(path: str, report: Callable[[], dict[str, Any]]) -> AsyncIterato
             bind(listener, path, 0o660)
             listener.listen(BACKLOG)
         except OSError as error:
-            raise ControlError(f"--control-socket {path}: {error.strerror or error}") from error
+            whose = _listener(path) if error.errno == errno.EADDRINUSE else ""
+            raise ControlError(f"--control-socket {path}: {error.strerror or error}{whose}") from error
         try:
             async with httpd.serve(listener, {"/status": status}, lambda *_: None):
                 yield
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def _listener(path: str) -> str:
+    """Who listens on a socket, for people."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        probe.connect(path)
+        if pid := peer_of(probe)[0]:
+            return f" (it is process {pid}: ps -fp {pid})"
+    return ""
 
 
 def ask(path: str) -> dict[str, Any]:

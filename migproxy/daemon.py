@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from migproxy.imports import uncollected
 from migproxy.inventory import Inventory, InventoryError
 from migproxy.inventory.files import FileInventory
 from migproxy.launcher import Launchers
-from migproxy.lifeline import Lifeline, is_locked
+from migproxy.lifeline import is_locked, living
 from migproxy.liveness import Liveness
 from migproxy.measure import Measures
 from migproxy.netif import AddressWatcher, MigrationAddress, read_interface
@@ -33,6 +33,7 @@ from migproxy.reload import Reloader, limits, port_range
 from migproxy.security import ClusterSecurity, OptionsSecurity
 from migproxy.service import Service
 from migproxy.settings import Settings, parse_listen
+from migproxy.twins import alone
 from migproxy.watch import Watcher
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ _READY_SECONDS = 5.0  # that the inventory and the migration address may take
 
 
 async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
-    """Runs the daemon until a signal ends it.
+    """Runs the daemon until a signal ends it; where another one serves the same, its end is waited for first (`twins`).
 
     SIGTERM leaves running migrations to the relay and to the next daemon, unless the relay is told to end too, or has
     nothing to do and was started by this daemon. Then it drains, as SIGINT always does: no new migration is taken,
@@ -92,7 +93,7 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
                 vmi_dir=settings.vmi_dir,
                 kubeconfig=settings.kubeconfig,
             )
-            running = asyncio.create_task(_run(node, cluster, relay))
+            running = asyncio.create_task(_run(settings, node, cluster, relay))
             beside = [
                 asyncio.create_task(task)
                 for task in (
@@ -106,7 +107,7 @@ async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
                 await _first(running, signals.first())
                 service.stopping()
                 timeout = reloader.settings.drain_timeout
-                if await _may_leave(relay, signals):
+                if not node.waits and await _may_leave(relay, signals):
                     await _first(running, _leave(relay), signals.second())
                 await _drain(node, running, signals, timeout)
             finally:
@@ -198,18 +199,19 @@ def warn_without_network(settings: Settings, cluster: ClusterSettings) -> None:
         )
 
 
-async def _run(node: Node, cluster: Cluster | None, relay: RelayClient) -> None:
-    node.take_over(await relay.open())
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            beside = [tasks.create_task(relay.run()), tasks.create_task(_let_relay_go(node, relay))]
-            if cluster is not None:
-                beside.append(tasks.create_task(cluster.run()))
-            await node.run()
-            for task in beside:
-                task.cancel()
-    except ExceptionGroup as several:
-        raise several.exceptions[0] from several
+async def _run(settings: Settings, node: Node, cluster: Cluster | None, relay: RelayClient) -> None:
+    async with alone(settings, node.wait_for):
+        node.take_over(await relay.open())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                beside = [tasks.create_task(relay.run()), tasks.create_task(_let_relay_go(node, relay))]
+                if cluster is not None:
+                    beside.append(tasks.create_task(cluster.run()))
+                await node.run()
+                for task in beside:
+                    task.cancel()
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from several
 
 
 async def _let_relay_go(node: Node, relay: RelayClient) -> None:
@@ -220,13 +222,6 @@ async def _let_relay_go(node: Node, relay: RelayClient) -> None:
         if not node.draining:
             relay.release()
         await relay.replaced.wait()
-
-
-@asynccontextmanager
-async def _lives(lock: str) -> AsyncIterator[None]:
-    with closing(Lifeline(lock)) as lifeline:
-        async with lifeline.held():
-            yield
 
 
 async def _ready(node: Node, service: Service) -> None:
@@ -304,7 +299,7 @@ def _make_node(
         AddressWatcher(settings.migration_interface, settings.migration_address, settings.pod_ip),
         watcher,
         inputs.announcements,
-        _lives(settings.daemon_lock) if settings.is_beside else None,
+        living(settings.daemon_lock) if settings.is_beside else None,
     )
     return around, node
 

@@ -87,6 +87,13 @@ class Launchers:
                 f"{self.pattern!r} uses unknown placeholders {sorted(unknown)}; there are {sorted(_PLACEHOLDERS)}"
             )
 
+    @property
+    def folder(self) -> str | None:
+        """The folder that has the launchers of a node, and of no other; None where the pattern tells VMIs apart."""
+        if "{pid}" in self.pattern:
+            return self.pods
+        return None if "{" in self.pattern else self.pattern
+
     def open(self, launcher: Launcher) -> RunDir:
         """Opens the launcher's /var/run.
 
@@ -489,7 +496,7 @@ class SocketNode(_Opened):
         path: For messages only.
 
     Raises:
-        Untrusted: It is no socket.
+        Untrusted: It is no socket, or leads back to a migproxy's source: such a connection would go round without end.
     """
 
     def __init__(self, node: int, path: str) -> None:
@@ -500,6 +507,13 @@ class SocketNode(_Opened):
             self.close()
             kind = "a symbolic link: refused, never followed" if stat.S_ISLNK(mode) else "not a socket"
             raise Untrusted(f"{path} is {kind}")
+        if is_source_socket(mode):
+            self.close()
+            raise Untrusted(
+                f"{path} is not the target launcher's, but a migproxy source's: refused, the connection would go round "
+                "and round. Source and target are given one folder: give each host a name of its own (--node-name), or "
+                "each launcher its own folder (--launcher-run-dir)"
+            )
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -518,6 +532,17 @@ class SocketNode(_Opened):
             raise LauncherError(
                 f"{self._path}: {error.strerror or error}: nobody takes the connection (yet)"
             ) from error
+
+
+def is_source_socket(mode: int | None) -> bool:
+    """Whether a migproxy's source has made a socket file, this daemon's or any other's: all theirs are sticky.
+
+    The sticky bit means nothing on a socket (inode(7)), so that nobody else sets it.
+
+    Args:
+        mode: Of the file; None where there is none.
+    """
+    return mode is not None and stat.S_ISSOCK(mode) and bool(mode & stat.S_ISVTX)
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -3,16 +3,20 @@
 The kernel releases a flock(2) at its holder's death, however that comes. Who takes it then also knows that no successor
 acts in the meantime. Each life leaves another mark in the file, so that one which was too short to be seen is noticed
 all the same.
+
+The lock belongs to whoever has the descriptor: it is closed on exec, and never handed to the relay, which outlives the
+daemon.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from typing import Final
 
 import structlog
@@ -26,27 +30,33 @@ HANG_SECONDS: Final = 10
 
 _MOST_SECONDS: Final = HANG_SECONDS + 5.0
 _RETRY_SECONDS = 0.02
-_MARK_BYTES = 64
+_LOOK_SECONDS = 0.1  # between two looks at who has a lock that may be held for days
+_MARK_BYTES = 128
 
 
 class LifelineError(Exception):
-    """The lock's file cannot be made."""
+    """The lock's file cannot be made, or the folder cannot be opened; `__cause__` is the OSError."""
 
 
 class Lifeline:
-    """Owns a descriptor of the lock's file, which is made if need be and stays.
+    """Owns a descriptor of what is locked.
 
     Args:
-        path: Of the file.
+        path: Of a file, which is made if need be and stays.
+        is_folder: It is a folder instead, in which nothing is left: whoever may read it can lock it.
 
     Raises:
-        LifelineError: It cannot be made; says what to do.
+        LifelineError: It cannot be had; says what to do.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, is_folder: bool = False) -> None:
         self._path = path
+        self._is_folder = is_folder
         try:
-            self._fd = open_file(path, os.O_RDWR | os.O_CREAT)
+            if is_folder:
+                self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            else:
+                self._fd = open_file(path, os.O_RDWR | os.O_CREAT)
         except Planted as error:
             raise LifelineError(f"{path}: {error.strerror} as --control-socket") from error
         except OSError as error:
@@ -54,7 +64,7 @@ class Lifeline:
             raise LifelineError(f"{path}: {error.strerror}: {remedy}") from error
 
     def close(self) -> None:
-        """Lets go of the lock, and closes the file."""
+        """Lets go of the lock, and closes what is locked."""
         os.close(self._fd)
 
     @property
@@ -64,8 +74,18 @@ class Lifeline:
 
     @property
     def life(self) -> bytes:
-        """The mark of the one that held it last: another one for each."""
-        return os.pread(self._fd, _MARK_BYTES, 0)
+        """The mark of the one that held it last: another one for each; a folder has none."""
+        return b"" if self._is_folder else os.pread(self._fd, _MARK_BYTES, 0)
+
+    @property
+    def holder(self) -> str:
+        """Who holds it, for people."""
+        if pids := _holders(self._fd):
+            return f"process {pids[0]} (ps -fp {pids[0]})"
+        with suppress(ValueError):  # on another machine, over NFS
+            pid, _, host = self.life.decode(errors="replace").split()
+            return f"process {pid} of {host}"
+        return "a process of another PID namespace"
 
     async def take(self, seconds: float) -> bool:
         """Begins to live: holds the lock from then on.
@@ -96,10 +116,33 @@ class Lifeline:
             await asyncio.gather(taking, return_exceptions=True)
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    async def wait(self, tell: Callable[[str], None]) -> None:
+        """Begins to live, as soon as nobody else does.
+
+        Args:
+            tell: Is told who holds it, where that has to be waited for.
+
+        Raises:
+            OSError: It cannot be locked there, or a user holds it who is neither root nor this process's own.
+        """
+        told = ""
+        while not self._begin():
+            if (holder := self.holder) != told:
+                told = holder
+                _refuse_strangers(self._fd)
+                tell(holder)
+            await asyncio.sleep(_LOOK_SECONDS)
+
     async def _take(self) -> None:
-        while not _try(self._fd, fcntl.LOCK_EX):
+        while not self._begin():
             await asyncio.sleep(_RETRY_SECONDS)
-        os.pwrite(self._fd, f"{os.getpid()} {time.time_ns()}".encode().ljust(_MARK_BYTES), 0)
+
+    def _begin(self) -> bool:
+        is_taken = _try(self._fd, fcntl.LOCK_EX)
+        if is_taken and not self._is_folder:
+            mark = f"{os.getpid()} {time.time_ns()} {os.uname().nodename}"
+            os.pwrite(self._fd, mark.encode().ljust(_MARK_BYTES), 0)
+        return is_taken
 
     @contextmanager
     def taken(self) -> Iterator[bool]:
@@ -110,6 +153,18 @@ class Lifeline:
         finally:
             if is_taken:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+
+@asynccontextmanager
+async def living(path: str) -> AsyncIterator[None]:
+    """Holds a file's lock while the context lasts: see `Lifeline.held`.
+
+    Raises:
+        LifelineError: The file cannot be made.
+    """
+    with closing(Lifeline(path)) as lifeline:
+        async with lifeline.held():
+            yield
 
 
 def is_locked(path: str) -> bool:
@@ -137,3 +192,32 @@ def _try(fd: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _holders(fd: int) -> list[int]:
+    """The processes of this PID namespace that have locked what is open, by /proc/locks (proc_locks(5))."""
+    status = os.fstat(fd)
+    where = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    found = []
+    with suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
+        for line in locks:
+            _, kind, _, _, pid, what, *_ = line.split()  # who waits has "->" for a kind
+            if kind == "FLOCK" and what == where and int(pid) > 0:
+                found.append(int(pid))
+    return found
+
+
+def _refuse_strangers(fd: int) -> None:
+    """Raises PermissionError where somebody keeps a lock who may open a folder, and has no other part in it."""
+    for pid in _holders(fd):
+        if strangers := _users(pid) - {0, os.geteuid()}:
+            raise PermissionError(errno.EACCES, f"process {pid} of user {min(strangers)} has locked it")
+
+
+def _users(pid: int) -> set[int]:
+    """A process's real, effective and saved user; none of one that has ended."""
+    with suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
+        for line in status:
+            if line.startswith("Uid:"):
+                return {int(user) for user in line.split()[1:4]}
+    return set()

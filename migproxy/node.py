@@ -79,6 +79,7 @@ class Node:
         address: This node's migration address as it is now, None until it is known.
         synchronised: Whether the inventory has told its whole state.
         draining: Whether no new migration is taken any more.
+        waits: For which other daemon's end, and what to do about it; None where it serves.
         knows_its_work: Set once there is a plan: the inventory and the migration address are known.
         held: The migrations of this node that the plan has no proxy for now; what runs for them goes on.
         bypassed: Those that virt-handler's own proxy serves alone, and why.
@@ -99,6 +100,7 @@ class Node:
         self.address: MigrationAddress | None = None
         self.synchronised = False
         self.draining = False
+        self.waits: str | None = None
         self._around = around
         self._inventory = inventory
         self._addresses = addresses
@@ -112,7 +114,7 @@ class Node:
         self._life, self._living = life, AsyncExitStack()
         self._known_beside: Readiness | None = None
         self._clock = asyncio.get_running_loop().time
-        self._starts_until: float | None = self._clock() + _START_SECONDS if announcements else None
+        self._starts_until: float | None = None
         # By the VMI's UID: what may stand on it by this daemon's doing, whatever the watch has told by now.
         self._standing: dict[str, VMI] = {}
         self._void: set[str] = set()  # those whose announcement is to go
@@ -131,6 +133,8 @@ class Node:
 
     async def run(self) -> None:
         """Reconciles until cancelled; then every proxy is closed."""
+        if self.is_beside:
+            self._starts_until = self._clock() + _START_SECONDS
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._follow_addresses())
@@ -148,6 +152,18 @@ class Node:
             await self._end_adopted(list(self._adopted.values()))
             await asyncio.gather(*self._endings)
             await self._living.aclose()
+
+    def wait_for(self, why: str | None) -> None:
+        """Says that nothing is served yet, and why; or that now it is.
+
+        Args:
+            why: See `waits`.
+        """
+        if why:
+            log.warning("another daemon serves this node", why=why)
+        elif self.waits:
+            log.info("no other daemon serves this node any more")
+        self.waits = why
 
     def take_over(self, contents: Contents) -> None:
         """Takes what an earlier daemon left; each migration goes to its proxy as soon as the plan has one.
@@ -508,7 +524,7 @@ class Node:
         """What keeps this node from being ready, by name; empty when it is."""
         problems = dict(self._inventory.problems)
         if not self.synchronised:
-            problems["inventory"] = "not synchronised yet"
+            problems["inventory"] = self.waits or "not synchronised yet"
         if self.address is None:
             problems["address"] = "the migration address is not known yet"
         elif self.address.problem:

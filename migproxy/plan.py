@@ -21,7 +21,7 @@ from migproxy.portmap import (
     salvage_port_map,
     unknown_channels,
 )
-from migproxy.vmi import VMI, MigrationState
+from migproxy.vmi import TARGET_NODE_LABEL, VMI, MigrationState
 
 
 class Role(StrEnum):
@@ -310,6 +310,12 @@ class _Planner:
         try:
             if vmi.migration is None:
                 raise _Hold("waiting for status.migrationState", error=False)
+            if vmi.leads_to_itself():
+                raise _Hold(
+                    f"source and target are one node: sourceNode in the status and the label {TARGET_NODE_LABEL} both "
+                    f"name {self.node}: give each host a name of its own (--node-name), and write those two there",
+                    error=True,
+                )
             if role is Role.SOURCE:
                 return self._source(vmi, vmi.migration)
             if self.beside:

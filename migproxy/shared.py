@@ -21,7 +21,7 @@ import stat
 from contextlib import suppress
 from typing import Final
 
-from migproxy.launcher import LauncherError, Launchers, SocketNode
+from migproxy.launcher import LauncherError, Launchers, SocketNode, is_source_socket
 from migproxy.plan import SourceProxy
 from migproxy.portmap import source_socket_name
 from migproxy.proxy import ProxyError
@@ -41,7 +41,6 @@ class SharedFolder(SocketFolder):
         owner: See `SocketFolder`.
     """
 
-    mode = 0o1660
     is_shared = True
     longest_pause = 0.02  # virt-handler makes its sockets anew, one after the other, and then asks the launcher
 
@@ -59,7 +58,8 @@ class SharedFolder(SocketFolder):
                 continue
             except OSError as error:
                 raise LauncherError(f"{self.path}/{candidate}: {error.strerror}") from error
-            if not _is_ours(os.stat(node).st_mode):  # the pod may have linked it: a connection to itself never ends
+            # The pod may have linked ours there: a connection to itself never ends.
+            if not is_source_socket(os.stat(node).st_mode):
                 return SocketNode(node, f"{self.path}/{candidate}")
             os.close(node)
         raise LauncherError(f"{self.path}/{name}: No such file of virt-handler's")
@@ -80,7 +80,7 @@ class SharedFolder(SocketFolder):
     def _may_be_ours(self, name: str) -> bool:
         """Whether ours stands at a name, or nobody can tell."""
         try:
-            return _is_ours(self._mode_of(name))
+            return is_source_socket(self._mode_of(name))
         except OSError:
             return True
 
@@ -89,7 +89,7 @@ class SharedFolder(SocketFolder):
         mode = self._mode_of(displaced)
         if mode is None:  # taken away by the pod: there is nothing to keep
             return
-        if _is_ours(mode):
+        if is_source_socket(mode):
             self._unlink(displaced)
             return
         self._hand_to_owner(displaced)
@@ -109,7 +109,7 @@ class SharedFolder(SocketFolder):
         """Clears what a daemon left that was killed between exchanging two sockets and putting one aside."""
         if (mode := self._mode_of(temporary)) is None:
             return
-        if _is_ours(mode):
+        if is_source_socket(mode):
             self._unlink(temporary)
         else:
             self._rename(temporary, _aside(name), 0)
@@ -122,7 +122,7 @@ class SharedFolder(SocketFolder):
     def mend(self, name: str) -> bool:
         try:
             self._discard(temporary_name(name), name)
-            is_ours = _is_ours(self._mode_of(name))
+            is_ours = is_source_socket(self._mode_of(name))
             self._give_back(name, is_ours=is_ours)
         except OSError as error:
             raise ProxyError(f"{self.path}/{name} cannot be given back to virt-handler: {error.strerror}") from error
@@ -132,9 +132,9 @@ class SharedFolder(SocketFolder):
         if is_ours:
             with suppress(FileNotFoundError, FileExistsError):  # virt-handler clears or fills it in this very moment
                 self._step_aside(name, _aside(name))
-            if _is_ours(self._mode_of(name)):
+            if is_source_socket(self._mode_of(name)):
                 raise OSError(errno.EAGAIN, "ours is still there")
-        elif _is_ours(self._mode_of(name)):
+        elif is_source_socket(self._mode_of(name)):
             return  # of the VMI's next migration, and so is what is kept
         with suppress(FileNotFoundError):
             self._unlink(_aside(name))
@@ -144,10 +144,10 @@ class SharedFolder(SocketFolder):
             self._rename(aside, name, _RENAME_EXCHANGE)
         except FileNotFoundError:  # nothing of virt-handler's has stood there
             self._rename(name, aside, _RENAME_NOREPLACE)
-            if not _is_ours(self._mode_of(aside)):
+            if not is_source_socket(self._mode_of(aside)):
                 self._rename(aside, name, _RENAME_NOREPLACE)
             return
-        if not _is_ours(self._mode_of(aside)):  # it was replaced in this very moment: that one stays
+        if not is_source_socket(self._mode_of(aside)):  # it was replaced in this very moment: that one stays
             self._rename(aside, name, _RENAME_EXCHANGE)
 
     def _mode_of(self, name: str) -> int | None:
@@ -195,7 +195,3 @@ def mend(launchers: Launchers, source: SourceProxy, owner: tuple[int, int] | Non
 def _aside(name: str) -> str:
     """Where virt-handler's socket is kept: beside its own name, so that people see whose it is."""
     return f".virt-handler-{name}"
-
-
-def _is_ours(mode: int | None) -> bool:
-    return mode is not None and stat.S_ISSOCK(mode) and bool(mode & stat.S_ISVTX)

@@ -74,7 +74,7 @@ class SocketFolder:
         fd: The folder.
         path: Its path, for messages only.
         owner: User and group that libvirt and QEMU run as in the pod, or they could not connect.
-        mode: Of a socket file: its owner's and group's alone.
+        mode: Of a socket file: its owner's and group's alone, and a source's (`launcher.is_source_socket`).
         is_shared: Whether somebody else puts sockets there by right, so that replacing one is no surprise.
         longest_pause: Seconds between two times that a socket file is put back, when somebody insists.
 
@@ -87,7 +87,7 @@ class SocketFolder:
         ProxyError: The folder cannot be made, or is somebody else's.
     """
 
-    mode = 0o660
+    mode = 0o1660
     is_shared = False
     longest_pause = 1.0
 

@@ -126,6 +126,16 @@ class VMI:
         """The node's proxy serves the receiving side."""
         return self.target_node_label == node
 
+    def leads_to_itself(self) -> bool:
+        """The source's node is to receive the VMI too: no scheduler says so, but two hosts of one name do.
+
+        The two VMIs of a decentralized migration may name one node, or the nodes of two clusters that have one name.
+        """
+        migration = self.migration
+        if migration is None or self.created_for_migration or self.is_decentralized():
+            return False
+        return migration.source_node is not None and migration.source_node == self.target_node_label
+
     def is_decentralized(self) -> bool:
         """Between two VMIs, as between clusters: both states exist, exactly one has a syncAddress."""
         if self.migration is None or self.migration.source_state is None or self.migration.target_state is None:

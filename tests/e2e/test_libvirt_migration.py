@@ -117,11 +117,12 @@ async def test_launchers_are_found_by_their_command_sockets() -> None:
         document = lab.vmi.read()
         uid, names = document["metadata"]["uid"], {node: pod for pod, node in document["status"]["activePods"].items()}
         async with (
-            launcher(source, pods, names[source.name], uid),
-            launcher(target, pods, names[target.name], uid),
+            launcher(source, pods / source.name, names[source.name], uid),
+            launcher(target, pods / target.name, names[target.name], uid),
         ):
             for node in lab.nodes:
-                await node.proxy.start("--launcher-run-dir", "/proc/{pid}/root/run", "--pods-dir", str(pods))
+                where = ("--launcher-run-dir", "/proc/{pid}/root/run", "--pods-dir", str(pods / node.name))
+                await node.proxy.start(*where)
             async with Guest.boot(lab, source) as guest:
                 move = await guest.migrate(source, target)
                 await assert_heartbeat_goes_on(guest, *await guest.handover(source, target))

@@ -67,6 +67,7 @@ async def test_second_daemon_on_a_control_socket_is_refused_and_the_first_goes_o
         )
         assert refused.returncode == 1
         assert f"{nodes.source.control}: another migproxy answers there" in refused.stderr
+        assert f"(it is process {nodes.source.pid}: ps -fp {nodes.source.pid})" in refused.stderr
         assert nodes.source.status()["ready"]
 
 

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from migproxy import lifeline as lifeline_module
 from migproxy.lifeline import HANG_SECONDS, Lifeline, LifelineError, is_locked
 from tests.clock import Clock
 
@@ -21,7 +23,7 @@ import asyncio, sys
 from migproxy.lifeline import Lifeline
 
 async def hold():
-    async with Lifeline(sys.argv[1]).held():
+    async with Lifeline(sys.argv[1], is_folder=bool(sys.argv[2:])).held():
         print("held", flush=True)
         await asyncio.sleep(60)
 
@@ -30,9 +32,9 @@ asyncio.run(hold())
 
 
 @contextmanager
-def another(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process, which holds it."""
-    command = [sys.executable, "-c", HOLD, str(path)]
+def another(path: Path, *prefix: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process, which holds it, started by a command that runs it."""
+    command = [*prefix, sys.executable, "-c", HOLD, str(path), *(["folder"] if path.is_dir() else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "held\n"
@@ -105,3 +107,45 @@ def test_lock_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LifelineError, match="file/lock"):
         Lifeline(str(tmp_path / "file" / "lock"))
+
+
+@pytest.mark.simulated_time
+@pytest.mark.parametrize("is_folder", [False, True])
+async def test_who_waits_is_told_for_whom_and_begins_when_that_one_was_killed(
+    tmp_path: Path, clock: Clock, is_folder: bool
+) -> None:
+    path, told = tmp_path if is_folder else tmp_path / "lock", list[str]()
+    with closing(Lifeline(str(path), is_folder=is_folder)) as lifeline:
+        with another(path) as process:
+            waiting = asyncio.create_task(lifeline.wait(told.append))
+            await asyncio.sleep(10)
+            assert told == [f"process {process.pid} (ps -fp {process.pid})"]
+            assert not waiting.done()
+        began = clock()
+        await waiting
+        assert clock() - began <= 0.1
+        with closing(Lifeline(str(path), is_folder=is_folder)) as next_one:
+            assert next_one.is_held
+
+
+async def test_who_cannot_be_seen_is_named_by_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another host, over NFS, or in another PID namespace."""
+    monkeypatch.setattr(lifeline_module, "_holders", lambda _: [])
+    with closing(Lifeline(str(tmp_path / "lock"))) as lifeline, closing(Lifeline(str(tmp_path / "lock"))) as other:
+        assert await lifeline.take(1)
+        assert other.holder == f"process {os.getpid()} of {os.uname().nodename}"
+    with closing(Lifeline(str(tmp_path), is_folder=True)) as folder:
+        assert folder.holder == "a process of another PID namespace"
+
+
+@pytest.mark.root
+async def test_who_may_only_read_a_folder_holds_up_nobody() -> None:
+    stranger = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        with (
+            another(Path(folder), *stranger) as process,
+            closing(Lifeline(folder, is_folder=True)) as lifeline,
+            pytest.raises(PermissionError, match=f"process {process.pid} of user 65534 has locked it"),
+        ):
+            await lifeline.wait(print)

@@ -180,6 +180,36 @@ def test_pods_on_other_nodes_are_not_looked_at() -> None:
     assert the_target(None, {"activePods": None}).launcher.pods == ()
 
 
+@pytest.mark.parametrize("beside", [None, Readiness(OWN)])
+def test_a_vmi_that_goes_from_a_node_to_the_same_is_an_error_of_both_roles(beside: Readiness | None) -> None:
+    labels = {"kubevirt.io/migrationTargetNodeName": NODE}
+    vmi = parse(document(Role.SOURCE, published(str(OWN)), labels=labels))
+    made = make_plan([vmi], NODE, [OWN], NOW, beside)
+    assert (made.sources, made.targets, made.bypassed) == ((), (), ())
+    assert [(held.role, held.error) for held in made.held] == [(Role.SOURCE, True), (Role.TARGET, True)]
+    for held in made.held:
+        assert all(words in held.reason for words in ("sourceNode", *labels, f"name {NODE}", "--node-name"))
+    # The status alone says so, where it has no nodeName.
+    (held,) = plan(document(Role.TARGET, {"sourceNode": NODE}, {"nodeName": None})).held
+    assert (held.role, held.error) == (Role.TARGET, True)
+
+
+@pytest.mark.parametrize(
+    ("migration", "metadata"),
+    [
+        (
+            {"sourceState": {"virtualMachineInstanceUID": SOURCE_UID}},
+            {"annotations": {"kubevirt.io/create-migration-target": "true"}},
+        ),
+        ({"sourceState": {"syncAddress": "a"}, "targetState": {"virtualMachineInstanceUID": UID}}, {}),
+    ],
+)
+def test_two_vmis_of_a_decentralized_migration_may_be_on_nodes_of_one_name(
+    migration: dict[str, Any], metadata: dict[str, Any]
+) -> None:
+    assert the_target({"sourceNode": NODE, **migration}, **metadata)
+
+
 # --- the source
 
 
