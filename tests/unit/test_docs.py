@@ -74,8 +74,9 @@ def literals() -> list[str]:
 VALUE = re.compile(
     r"""
     \[?\d+(?:\.\d+){3}\]?(?::\d+)?   # an address, with a port
-    | \d[\d-]*                       # a number, or a range of them
     | '[^']*'                        # what is quoted within
+    | process\ \d+\ \(ps\ -fp\ \d+\) | \bthe\ launchers\ in\ /run | the\ node\ host1\ of\ \S+
+    | \d[\d-]*                       # a number, or a range of them
     | \.\.\. | /pods
     | \b(?:no\ answer(?=\ to) | by\ eth0 | address\ and\ ports | list\ and\ watch | KubeVirt\ resource | opened)
     | \b(?:fuse | migration0 | kubevirt | default/vm1)(?=\W|$)
