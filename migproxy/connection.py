@@ -8,11 +8,12 @@ import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from migproxy import tcpinfo
+from migproxy.bottleneck import Limits, Receiving, Sending, receiving, sending
 from migproxy.fds import break_off, close_all
 from migproxy.relay.client import Lease, Left
 from migproxy.relay.protocol import Ended, Way
@@ -24,6 +25,8 @@ from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
 
 _PIPES = {Way.SPLICED: 2, Way.KTLS: 2, Way.TLS: 0}
+_REMEMBERED = 10  # looks at the peer's window, one each second
+_CLOSED = 1 << 14  # bytes: a window that is smaller than any connection's first
 _SOONEST, _LATEST = 1.0, 10.0  # seconds between two looks at the other node
 _STOP_SECONDS = 1.0  # that the relay may take to count the last bytes of a connection that is broken off
 
@@ -79,6 +82,15 @@ class Connection(ABC):
         """Keeps TCP's last view of the connection, which is about to be closed."""
         self._last_tcp_info, self._observed = self.tcp_info, None
 
+    def limited(self, *, sends: bool, cpu: float) -> Limits | None:
+        """What limited the connection since this was asked last; None the first time, and where there is no telling.
+
+        Args:
+            sends: Whether its bytes go to the network for the most part, as a source's do.
+            cpu: See `bottleneck.Sending`.
+        """
+        return None
+
     @abstractmethod
     async def run(self, patience: Callable[[], float]) -> None:
         """Returns when both directions have ended, and both sockets are closed.
@@ -133,6 +145,9 @@ class RelayedConnection(Connection):
         lease.keys = transport.keys
         self._pipes = made
         self._tallies = tallies
+        self._seen: Sending | Receiving | None = None
+        self._widest = 0
+        self._shut: deque[bool] = deque(maxlen=_REMEMBERED)
 
     @classmethod
     def adopt(cls, lease: Lease, left: Left) -> RelayedConnection:
@@ -145,6 +160,37 @@ class RelayedConnection(Connection):
     def ways(self) -> tuple[str, str]:
         """See Connection."""
         return self._way, self._way
+
+    def limited(self, *, sends: bool, cpu: float) -> Limits | None:
+        """See Connection."""
+        info = self.tcp_info if self._observed else None
+        if info is None:
+            return None
+        last, now = self._seen, self._send_sample(info, cpu) if sends else self._receive_sample()
+        self._seen = now
+        if isinstance(last, Sending) and isinstance(now, Sending):
+            return sending(last, now)
+        if isinstance(last, Receiving) and isinstance(now, Receiving):
+            return receiving(last, now)
+        return None
+
+    def _send_sample(self, info: tcpinfo.TCPInfo, cpu: float) -> Sending:
+        if (window := info.peer_window) is not None:
+            self._widest = max(self._widest, window)
+            self._shut.append(window < max(_CLOSED, self._widest / 2))
+        return Sending(
+            at=time.monotonic(),
+            backlog=tcpinfo.unread(self._unix),
+            busy=info.busy,
+            window_limited=info.window_limited,
+            buffer_limited=info.buffer_limited,
+            unsent=info.unsent,
+            is_shut=any(self._shut),
+            cpu=cpu,
+        )
+
+    def _receive_sample(self) -> Receiving:
+        return Receiving(time.monotonic(), tcpinfo.unread(self._tcp), tcpinfo.unsent(self._unix))
 
     async def run(self, patience: Callable[[], float]) -> None:
         """See Connection; a cancellation breaks it off."""

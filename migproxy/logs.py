@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Literal, TextIO
 
 from migproxy.imports import without
@@ -109,7 +109,10 @@ class _Foreign(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         log = structlog.get_logger(record.name)
         method = log.warning if record.levelno < logging.ERROR else log.error
-        method(record.getMessage(), library=record.name, **({"exc_info": error} if error else {}))
+        try:
+            method(record.getMessage(), library=record.name, **({"exc_info": error} if error else {}))
+        except Exception:  # noqa: BLE001 - a library's mistake in a format; as logging's own handlers do
+            self.handleError(record)
 
 
 def _choose(style: Style) -> tuple[list[structlog.typing.Processor], Write]:
@@ -198,12 +201,16 @@ class _Journal:
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
-    def write(self, entry: bytes) -> None:
-        """Sends an entry, and waits for a journal that is slow.
+    def write(self, entries: Sequence[bytes]) -> None:
+        """Sends entries, and waits for a journal that is slow.
 
         Raises:
-            OSError: It does not take it.
+            OSError: It does not take one.
         """
+        for entry in entries:
+            self._send(entry)
+
+    def _send(self, entry: bytes) -> None:
         try:
             self._socket.sendto(entry, JOURNAL)
         except OSError as error:

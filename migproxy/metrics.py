@@ -253,7 +253,15 @@ def _migrations(migrations: list[Report]) -> Iterator[Metric]:
         "Beside virt-handler: connections by whose proxy they went, and why not by migproxy.",
         labels=[*_MIGRATION, "path", "reason"],
     )
+    limited = CounterMetricFamily(
+        "migproxy_migration_limited_seconds",
+        "Seconds in which a migration had connections, by what limited it: on the source's node guest, source (its "
+        "CPU), network or target; on the target's node target, or upstream: what comes before.",
+        labels=[*_MIGRATION, "by"],
+    )
     for migration in migrations:
+        for by, seconds in migration.get("limited", {}).get("all", {}).get("seconds", {}).items():
+            limited.add_metric([*_labels(migration), by], seconds, migration["began"])
         for one in migration.get("paths", ()):
             paths.add_metric([*_labels(migration), one["path"], one["reason"]], one["connections"])
         if migration.get("path"):
@@ -262,6 +270,7 @@ def _migrations(migrations: list[Report]) -> Iterator[Metric]:
         running.add_metric(_labels(migration), migration["state"] == "running")
     yield info
     yield running
+    yield limited
     yield path
     yield paths
 

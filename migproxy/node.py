@@ -15,7 +15,7 @@ import structlog
 
 from migproxy import logs, rows, survival
 from migproxy.health import Activity, WatchReporter
-from migproxy.inventory import BYPASSED, FAILED, Inventory, PublishError
+from migproxy.inventory import BYPASSED, FAILED, RELAYED, Inventory, PublishError
 from migproxy.launcher import LauncherError
 from migproxy.limit import Limit
 from migproxy.netif import AddressWatcher, MigrationAddress
@@ -190,8 +190,9 @@ class Node:
     async def _end_adopted(self, adopted: Iterable[AdoptedProxy]) -> None:
         for one in adopted:
             one.log.info("connections left by an earlier daemon are closed: the migration has ended")
-            report = rows.adopted(one) | {"state": "ended", "error": None, "history": []}
+            report = rows.adopted(one) | {"state": "ended", "error": None, "history": [], "limited_by": []}
             await one.close()
+            self._sum_up(one)
             self._ended.add((one.migration, one.role), Ended(report, one.progress))
         self._idle.set()
 
@@ -239,6 +240,8 @@ class Node:
             # Of certificates, and of an inventory's trouble that is over, nobody tells.
             if self._adopted or self._beside() != self._known_beside:
                 self._replan()
+            if any(proxy.role is Role.SOURCE and proxy.open_connections for proxy in self._proxies()):
+                await asyncio.to_thread(self._around.busiest.look, self._around.relay.pid)  # thousands of threads
             for proxy in self._proxies():
                 proxy.sample()
                 proxy.note()
@@ -511,13 +514,28 @@ class Node:
     def forget(self, key: Key, worker: _Worker) -> None:
         """Keeps what a worker has to say of its migration, and lets go of it."""
         if proxy := worker.proxy:
-            report = worker.report() | {"state": "ended", "history": []}
+            report = worker.report() | {"state": "ended", "history": [], "limited_by": []}
             self._ended.add(key, Ended(report, proxy.progress))
+            self._sum_up(proxy)
             if proxy.progress.opened is not None:
-                self._around.measures.durations.labels(proxy.role).observe(time.monotonic() - proxy.progress.opened)
+                self._around.measures.durations.labels(proxy.role).observe(time.time() - proxy.progress.opened)
         if self._workers.get(key) is worker:
             del self._workers[key]
         self._idle.set()
+
+    def _sum_up(self, proxy: Proxy) -> None:
+        """Tells the log, and whoever looks at the VMI, what a proxy that is over has moved, and what limited it."""
+        told, progress = rows.summary(proxy.progress), proxy.progress
+        if not told or progress.reported == progress.moved:
+            return
+        progress.reported = progress.moved
+        vmi = self._vmis.get(proxy.migration.vmi_uid)
+        result = vmi.result(proxy.migration.migration_uid) if vmi else None
+        proxy.log.info("migration relayed", result=result or "unknown", **told)
+        if vmi and result:
+            limited = f"; limited {told['limited']}" if told["limited"] else ""
+            message = f"{result}: {told['moved']} in {told['seconds']:.0f} s, {told['rate']}{limited}"
+            self._inventory.note(vmi, RELAYED, f"migration {proxy.role} on {self.options.name}: {message}")
 
     @property
     def problems(self) -> dict[str, str]:

@@ -10,20 +10,23 @@ from __future__ import annotations
 import atexit
 import errno
 import io
+import json
 import os
 import select
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 STDOUT, STDERR = 1, 2
-_MOST_BYTES = 1 << 18  # that wait to be written; what comes then is lost
+_MOST_BYTES = 1 << 21  # that wait to be written, some ten thousand lines; what comes then is lost
+_AT_ONCE = 4096  # bytes: what several processes write to one pipe is not mixed up to here (pipe(7), PIPE_BUF)
 _LAST_SECONDS = 0.5  # that the last lines of a process have
 
-Write = Callable[[bytes], None]
-"""Writes a line, and may take as long as it likes; raises OSError where it cannot."""
+Write = Callable[[Sequence[bytes]], None]
+"""Writes lines, and may take as long as it likes; raises OSError where it cannot, or not all of them."""
 
 
 class OutputError(Exception):
@@ -34,7 +37,7 @@ class Lines:
     """Writes lines in a thread of its own; those that cannot be written are lost, and counted.
 
     Attributes:
-        write: How; whoever sets another one sets it for the lines from then on.
+        write: How, unless `put` is told another way; whoever sets another one sets it for the lines from then on.
         describe_loss: Makes the line that tells how many were lost, once lines can be written again.
         lost: How many were, since the process began.
         problem: Why the last one was; None once one has been written again.
@@ -49,11 +52,12 @@ class Lines:
         self._has_thread = self._is_writing = False
         self._changed = threading.Condition()
 
-    def put(self, line: bytes) -> None:
+    def put(self, line: bytes, write: Write | None = None) -> None:
         """Takes a line to write, and does not wait; from any thread.
 
         Args:
             line: With its end.
+            write: How; None for `write`.
         """
         with self._changed:
             if self._waiting and self._size + len(line) > _MOST_BYTES:
@@ -66,7 +70,7 @@ class Lines:
                     self._lose(str(error))
                     return
                 self._has_thread = True
-            self._waiting.append((self.write, line))
+            self._waiting.append((write or self.write, line))
             self._size += len(line)
             self._changed.notify_all()
 
@@ -75,24 +79,36 @@ class Lines:
         with self._changed:
             self._changed.wait_for(lambda: not (self._waiting or self._is_writing), _LAST_SECONDS)
 
-    def _lose(self, why: str) -> None:
-        self.lost += 1
-        self._untold += 1
+    def _lose(self, why: str, lines: int = 1) -> None:
+        self.lost += lines
+        self._untold += lines
         self.problem = why
+
+    def _take(self) -> tuple[Write, list[bytes]]:
+        """The next lines: as many as are written at once, since each write may wait for its turn."""
+        write, line = self._waiting.popleft()
+        several, size = [line], len(line)
+        while self._waiting and self._waiting[0][0] == write:
+            size += len(self._waiting[0][1])
+            if size > _AT_ONCE:
+                break
+            several.append(self._waiting.popleft()[1])
+        self._size -= sum(map(len, several))
+        return write, several
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
-                (write, line), self._is_writing = self._waiting.popleft(), True
-                self._size -= len(line)
-            problem = _attempt(write, line)
+                write, several = self._take()
+                self._is_writing = True
+            problem = _attempt(write, several)
             with self._changed:
                 self.problem = None
                 if problem:
-                    self._lose(problem)
+                    self._lose(problem, len(several))
                 untold = 0 if problem or self._waiting else self._untold
-            is_told = untold > 0 and _attempt(self.write, self.describe_loss(untold)) is None
+            is_told = untold > 0 and _attempt(self.write, [self.describe_loss(untold)]) is None
             with self._changed:
                 if is_told:
                     self._untold -= untold
@@ -100,9 +116,9 @@ class Lines:
                 self._changed.notify_all()
 
 
-def _attempt(write: Write, line: bytes) -> str | None:
+def _attempt(write: Write, several: Sequence[bytes]) -> str | None:
     try:
-        write(line)
+        write(several)
     except OSError as error:
         return error.strerror or str(error)
     return None
@@ -119,9 +135,9 @@ class Descriptor:
         self._fd = fd
         self._is_cut = False
 
-    def __call__(self, line: bytes) -> None:
-        """Writes a line; see `Write`."""
-        whole = memoryview(b"\n" + line if self._is_cut else line)
+    def __call__(self, several: Sequence[bytes]) -> None:
+        """Writes lines; see `Write`."""
+        whole = memoryview(b"\n" * self._is_cut + b"".join(several))
         rest = whole
         try:
             while rest:
@@ -134,25 +150,48 @@ class Descriptor:
         try:
             return os.write(self._fd, data)
         except BlockingIOError:  # somebody who shares the descriptor does not want to wait
-            poll = select.poll()
-            poll.register(self._fd, select.POLLOUT)
-            poll.poll()
+            _wait_for_room(self._fd)
             return 0
+
+
+def _wait_for_room(fd: int) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()
 
 
 def to_stderr() -> Write:
     """What writes to standard error; where that was closed at the start, what refuses each line (EBADF)."""
-    return Descriptor(STDERR) if sys.__stderr__ else _refuse
+    return Descriptor(STDERR) if _has_stderr else _refuse
 
 
-def _refuse(_: bytes) -> None:
+def _refuse(_: Sequence[bytes]) -> None:
     raise OSError(errno.EBADF, "it is closed")
 
 
-def _describe_loss(lines: int) -> bytes:
-    return f"migproxy: {lines} lines were lost\n".encode()
+def _describe_loss(lost: int) -> bytes:
+    return f"migproxy: {lost} lines were lost\n".encode()
 
 
+def as_json(level: str, event: str, **fields: object) -> bytes:
+    """A line as the daemon's log has them, for a relay and its workers, which have no structlog.
+
+    Args:
+        level: How severe it is.
+        event: What happened, always in the same words.
+        fields: What there is to say besides.
+    """
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = {**fields, "event": event, "level": level, "process": "relay", "timestamp": now}
+    return f"{json.dumps(line)}\n".encode()
+
+
+def describe_loss_as_json(lost: int) -> bytes:
+    """See `Lines.describe_loss`."""
+    return as_json("warning", "log lines were lost", lines=lost)
+
+
+_has_stderr = sys.stderr is not None
 lines = Lines(to_stderr(), _describe_loss)
 """Those of this process."""
 
@@ -170,7 +209,7 @@ def begin() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
     if sys.stdin is None:
         sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
-    sys.stderr = _Printed()
+    sys.stderr = vars(sys)["__stderr__"] = _Printed()  # which Python itself uses at its end
     atexit.register(lines.flush)
 
 
@@ -181,11 +220,12 @@ class _Printed(io.TextIOBase):
 
     def __init__(self) -> None:
         self._rest = ""
+        self._write = to_stderr()  # the log's lines may go elsewhere, in a form of their own
 
     def write(self, text: str) -> int:
         *whole, self._rest = (self._rest + text).split("\n")
         for line in whole:
-            lines.put(f"{line}\n".encode(errors="backslashreplace"))
+            lines.put(f"{line}\n".encode(errors="backslashreplace"), self._write)
         return len(text)
 
     def writable(self) -> bool:
@@ -211,7 +251,9 @@ class _Stdout(io.FileIO):
         try:
             if sys.__stdout__ is None:
                 raise OSError(errno.EBADF, "it is closed")
-            return super().write(data) or 0
+            while (count := super().write(data)) is None:  # somebody who shares it does not want to wait
+                _wait_for_room(STDOUT)
+            return count
         except OSError as error:
             self._has_failed = True
             raise OutputError(f"cannot write to standard output: {error.strerror}") from error

@@ -12,14 +12,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Container, Corou
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import structlog
 
 from migproxy import tcpinfo
+from migproxy.bottleneck import Limits, add, together
 from migproxy.budget import Budget, Full
 from migproxy.connection import Connection, RelayedConnection
+from migproxy.cpu import BusiestThread
 from migproxy.fds import MORE_FILES, OUT_OF_RESOURCES, is_connected, reset
 from migproxy.launcher import Launchers, SocketNode, new_unix
 from migproxy.launcherthread import LauncherThread
@@ -50,6 +52,7 @@ from migproxy.transport import PLAINTEXT, Transport
 _ACCEPT_PAUSE = 0.2  # seconds, while the process is out of descriptors or memory
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds between two attempts to dial
 _HISTORY = 60  # seconds of rates that are kept for people to look at
+_LIMITED = 10  # seconds of what limits a migration now
 _TURN_SECONDS = 2.0  # a handshake takes milliseconds
 _AT_ONCE = 4  # connections of a source's channel that are set up side by side; the others' have their turn meanwhile
 _ROUTINE_LINES = 32  # of each kind in ten seconds: several times what a migration has
@@ -88,6 +91,7 @@ class Surroundings:
         budget: The connections of the node, of which each migration has a share.
         announces: Targets are announced, beside virt-handler, instead of published.
         measures: Where latencies and failures of the node are recorded.
+        busiest: How busy the relay's busiest thread is.
     """
 
     launchers: Launchers
@@ -102,6 +106,7 @@ class Surroundings:
     budget: Budget
     announces: bool = False
     measures: Measures = field(default_factory=Measures)
+    busiest: BusiestThread = field(default_factory=BusiestThread)
 
 
 class _Turns:
@@ -177,6 +182,7 @@ class Proxy(ABC):
         self._failed_lines = Limit(self._log_more_failed)
         self._routine_lines = Limit(self._log_more, _ROUTINE_LINES)
         self._samples = deque([(time.monotonic(), 0, 0)], maxlen=_HISTORY + 1)
+        self._limited: deque[Limits] = deque(maxlen=_HISTORY)
 
     @property
     def traffic(self) -> dict[Channel, Traffic]:
@@ -223,8 +229,14 @@ class Proxy(ABC):
         return (now_sent - sent) / seconds, (now_received - received) / seconds
 
     def sample(self) -> None:
-        """Remembers the counters for `rate` and `history`; to be called each second."""
+        """Remembers the counters for `rate` and `history`, and what limited it; to be called each second."""
         self._samples.append((time.monotonic(), *self._moved()))
+        sends, cpu = self.role is Role.SOURCE, self.around.busiest.seconds
+        each = [one.limited(sends=sends, cpu=cpu) for traffic in self.traffic.values() for one in traffic.open]
+        known = [one for one in each if one]
+        latest = together(known) if known else {}
+        self.progress.limited = add(self.progress.limited, latest)
+        self._limited.append(latest)
 
     @property
     def history(self) -> list[int]:
@@ -233,6 +245,16 @@ class Proxy(ABC):
             round((sent + received - sent_before - received_before) / max(at - before, 1e-3))
             for (before, sent_before, received_before), (at, sent, received) in pairwise(self._samples)
         ]
+
+    @property
+    def limited(self) -> Limits:
+        """What limited it in the last ten seconds; nothing where no connection is open."""
+        return add(*islice(reversed(self._limited), _LIMITED))
+
+    @property
+    def limited_by(self) -> list[str]:
+        """What limited it most, in each second of `history`; "" where no connection was open."""
+        return [str(max(one, key=one.__getitem__)) if one else "" for one in self._limited]
 
     def resume(self, progress: Progress) -> None:
         """Goes on counting where an earlier proxy of the same migration and role left off.
@@ -243,6 +265,7 @@ class Proxy(ABC):
         self.progress = progress
         self._samples.clear()
         self.sample()
+        self._limited.clear()
 
     def succeed(self, other: Proxy) -> None:
         """Takes over all that another proxy of the same migration and role has: connections, counters, listeners."""
@@ -328,8 +351,11 @@ class Proxy(ABC):
             migration_uid=self.migration.migration_uid,
             role=self.role,
             began=self.progress.began,
+            opened=self.progress.opened,
+            closed=self.progress.closed,
             channels={channel.label: one.state() for channel, one in self.traffic.items()},
             paths=[(*path, count) for path, count in self.progress.paths.items()],
+            limited={by: round(seconds, 3) for by, seconds in self.progress.limited.items()},
         )
 
     def note(self, *over: Lease, at_once: bool = False) -> None:
@@ -671,8 +697,8 @@ class Proxy(ABC):
     def _begin(self, connection: Connection, channel: Channel) -> None:
         """Counts a connection from now on, which `_relay` is to relay."""
         self.traffic[channel].begin(connection)
+        self.progress.opened = self.progress.opened or time.time()
         self.note()
-        self.progress.opened = self.progress.opened or connection.opened
 
     async def _relay(
         self, connection: Connection, lease: Lease, channel: Channel, log: structlog.stdlib.BoundLogger
@@ -685,6 +711,7 @@ class Proxy(ABC):
             failure = self._fail(channel, error, _BROKEN.get(error.errno or 0, "other"))
         finally:
             traffic.end(connection)
+            self.progress.closed = time.time()
             self.note(lease, at_once=not lease.fds)
             seconds = round(time.monotonic() - connection.opened, 3)
             counts = {"sent": connection.sent, "received": connection.received, "seconds": seconds}

@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
+from migproxy.bottleneck import Limits, describe
 from migproxy.plan import Bypassed, Migration, Role
 from migproxy.source import Source
+from migproxy.status import size
 from migproxy.takeover import AdoptedProxy
 from migproxy.target import Target
-from migproxy.traffic import Traffic
+from migproxy.traffic import Progress, Traffic
 
 _FLAWS = 20  # that are shown: whoever may create VMIs may create many
 
@@ -73,6 +75,7 @@ def adopted(left: AdoptedProxy) -> dict[str, Any]:
 def traffic(proxy: Source | Target | AdoptedProxy) -> dict[str, Any]:
     """What a proxy adds to its migration's row."""
     sent, received = proxy.rate
+    loss, encrypts = proxy.progress.loss, proxy.progress.encrypts
     return {
         "peer": str(proxy.plan.address or "virt-handler") if isinstance(proxy, Source) else None,
         "last_error": proxy.progress.last_error,
@@ -83,8 +86,14 @@ def traffic(proxy: Source | Target | AdoptedProxy) -> dict[str, Any]:
         "began": proxy.progress.began,
         "age_seconds": round(time.time() - proxy.progress.began, 3),
         "history": proxy.history,
+        "limited_by": proxy.limited_by,
         "bytes_sent_per_second": round(sent),
         "bytes_received_per_second": round(received),
+        "limited": {
+            "now": _limits(proxy.limited, loss, encrypts=encrypts),
+            "all": _limits(proxy.progress.limited, loss, encrypts=encrypts),
+        },
+        "loss": round(loss, 6),
         "channels": [
             {
                 "channel": channel.label,
@@ -106,6 +115,29 @@ def traffic(proxy: Source | Target | AdoptedProxy) -> dict[str, Any]:
             for channel, traffic in sorted(proxy.traffic.items())
         ],
     }
+
+
+def summary(progress: Progress) -> dict[str, Any]:
+    """What a migration that is over has moved, how fast, and what limited it; nothing where it moved nothing.
+
+    Returns:
+        moved: Bytes, for people.
+        seconds: From its first connection to its last one's end.
+        rate: For people.
+        limited: See `bottleneck.describe`.
+    """
+    if not progress.moved or progress.opened is None:
+        return {}
+    seconds = max((progress.closed or time.time()) - progress.opened, 1e-3)
+    verdict = describe(progress.limited, loss=progress.loss, encrypts=progress.encrypts)
+    rate = f"{progress.moved * 8 / seconds / 1e9:.2f} Gbit/s"
+    return {"moved": size(progress.moved), "seconds": round(seconds, 1), "rate": rate, "limited": verdict}
+
+
+def _limits(limits: Limits, loss: float, *, encrypts: bool) -> dict[str, Any]:
+    """Seconds by what limited them, and what is told to people."""
+    verdict = describe(limits, loss=loss, encrypts=encrypts)
+    return {"seconds": {str(by): round(seconds, 3) for by, seconds in limits.items()}, "verdict": verdict}
 
 
 def _tcp(traffic: Traffic) -> dict[str, float] | None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from migproxy.bottleneck import By
 from migproxy.portmap import Channel
 
 
@@ -45,6 +46,7 @@ class ChannelState(_Record):
     spliced: tuple[int, int] = (0, 0)
     modes: dict[str, int] = {}
     retransmits: int = 0
+    segments: int = 0
 
 
 class ProxyState(_Record):
@@ -52,8 +54,10 @@ class ProxyState(_Record):
 
     Attributes:
         began: When it was first made (`time.time`).
+        opened, closed: See `traffic.Progress`.
         channels: By label.
         paths: See `traffic.Progress`; the path, and the reason if there is one.
+        limited: See `traffic.Progress`.
     """
 
     namespace: str
@@ -62,8 +66,11 @@ class ProxyState(_Record):
     migration_uid: str
     role: Side
     began: float
+    opened: float | None = None
+    closed: float | None = None
     channels: dict[Label, ChannelState] = {}
     paths: list[tuple[str, str, int]] = []
+    limited: dict[By, float] = {}
 
 
 def read(words: str) -> ProxyState:

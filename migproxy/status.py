@@ -53,12 +53,13 @@ def render(report: Mapping[str, Any]) -> str:
         )
     budget = report["budget"]
     lines.append(f"connections: {budget['connections']} of {budget['capacity']}, as {budget['limit']} allow")
-    lines += _log(report["log"])
+    lines += _log(report.get("log", {"lines_lost": 0}))  # an older daemon's has none
     if not report["migrations"]:
         return "\n".join([*lines, "no migrations"])
     rows = [_HEADINGS, *(row for migration in report["migrations"] for row in _rows(migration))]
     lines += ["", *_columns(rows)]
     for migration in report["migrations"]:
+        lines += _verdicts(migration)
         if migration.get("path"):
             why = f": {migration['path_why']}" if migration.get("path_why") else ""
             lines.append(f"{_name(migration)} ({migration['role']}): goes by {migration['path']}{why}")
@@ -81,6 +82,14 @@ def _flaws(flaws: Mapping[str, Any]) -> Iterator[str]:
         yield f"  cannot be read: {where}: {why}"
     if more := flaws["count"] - len(flaws["first"]):
         yield f"  cannot be read: {more} more"
+
+
+def _verdicts(migration: Mapping[str, Any]) -> Iterator[str]:
+    """What limits a migration, or did."""
+    limited = migration.get("limited")
+    when = "now" if migration["state"] == "running" else "all"
+    if limited and (verdict := limited[when]["verdict"]):
+        yield f"{_name(migration)} ({migration['role']}): limited {verdict}"
 
 
 def _because(reason: str) -> str:

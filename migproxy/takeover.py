@@ -42,7 +42,16 @@ class AdoptedProxy(Proxy):
         if known:
             traffic = {_LABELS[label]: Traffic.restore(one) for label, one in known.channels.items()}
             paths = Counter({(path, reason): count for path, reason, count in known.paths})
-            self.resume(Progress(began=known.began, traffic=traffic, paths=paths))
+            self.resume(
+                Progress(
+                    began=known.began,
+                    opened=known.opened,
+                    closed=known.closed,
+                    traffic=traffic,
+                    paths=paths,
+                    limited=known.limited,
+                )
+            )
         for relayed in inheritance.relayed:
             self._go_on(relayed)
         for connection in inheritance.connections:

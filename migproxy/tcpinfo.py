@@ -8,9 +8,10 @@ import struct
 import termios
 from dataclasses import dataclass
 
-_LAYOUT = struct.Struct("=BxBB4x24I4Q6IQ")  # up to tcpi_delivery_rate, which Linux 4.9 added
+_LAYOUT = struct.Struct("=BxBB4x24I4Q6I4Q2I2Q4I")  # up to tcpi_snd_wnd, which Linux 5.4 added
 _STATE, _RETRANSMITS, _PROBES, _SND_MSS, _LAST_DATA_RECV, _LAST_ACK_RECV, _RTT, _SND_CWND = 0, 1, 2, 5, 14, 15, 18, 21
-_TOTAL_RETRANS, _ACKED, _RECEIVED, _DELIVERY_RATE = 26, 29, 30, 37
+_TOTAL_RETRANS, _ACKED, _RECEIVED, _UNSENT, _SEGMENTS, _DELIVERY_RATE = 26, 29, 30, 33, 36, 37
+_BUSY, _WINDOW_LIMITED, _BUFFER_LIMITED, _WINDOW = 38, 39, 40, 48
 
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
 _ASKED = 3  # times in vain: one answer, or question, may be lost
@@ -34,6 +35,11 @@ class TCPInfo:
         state: As net/tcp_states.h numbers them.
         acked: Bytes that the peer has acknowledged, a SYN and a FIN of ours among them (RFC 4898).
         received: Bytes that have arrived in order, a FIN among them.
+        segments: Segments with data that were sent, those that were sent again among them.
+        peer_window: Bytes that the peer has room for; None before Linux 5.4.
+        unsent: Bytes that are queued, and not sent.
+        busy, window_limited, buffer_limited: Seconds so far in which there was something to send or to be acknowledged;
+            of these, in which the peer's window was full, and in which the send buffer was too small.
         silence: Seconds since the peer last sent data or an acknowledgement.
         unanswered: How often it was asked since: data sent again, or probes of a shut window or an idle connection.
     """
@@ -45,6 +51,12 @@ class TCPInfo:
     state: int
     acked: int
     received: int
+    segments: int
+    peer_window: int | None
+    unsent: int
+    busy: float
+    window_limited: float
+    buffer_limited: float
     silence: float
     unanswered: int
 
@@ -61,14 +73,12 @@ class TCPInfo:
 
 
 def read(sock: socket.socket) -> TCPInfo | None:
-    """Asks the kernel; None for a socket that is closed, or that is not TCP."""
+    """Asks the kernel; None for a socket that is closed, or not TCP's. What an older kernel does not tell is 0."""
     try:
         raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAYOUT.size)
     except OSError:
         return None
-    if len(raw) < _LAYOUT.size:
-        return None
-    fields = _LAYOUT.unpack(raw)
+    fields = _LAYOUT.unpack(raw.ljust(_LAYOUT.size, b"\0"))
     return TCPInfo(
         rtt=fields[_RTT] / 1e6,
         retransmits=fields[_TOTAL_RETRANS],
@@ -77,6 +87,12 @@ def read(sock: socket.socket) -> TCPInfo | None:
         state=fields[_STATE],
         acked=fields[_ACKED],
         received=fields[_RECEIVED],
+        segments=fields[_SEGMENTS],
+        peer_window=fields[_WINDOW] if len(raw) == _LAYOUT.size else None,
+        unsent=fields[_UNSENT],
+        busy=fields[_BUSY] / 1e6,
+        window_limited=fields[_WINDOW_LIMITED] / 1e6,
+        buffer_limited=fields[_BUFFER_LIMITED] / 1e6,
         silence=min(fields[_LAST_DATA_RECV], fields[_LAST_ACK_RECV]) / 1e3,
         unanswered=max(fields[_RETRANSMITS], fields[_PROBES]),
     )
@@ -91,6 +107,11 @@ def is_over(sock: socket.socket) -> bool:
 def unsent(sock: socket.socket) -> int:
     """Bytes in the send queue that the peer has not acknowledged (tcp(7), SIOCOUTQ)."""
     return _queued(sock, termios.TIOCOUTQ)
+
+
+def unread(sock: socket.socket) -> int:
+    """Bytes that have arrived at a socket and nobody has read (tcp(7), unix(7): SIOCINQ)."""
+    return _queued(sock, termios.FIONREAD)
 
 
 def never_sent(sock: socket.socket) -> int:

@@ -187,6 +187,8 @@ def _migration(one: Report, most: float, width: int, style: Style) -> list[str]:
     block = [style.paint(colour, _row(cells, width)) if colour else _row(cells, width)]
     if one.get("history") and one["state"] == "running":
         block.append(_bars(one, most, width, style))
+        if verdict := one.get("limited", {}).get("now", {}).get("verdict"):  # an older daemon's has none
+            block.append(f"  limited {verdict}"[:width])
     if why := one.get("error") or (one.get("last_error") if one["state"] != "ended" else None):
         block.append(style.paint(_RED, f"  {why}"[:width]))
     return block

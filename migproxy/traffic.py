@@ -7,8 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from migproxy import tcpinfo
+from migproxy.bottleneck import Limits
 from migproxy.connection import Connection
 from migproxy.portmap import Channel
+from migproxy.relay.protocol import Way
 from migproxy.state import ChannelState
 
 
@@ -30,6 +32,7 @@ class Traffic:
     _spliced: tuple[int, int] = (0, 0)
     _modes: Counter[str] = field(default_factory=Counter)
     _retransmits: int = 0
+    _segments: int = 0
 
     @property
     def failed(self) -> int:
@@ -63,6 +66,11 @@ class Traffic:
         return self._retransmits + sum(info.retransmits for info in self.tcp_infos)
 
     @property
+    def segments(self) -> int:
+        """Segments with data that TCP sent, all connections, those that were sent again among them."""
+        return self._segments + sum(info.segments for info in self.tcp_infos)
+
+    @property
     def tcp_infos(self) -> list[tcpinfo.TCPInfo]:
         """TCP's view of each open connection."""
         return [info for connection in self.open if (info := connection.tcp_info)]
@@ -78,6 +86,7 @@ class Traffic:
             _spliced=state.spliced,
             _modes=Counter(state.modes),
             _retransmits=state.retransmits,
+            _segments=state.segments,
         )
 
     def state(self) -> ChannelState:
@@ -90,6 +99,7 @@ class Traffic:
             spliced=self._spliced,
             modes=dict(self._modes),
             retransmits=self._retransmits,
+            segments=self._segments,
         )
 
     def begin(self, connection: Connection) -> None:
@@ -107,6 +117,7 @@ class Traffic:
         self._modes.update(connection.modes)
         if info := connection.tcp_info:
             self._retransmits += info.retransmits
+            self._segments += info.segments
 
 
 @dataclass
@@ -115,14 +126,36 @@ class Progress:
 
     Attributes:
         began: When it was first served (`time.time`).
-        opened: When its first connection was relayed (`time.monotonic`), None before that.
+        opened, closed: When its first connection was relayed, and when one ended last (`time.time`); None before that.
+        reported: Bytes that were moved when it was last summed up.
         traffic: What each channel has carried.
         last_error: The latest connection's failure, for people.
+        limited: Seconds in which it had connections, by what limited them.
         paths: Beside virt-handler, the connections that went by migproxy, and by virt-handler: by path and reason.
     """
 
     began: float = field(default_factory=time.time)
     opened: float | None = None
+    closed: float | None = None
+    reported: int = 0
     traffic: dict[Channel, Traffic] = field(default_factory=dict)
     last_error: str | None = None
+    limited: Limits = field(default_factory=dict)
     paths: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of all channels, both ways."""
+        return sum(one.sent + one.received for one in self.traffic.values())
+
+    @property
+    def loss(self) -> float:
+        """Share of the segments that were sent again."""
+        segments = sum(one.segments for one in self.traffic.values())
+        again = sum(one.retransmits for one in self.traffic.values())
+        return again / segments if again < segments else 0.0  # what an older version has left knows no segments
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether bytes were encrypted in user space."""
+        return any(one.modes[Way.TLS] for one in self.traffic.values())

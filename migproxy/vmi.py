@@ -147,6 +147,13 @@ class VMI:
         migration = self.migration
         return migration is not None and migration.end is not None and (migration.completed or migration.failed)
 
+    def result(self, migration_uid: str) -> str | None:
+        """How a migration of it has ended: "completed" or "failed"; None where the status does not say."""
+        migration = self.migration
+        if migration is None or migration.migration_uid != migration_uid or not self.is_done():
+            return None
+        return "failed" if migration.failed else "completed"
+
     def is_running(self, now: datetime) -> bool:
         """The migration has started by `now` (aware) and not ended: what is published may not change."""
         migration = self.migration

@@ -6,11 +6,12 @@ from typing import Protocol
 from migproxy.portmap import IPAddress, PortMap
 from migproxy.vmi import VMI
 
-__all__ = ["BYPASSED", "FAILED", "Inventory", "InventoryError", "PublishError"]
+__all__ = ["BYPASSED", "FAILED", "RELAYED", "Inventory", "InventoryError", "PublishError"]
 
 FAILED = "MigrationProxyFailed"
 BYPASSED = "MigrationProxyBypassed"
-"""Reasons of what is noted on a VMI: its migration cannot be served, or goes by virt-handler's own proxy."""
+RELAYED = "MigrationProxyRelayed"
+"""Reasons of what is noted on a VMI: its migration cannot be served, goes by virt-handler's proxy, or was relayed."""
 
 
 class InventoryError(Exception):

@@ -614,11 +614,16 @@ class RelayClient:
         """Whether the relay was started by a daemon, and so shares its cgroup."""
         return self._starts
 
+    @property
+    def pid(self) -> int | None:
+        """The relay's process; None while there is none."""
+        return self._welcome.pid if self._welcome and self._socket else None
+
     def report(self) -> dict[str, Any]:
         """What `migproxy status` shows of it, as plain values."""
         return {
             "socket": self._path,
-            "pid": self._welcome.pid if self._welcome and self._socket else None,
+            "pid": self.pid,
             "version": self._welcome.program if self._welcome else None,
             "connections": self._moving,
             "descriptors": sum(len(lease.fds) for lease in self._leases.values()),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import faulthandler
 import fcntl
-import json
 import os
 import queue
 import selectors
@@ -20,7 +19,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from migproxy import __version__, output
 from migproxy.capacity import memory_limit
@@ -67,6 +65,7 @@ _STRANGERS = 8  # that have connected and not said Hello; the oldest goes when t
 _LOOK_SECONDS = 2.0  # between two looks at the pumps
 _EXTENSION = 30.0  # seconds that systemd is asked to wait for the end, again and again while a daemon is there
 _RETRY_SECONDS = 0.01  # while the kernel has too many descriptors of this user in flight (unix(7), ETOOMANYREFS)
+_ABORT_SECONDS = 2.0  # to tell where each thread is
 _LONELY_SECONDS = 60.0  # that a detached relay waits for the next daemon after the last one, and what it moved last
 _MOST_UNSENT = 1 << 16  # messages: a daemon that lets so many wait is hanging
 _MOVED_FDS = 8  # of a connection: what comes with Move, and another of the memory, which Python's mmap makes
@@ -533,6 +532,8 @@ class Relay:
         wedged = self._stalls.note({pump: read(pump) for pump in running}, time.monotonic())
         if names := sorted(running[pump] for pump in running if pump in wedged):
             _log("critical", "a pump moves nothing, although it could: this relay ends", names=names)
+            lines.flush()
+            signal.setitimer(signal.ITIMER_REAL, _ABORT_SECONDS)  # nobody may read where each thread is
             os.abort()
 
 
@@ -586,23 +587,13 @@ def _listen(path: str) -> tuple[int, socket.socket]:
 
 
 def _log(level: str, event: str, **fields: object) -> None:
-    lines.put(_line(level, event, **fields))
-
-
-def _line(level: str, event: str, **fields: object) -> bytes:
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {**fields, "event": event, "level": level, "process": "relay", "timestamp": now}
-    return f"{json.dumps(line)}\n".encode()
-
-
-def _describe_loss(lost: int) -> bytes:
-    return _line("warning", "log lines were lost", lines=lost)
+    lines.put(output.as_json(level, event, **fields))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a relay until a signal ends it: `python -m migproxy.relay SOCKET [--detached]`."""
     output.begin()
-    lines.describe_loss = _describe_loss
+    lines.describe_loss = output.describe_loss_as_json
     faulthandler.enable()
     path, *options = arguments
     try:

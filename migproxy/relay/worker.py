@@ -160,6 +160,7 @@ class Worker:
 def main() -> int:
     """Runs a worker until its relay is gone, whoever else is told to end with it."""
     output.begin()
+    output.lines.describe_loss = output.describe_loss_as_json
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # blocked until here: see Workers
@@ -168,7 +169,7 @@ def main() -> int:
             Worker(socket.socket(fileno=int(sys.argv[1]))).serve()
     except ProtocolError:
         traceback.print_exc()
-        output.lines.flush()
+    output.lines.flush()
     os._exit(0)
 
 

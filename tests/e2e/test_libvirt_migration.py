@@ -96,6 +96,19 @@ async def test_malformed_handshakes_at_its_listeners_leave_a_migration_alone() -
             assert (await guest.fresh_hashes()).memory == at_first.memory
 
 
+async def test_a_guest_that_its_bandwidth_limit_keeps_slow_is_named() -> None:
+    async with Lab() as lab:
+        source, target = lab.nodes
+        for node in lab.nodes:
+            await node.proxy.start()
+        async with Guest.boot(lab, source) as guest:
+            await guest.migrate(source, target, "--bandwidth", "10")
+            ended = [one for one in (await source.proxy.status())["migrations"] if one["role"] == "source"]
+            seconds = ended[0]["limited"]["all"]["seconds"]
+    assert sum(seconds.values()) > 3, "a limit of 10 MiB/s lasts"
+    assert seconds["guest"] >= 0.8 * sum(seconds.values()), seconds
+
+
 async def test_disk_on_the_target_is_the_sources_byte_for_byte() -> None:
     async with Lab() as lab:
         source, target = lab.nodes

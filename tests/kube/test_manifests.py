@@ -10,7 +10,7 @@ import yaml
 
 from migproxy import settings as options
 from migproxy.announcement import TARGET_ANNOTATION
-from migproxy.inventory import BYPASSED, FAILED, announcements
+from migproxy.inventory import BYPASSED, FAILED, RELAYED, announcements
 from migproxy.inventory.kube import LISTENING
 from migproxy.pki import CLIENT_DIR, SERVER_DIR
 from migproxy.settings import Settings
@@ -321,7 +321,7 @@ def test_events_are_of_the_reasons_that_the_program_has() -> None:
         for one in document("ValidatingAdmissionPolicy", "migproxy-events")["spec"]["validations"]
         if "object.reason in" in one["expression"]
     )
-    assert set(re.findall(r"'(\w+)'", expression)) == {LISTENING, BYPASSED, FAILED}
+    assert set(re.findall(r"'(\w+)'", expression)) == {LISTENING, BYPASSED, FAILED, RELAYED}
 
 
 def test_kubernetes_1_30_has_every_object() -> None:

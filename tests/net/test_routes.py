@@ -13,6 +13,7 @@ from tests.net.nodes import Migration, Nodes, assert_ends, assert_logged, assert
 pytestmark = pytest.mark.tier("gate")
 
 At = tuple[str, ...]  # what runs a command at a node
+SOAK = pytest.mark.tier("soak")
 VERSIONS = pytest.mark.parametrize("version", [4, 6])
 
 
@@ -120,11 +121,11 @@ async def test_both_nodes_get_another_network_before_the_migration_starts(nodes:
 @pytest.mark.parametrize(
     ("version", "kind", "why"),
     [
-        (4, None, "the kernel has none"),
         (6, None, "the kernel has none"),
         (4, "unreachable", "the kernel's is of type unreachable"),
-        (6, "prohibit", "the kernel's is of type prohibit"),
-        (4, "blackhole", "the kernel's is of type blackhole"),
+        pytest.param(4, None, "the kernel has none", marks=SOAK),
+        pytest.param(6, "prohibit", "the kernel's is of type prohibit", marks=SOAK),
+        pytest.param(4, "blackhole", "the kernel's is of type blackhole", marks=SOAK),
     ],
 )
 async def test_a_target_that_no_route_leads_to_is_told_at_once_with_both_addresses(
@@ -156,7 +157,15 @@ async def test_a_target_that_no_route_leads_to_is_told_at_once_with_both_address
     await assert_logged(nodes.source, "target may not be reached", *words, vm.migration_uid)
 
 
-@pytest.mark.parametrize(("version", "option"), [(4, None), (6, None), (4, "--migration-address"), (6, "--pod-ip")])
+@pytest.mark.parametrize(
+    ("version", "option"),
+    [
+        (4, None),
+        (6, "--pod-ip"),
+        pytest.param(6, None, marks=SOAK),
+        pytest.param(4, "--migration-address", marks=SOAK),
+    ],
+)
 async def test_packets_that_leave_by_another_interface_are_told_before_any_is_lost(
     nodes: Nodes, version: int, option: str | None
 ) -> None:

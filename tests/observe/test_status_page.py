@@ -38,6 +38,9 @@ async def test_status_page_shows_a_migration_as_it_runs(lab: Lab) -> None:
             await page.eventually(f"document.querySelector('svg path.line').getAttribute('d') !== {drawn!r}")
             assert await page.eventually("document.querySelector('article .good')?.textContent === 'running'")
             await flow.arrive(flow.arrived + 8 * RATE)
+            # The writer's pace is the limit: in words, and in the colour of the last seconds.
+            await page.eventually("document.querySelector('article .verdict')?.textContent.includes('by the guest')")
+            await page.eventually("document.querySelectorAll('.band .guest').length >= 5")
             await _keep_screenshots(page)
             await page.look(width=360, height=640)
             assert await page.evaluate("document.documentElement.scrollWidth") <= 360, "the page scrolls sideways"

@@ -22,6 +22,8 @@ RELAY = ("relay.carrier", "relay.process", "relay.worker", "relay.workers")
 
 REASONS = {
     "connection.Connection.__init__": "a duration that is measured",
+    "connection.RelayedConnection._receive_sample": "a duration that is measured",
+    "connection.RelayedConnection._send_sample": "a duration that is measured",
     "failsafe._Acting.begin": "runs in a thread",
     "failsafe._Acting._watch": "a signal of the kernel's",
     "inventory.files._locked": "runs in a thread",
@@ -31,6 +33,7 @@ REASONS = {
     "liveness.Liveness.__init__": "the clock that it has without another",
     "node.Node.forget": "a duration that is measured",
     "proxy.Proxy.__init__": "a rate that is measured",
+    "proxy.Proxy._begin": "a time of day, for people",
     "proxy.Proxy._reach": "a duration that is measured",
     "proxy.Proxy._relay": "a duration that is measured",
     "proxy.Proxy._secure": "a duration that is measured",
@@ -39,6 +42,7 @@ REASONS = {
     "proxy.Proxy.sample": "a rate that is measured",
     "retention.Retention.__init__": "the clock that it has without another",
     "traffic.Progress": "a time of day, for people",
+    "rows.summary": "a duration that is measured",
     "rows.traffic": "a duration that is measured",
 }
 """Where the daemon asks for another time than its event loop's, and why it may."""

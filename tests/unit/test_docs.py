@@ -134,7 +134,7 @@ def values(page: str, start: str) -> set[str]:
     """What the paragraph, or the row of a table, with this beginning lists in backticks."""
     lines = (ROOT / page).read_text().split("\n\n" if not start.startswith("|") else "\n")
     (found,) = [line for line in lines if line.startswith(start)]
-    return set(re.findall(r"`([a-z-]+(?:_[a-z]+)*)`", found.removeprefix(start)))
+    return set(re.findall(r"`([a-z][a-z-]*(?:_[a-z]+)*)`", found.removeprefix(start)))
 
 
 def column(page: str, heading: str) -> set[str]:

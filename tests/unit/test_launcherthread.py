@@ -119,11 +119,12 @@ async def test_what_somebody_has_got_is_theirs(thread: LauncherThread) -> None:
 
 
 async def test_its_end_waits_for_nothing_that_hangs(answer: threading.Event) -> None:
+    before = threading.enumerate()  # of other tests, some may be about to end
     thread = LauncherThread("launcher of default/vm", 0.05)
     with pytest.raises(NoAnswer):
         await thread.run(answer.wait)
     thread.close()
-    (hanging,) = [one for one in threading.enumerate() if one.name == "launcher"]
+    (hanging,) = [one for one in threading.enumerate() if one.name == "launcher" and one not in before]
     assert hanging.daemon, "the interpreter would wait for it"
     answer.set()
     await asyncio.to_thread(hanging.join, 10)

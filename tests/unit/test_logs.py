@@ -6,6 +6,8 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,3 +225,25 @@ def test_nobody_waits_for_a_journal_that_does_not_keep_up(journal: socket.socket
     while entry["EVENT"] != "log lines were lost":
         entry = decode(journal.recv(1 << 16))
     assert entry["LINES"] == str(lost)
+
+
+def test_what_is_printed_does_not_go_to_the_journal_as_an_entry(tmp_path: Path) -> None:
+    """Which would take it for nothing: it goes to standard error, which systemd connects to the journal, too."""
+    program = (
+        "import sys; from migproxy import logs, output; output.begin(); logs.JOURNAL = sys.argv[1];"
+        "logs.configure('journald', 'info'); print('cannot start', file=sys.stderr)"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "journal"))
+        command = [sys.executable, "-c", program, str(tmp_path / "journal")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.stderr == "cannot start\n"
+        with pytest.raises(BlockingIOError):
+            journal.recv(1, socket.MSG_DONTWAIT)
+
+
+def test_a_library_s_mistake_in_a_format_is_its_own(configured: None, capfd: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json", "info")
+    record = logging.LogRecord("some.library", logging.WARNING, __file__, 1, "%d", ("no number",), None)
+    logs._Foreign(logging.WARNING).handle(record)
+    assert "no number" in said(capfd)

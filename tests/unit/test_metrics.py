@@ -50,6 +50,10 @@ def migration(**changes: Any) -> dict[str, Any]:
         "error": None,
         "peer": "10.1.1.2",
         "began": 1700000000.5,
+        "limited": {
+            "now": {"seconds": {"guest": 1.0, "network": 9.0}, "verdict": "90 % by the network, 10 % by the guest"},
+            "all": {"seconds": {"guest": 20.0, "network": 5.5}, "verdict": "78 % by the guest, 22 % by the network"},
+        },
         "channels": [channel("libvirt"), channel("direct", bytes_sent=1 << 40)],
         **changes,
     }
@@ -145,7 +149,9 @@ def test_an_ended_migration_keeps_its_counters_and_has_no_gauges_of_connections(
 
 def test_a_migration_that_waits_has_no_counters_yet_and_is_counted_by_its_state() -> None:
     waiting = {
-        key: value for key, value in migration(state="waiting").items() if key not in ("channels", "began", "peer")
+        key: value
+        for key, value in migration(state="waiting").items()
+        if key not in ("channels", "began", "peer", "limited")
     }
     text = exposition(report(waiting))
     assert not lines(text, "migproxy_migration_bytes")
@@ -206,6 +212,14 @@ def test_a_documented_metric_has_a_query_or_answers_by_itself() -> None:
     queries = "\n".join(re.findall(r"```promql\n(.*?)```", text, re.DOTALL))
     documented = set(re.findall(r"^\| `(migproxy_\w+)` \|", text, re.MULTILINE))
     assert {name for name in documented if name not in queries} == set()
+
+
+def test_what_limits_a_migration_is_a_counter_of_seconds() -> None:
+    labels = 'migration_uid="m1",name="vmi",namespace="default",role="source"'
+    assert lines(exposition(report(migration())), "migproxy_migration_limited_seconds_total") == [
+        f'migproxy_migration_limited_seconds_total{{by="guest",{labels}}} 20.0',
+        f'migproxy_migration_limited_seconds_total{{by="network",{labels}}} 5.5',
+    ]
 
 
 def test_the_instruments_of_two_daemons_in_one_process_are_apart() -> None:

@@ -129,6 +129,14 @@ def test_running_migration_shows_its_channels_and_its_rate() -> None:
     ]
 
 
+@pytest.mark.parametrize(("state", "verdict"), [("running", "90 % by the network"), ("ended", "80 % by the guest")])
+def test_a_migration_says_what_limits_it_or_did(state: str, verdict: str) -> None:
+    rates = {"bytes_sent_per_second": 1, "bytes_received_per_second": 0}
+    limited = {"now": {"verdict": "90 % by the network"}, "all": {"verdict": "80 % by the guest"}}
+    shown = render(report(migrations=[MIGRATION | {"state": state, **rates, "limited": limited}])).splitlines()
+    assert shown[-1] == f"default/vm 01234567 (source): limited {verdict}"
+
+
 def test_a_channel_whose_connections_wait_says_why_and_what_to_do() -> None:
     waits = {"limit": "node", "event": "", "why": "80 open files allow 7 connections", "remedy": "raise it"}
     channel = CHANNEL | {"bytes_sent": 0, "bytes_received": 0, "waits": waits}

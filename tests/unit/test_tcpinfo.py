@@ -60,6 +60,12 @@ def test_a_peer_is_gone_when_it_was_asked_and_has_been_silent_for_long(
         state=tcpinfo.ESTABLISHED,
         acked=0,
         received=0,
+        segments=0,
+        peer_window=0,
+        unsent=0,
+        busy=0,
+        window_limited=0,
+        buffer_limited=0,
         silence=silence,
         unanswered=unanswered,
     )

@@ -65,9 +65,14 @@ def test_every_line_fits_80_columns_without_colour(style: Style) -> None:
 
 
 def test_what_does_not_fit_the_terminal_is_counted() -> None:
-    lines = picture(seen(*THREE), 80, 8, "rate", PLAIN)
-    assert len(lines) <= 8
+    lines = picture(seen(*THREE), 80, 9, "rate", PLAIN)
+    assert len(lines) <= 9
     assert "... and 2 more" in lines
+
+
+def test_a_running_migration_says_what_limits_it() -> None:
+    lines = picture(seen(THREE[0]), 80, None, "rate", PLAIN)
+    assert "  limited 90 % by the network, 10 % by the guest" in lines
 
 
 def test_names_and_errors_cannot_control_the_terminal() -> None:
