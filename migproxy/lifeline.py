@@ -15,9 +15,10 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from typing import Final
+from functools import cached_property
+from typing import Final, TextIO
 
 import structlog
 
@@ -31,6 +32,9 @@ HANG_SECONDS: Final = 10
 _MOST_SECONDS: Final = HANG_SECONDS + 5.0
 _RETRY_SECONDS = 0.02
 _LOOK_SECONDS = 0.1  # between two looks at who has a lock that may be held for days
+_STRANGER_SECONDS: Final = 2.0
+"""How long a folder's lock is waited for while no process of root's or of our own user's is seen to hold it."""
+
 _MARK_BYTES = 128
 
 
@@ -80,12 +84,16 @@ class Lifeline:
     @property
     def holder(self) -> str:
         """Who holds it, for people."""
-        if pids := _holders(self._fd):
+        if pids := [pid for pid in _lockers(self._lock) if os.path.exists(f"/proc/{pid}")]:
             return f"process {pids[0]} (ps -fp {pids[0]})"
         with suppress(ValueError):  # on another machine, over NFS
             pid, _, host = self.life.decode(errors="replace").split()
             return f"process {pid} of {host}"
-        return "a process of another PID namespace"
+        return "an unknown process (it has ended, or is of another PID namespace)"
+
+    @cached_property
+    def _lock(self) -> str:
+        return _name_of_lock(self._fd)
 
     async def take(self, seconds: float) -> bool:
         """Begins to live: holds the lock from then on.
@@ -123,14 +131,21 @@ class Lifeline:
             tell: Is told who holds it, where that has to be waited for.
 
         Raises:
-            OSError: It cannot be locked there, or a user holds it who is neither root nor this process's own.
+            OSError: It cannot be locked there, or it is a folder, and for 2 s no process of root's or of this
+                process's user was seen to hold it.
         """
-        told = ""
+        told, unseen = "", 0.0
         while not self._begin():
             if (holder := self.holder) != told:
                 told = holder
-                _refuse_strangers(self._fd)
                 tell(holder)
+            if self._is_folder and not any(_holds(pid, self._lock) for pid in _lockers(self._lock)):
+                if unseen >= _STRANGER_SECONDS:
+                    why = f"{self.holder} has locked it, which is not seen to be a daemon"
+                    raise PermissionError(errno.EACCES, why)
+                unseen += _LOOK_SECONDS
+            else:
+                unseen = 0.0
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _take(self) -> None:
@@ -194,30 +209,64 @@ def _try(fd: int, kind: int) -> bool:
     return True
 
 
-def _holders(fd: int) -> list[int]:
-    """The processes of this PID namespace that have locked what is open, by /proc/locks (proc_locks(5))."""
+def _name_of_lock(fd: int) -> str:
+    """What /proc/locks and /proc/PID/fdinfo call the file that is open, by device and inode.
+
+    The device is the file system's. stat(2) tells another one of btrfs's subvolumes, so it is mountinfo's.
+    """
     status = os.fstat(fd)
-    where = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    major, minor = os.major(status.st_dev), os.minor(status.st_dev)
+    with suppress(OSError), _lines(f"/proc/self/fdinfo/{fd}") as about, _lines("/proc/self/mountinfo") as mounts:
+        mount = next(line.split()[1] for line in about if line.startswith("mnt_id:"))
+        for line in mounts:
+            number, _, device, *_ = line.split()
+            if number == mount:
+                major, minor = map(int, device.split(":"))
+    return f"{major:02x}:{minor:02x}:{status.st_ino}"
+
+
+def _lockers(lock: str) -> list[int]:
+    """The processes of this PID namespace that have taken a lock, by /proc/locks (proc_locks(5)).
+
+    The lock outlives such a process where a child of its keeps the descriptor.
+    """
+    with suppress(OSError), _lines("/proc/locks") as locks:
+        return _takers(locks, lock)
+    return []
+
+
+def _holds(pid: int, lock: str) -> bool:
+    """Whether a process of root's or of our own user's has a lock's descriptor open; False where that is not seen.
+
+    That of /proc/locks may have ended, and another process have its PID by now.
+    """
+    with suppress(OSError):
+        if _users(pid) <= {0, os.geteuid()}:
+            for name in os.listdir(f"/proc/{pid}/fdinfo"):
+                with suppress(FileNotFoundError), _lines(f"/proc/{pid}/fdinfo/{name}") as about:
+                    if pid in _takers((line.removeprefix("lock:") for line in about if line.startswith("lock:")), lock):
+                        return True
+    return False
+
+
+def _takers(locks: Iterable[str], lock: str) -> list[int]:
     found = []
-    with suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
-        for line in locks:
-            _, kind, _, _, pid, what, *_ = line.split()  # who waits has "->" for a kind
-            if kind == "FLOCK" and what == where and int(pid) > 0:
-                found.append(int(pid))
+    for line in locks:
+        _, kind, _, _, pid, what, *_ = line.split()  # who waits has "->" for a kind
+        if kind == "FLOCK" and what == lock and int(pid) > 0:
+            found.append(int(pid))
     return found
 
 
-def _refuse_strangers(fd: int) -> None:
-    """Raises PermissionError where somebody keeps a lock who may open a folder, and has no other part in it."""
-    for pid in _holders(fd):
-        if strangers := _users(pid) - {0, os.geteuid()}:
-            raise PermissionError(errno.EACCES, f"process {pid} of user {min(strangers)} has locked it")
-
-
 def _users(pid: int) -> set[int]:
-    """A process's real, effective and saved user; none of one that has ended."""
-    with suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
-        for line in status:
-            if line.startswith("Uid:"):
-                return {int(user) for user in line.split()[1:4]}
-    return set()
+    """A process's real, effective and saved user.
+
+    Raises:
+        OSError: It has ended.
+    """
+    with _lines(f"/proc/{pid}/status") as status:
+        return next({int(user) for user in line.split()[1:4]} for line in status if line.startswith("Uid:"))
+
+
+def _lines(path: str) -> TextIO:
+    return open(path, encoding="utf-8", errors="replace")

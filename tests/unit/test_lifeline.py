@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -130,22 +130,54 @@ async def test_who_waits_is_told_for_whom_and_begins_when_that_one_was_killed(
 
 async def test_who_cannot_be_seen_is_named_by_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another host, over NFS, or in another PID namespace."""
-    monkeypatch.setattr(lifeline_module, "_holders", lambda _: [])
+    monkeypatch.setattr(lifeline_module, "_lockers", lambda _: [])
     with closing(Lifeline(str(tmp_path / "lock"))) as lifeline, closing(Lifeline(str(tmp_path / "lock"))) as other:
         assert await lifeline.take(1)
         assert other.holder == f"process {os.getpid()} of {os.uname().nodename}"
-    with closing(Lifeline(str(tmp_path), is_folder=True)) as folder:
-        assert folder.holder == "a process of another PID namespace"
 
 
+async def held_up(folder: Path, clock: Clock) -> tuple[float, str]:
+    """For how many seconds whoever locks a folder holds up a daemon, and what is told of it then."""
+    began = clock()
+    with closing(Lifeline(str(folder), is_folder=True)) as lifeline, pytest.raises(PermissionError) as refused:
+        await lifeline.wait(lambda _: None)
+    return clock() - began, str(refused.value)
+
+
+@pytest.mark.simulated_time
 @pytest.mark.root
-async def test_who_may_only_read_a_folder_holds_up_nobody() -> None:
+async def test_who_may_only_read_a_folder_does_not_hold_up_a_daemon(clock: Clock) -> None:
     stranger = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        with (
-            another(Path(folder), *stranger) as process,
-            closing(Lifeline(folder, is_folder=True)) as lifeline,
-            pytest.raises(PermissionError, match=f"process {process.pid} of user 65534 has locked it"),
-        ):
-            await lifeline.wait(print)
+        with another(Path(folder), *stranger) as process:
+            seconds, why = await held_up(Path(folder), clock)
+    assert seconds <= 2.1
+    assert f"process {process.pid} (ps -fp {process.pid}) has locked it, which is not seen to be a daemon" in why
+
+
+@pytest.mark.simulated_time
+async def test_a_lock_whose_process_has_ended_does_not_hold_up_a_daemon(tmp_path: Path, clock: Clock) -> None:
+    """Its child keeps the descriptor, and so the lock; the kernel names the process alone that took it."""
+    lock = (
+        "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX);"
+        "os.fork() and os._exit(0); sys.stdin.read()"  # the child lives until our end of the pipe is closed
+    )
+    with subprocess.Popen([sys.executable, "-c", lock, str(tmp_path)], stdin=subprocess.PIPE) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        process.poll()
+        seconds, why = await held_up(tmp_path, clock)
+    assert seconds <= 2.1
+    assert "an unknown process (it has ended" in why
+
+
+@pytest.mark.simulated_time
+@pytest.mark.parametrize("lockers", [list[int], lambda: [os.getppid()]], ids=["nobody", "another one with its PID"])
+async def test_a_lock_that_nobody_is_seen_to_hold_does_not_hold_up_a_daemon(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, lockers: Callable[[], list[int]]
+) -> None:
+    monkeypatch.setattr(lifeline_module, "_lockers", lambda _: lockers())
+    with another(tmp_path):
+        seconds, why = await held_up(tmp_path, clock)
+    assert seconds <= 2.1
+    assert "has locked it, which is not seen to be a daemon" in why
