@@ -111,8 +111,8 @@ def choose(
     if preferred in own.addresses:
         return Departure(preferred)
     routes = {address: route_from(address) for address in own.addresses}
-    straight = [address for address, route in routes.items() if route.interface in (own.interface, _LOOPBACK)]
     routed = [address for address, route in routes.items() if not route.refusal]
+    straight = [address for address in routed if routes[address].interface in (own.interface, _LOOPBACK)]
     address = [*straight, *routed, *routes][0]
     route = routes[address]
     if route.refusal:

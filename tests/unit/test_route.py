@@ -57,6 +57,11 @@ def test_an_address_of_an_interface_that_carries_nothing_leaves_by_another() -> 
     assert departure == Departure(ONE)
 
 
+def test_an_address_without_a_route_is_not_taken_where_another_one_has_one() -> None:
+    departure = choose(TARGET, own(ONE, TWO, interface=None), OTHER, {ONE: NONE, TWO: BY_ETH0}.__getitem__)
+    assert departure == Departure(TWO)
+
+
 def test_where_no_route_leads_there_both_addresses_and_the_remedy_are_told() -> None:
     departure = choose(TARGET, own(ONE, TWO), None, {ONE: NONE, TWO: NONE}.__getitem__)
     assert departure.address == ONE
