@@ -416,7 +416,7 @@ class Source(Proxy):
     """
 
     role = Role.SOURCE
-    retriable = (OSError,)
+    retriable = (OSError, ProxyError)  # an address, too, may be back within a second
 
     def __init__(
         self,
@@ -787,7 +787,7 @@ class Source(Proxy):
                 reason = Reason.UNREADY
         except ProxyError as error:
             why, reason = str(error), Reason.UNREADY
-        except (OSError, DialError) as error:
+        except OSError as error:
             why, reason = str(error), Reason.UNREACHABLE
         raise _NoWay(reason, why)
 
