@@ -239,7 +239,7 @@ class AddressWatcher:
                 await _rung(bell)
 
     def _look(self) -> MigrationAddress:
-        given = [address for address in (self._override, self._pod_ip) if address and _is_own(address)]
+        given = [address for address in (self._override, self._pod_ip) if address and is_own(address)]
         return choose(
             self._interface,
             None if self._override else read_interface(self._interface),
@@ -262,7 +262,7 @@ async def _rung(bell: socket.socket) -> None:
             raise
 
 
-def _is_own(address: IPAddress) -> bool:
+def is_own(address: IPAddress) -> bool:
     """Whether this node could listen on an address: asked of the kernel, which knows all of 127.0.0.0/8."""
     try:
         with socket.socket(family(address), socket.SOCK_STREAM) as probe:

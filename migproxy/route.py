@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from migproxy.imports import bare
-from migproxy.netif import MigrationAddress, request
+from migproxy.netif import MigrationAddress, is_own, request
 from migproxy.portmap import IPAddress
 from migproxy.sockets import address_of, family, sockaddr
 
@@ -31,6 +31,9 @@ _REFUSALS: Final = {
     errno.EINVAL: "the kernel's is of type blackhole",
 }
 """What the kernel answers instead of a route (net/ipv4/fib_semantics.c, net/ipv6/route.c), for people."""
+
+_GONE: Final = "it is not an address of this node any more"
+"""For which the kernel has no error of its own: with IPv4 that of no route or a blackhole, with IPv6 none."""
 
 _LOOPBACK: Final = "lo"
 _ANY_PORT: Final = 9
@@ -124,7 +127,8 @@ def choose(
 
 def no_route(target: IPAddress, own: MigrationAddress, address: IPAddress, route: Route) -> str:
     """What to say of a route that there is not, from one of this node's addresses, and what to do."""
-    return f"no route from {address} ({own.source}) to {target}: {route.refusal}: {_remedy(target, own)}"
+    remedy = "give it back, or wait for another one" if route.refusal == _GONE else _remedy(target, own)
+    return f"no route from {address} ({own.source}) to {target}: {route.refusal}: {remedy}"
 
 
 def _detour(target: IPAddress, own: MigrationAddress, address: IPAddress, route: Route) -> str:
@@ -149,13 +153,35 @@ def kernels_choice(target: IPAddress) -> IPAddress | None:
         return None
 
 
+class _Question(rtmsg):  # type: ignore[misc]
+    """With attributes that pyroute2's own lacks (linux/rtnetlink.h)."""
+
+    nla_map = (
+        *rtmsg.nla_map,
+        ("RTA_PAD", "none"),
+        ("RTA_UID", "uint32"),
+        ("RTA_TTL_PROPAGATE", "uint8"),
+        ("RTA_IP_PROTO", "uint8"),
+    )
+
+
 def look_up(target: IPAddress, source: IPAddress) -> Route:
-    """Ask the kernel for the route from one of its addresses to a target; what it does not tell is not known."""
-    message, bits = rtmsg(), target.max_prefixlen
+    """Ask the kernel for TCP's route from one of its addresses to a target; what it does not tell is not known.
+
+    A rule may be of one protocol (ip rule add ipproto tcp). A kernel before Linux 4.18 has no such rules, and ignores
+    the question's RTA_IP_PROTO.
+    """
+    message, bits = _Question(), target.max_prefixlen
     message["family"], message["dst_len"], message["src_len"] = family(target), bits, bits
     try:
+        if not is_own(source):
+            return Route(refusal=_GONE)
         host, _, *zone = sockaddr(target, 0)
-        message["attrs"] = [("RTA_DST", host), ("RTA_SRC", sockaddr(source, 0)[0])]
+        message["attrs"] = [
+            ("RTA_DST", host),
+            ("RTA_SRC", sockaddr(source, 0)[0]),
+            ("RTA_IP_PROTO", socket.IPPROTO_TCP),
+        ]
         if zone:
             message["attrs"].append(("RTA_OIF", zone[1]))
         (found,) = request(message, RTM_GETROUTE, 0)

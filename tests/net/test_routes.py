@@ -3,11 +3,14 @@
 import asyncio
 import subprocess
 from collections.abc import AsyncIterator
+from ipaddress import ip_address
 
 import pytest
 
 from demo.lab import run, until
+from migproxy.netif import MigrationAddress
 from migproxy.portmap import Channel
+from migproxy.route import Departure, depart, look_up, no_route
 from tests.net.nodes import Migration, Nodes, assert_ends, assert_logged, assert_reported, connect, make_nodes
 
 pytestmark = pytest.mark.tier("gate")
@@ -240,6 +243,46 @@ async def test_routes_by_the_sources_address_are_followed(nodes: Nodes, far: At)
     finally:
         await ip("link delete out0")
         await ip("rule delete from 10.9.1.1 lookup 100")
+
+
+@VERSIONS
+async def test_a_route_of_tcp_alone_is_found(version: int) -> None:
+    mine, target = of(version, 1, 1), of(version, 5, 5)
+    await add(mine)
+    rule = f"-{version} rule {{}} ipproto tcp lookup 100"
+    await ip(f"route add {target} dev mig1 table 100")
+    await ip(rule.format("add"))
+    try:
+        own = MigrationAddress((ip_address(mine),), "interface mig1", None, "mig1")
+        assert depart(ip_address(target), own) == Departure(ip_address(mine))
+    finally:
+        await ip(rule.format("delete"))
+
+
+@VERSIONS
+async def test_an_address_that_has_just_gone_is_told_as_that(version: int) -> None:
+    await add(of(version, 1, 1))
+    gone, target = ip_address(of(version, 1, 7)), ip_address(of(version, 1, 2))
+    own = MigrationAddress((gone,), "interface mig1", None, "mig1")
+    why = no_route(target, own, gone, look_up(target, gone))
+    assert why == (
+        f"no route from {gone} (interface mig1) to {target}: it is not an address of this node any more: give it back, "
+        "or wait for another one"
+    )
+
+
+async def test_a_link_that_is_down_is_waited_for_like_a_route(nodes: Nodes) -> None:
+    await add("10.9.1.1")
+    await nodes.source.start("--dial-timeout", "0.5")
+    vm = elsewhere(nodes, "10.9.1.2")
+    await until(vm.source_path(Channel.DIRECT).is_socket, "the source's socket")
+    await ip("link set mig1 down")
+    await until(lambda: nodes.source.status()["address"] is None, "no address")
+
+    with connect(vm.source_path(Channel.DIRECT)) as near:
+        await assert_ends(near)
+    words = "no address to connect from: interface mig1 is down: ip link set mig1 up (tried for 0.5 s)"
+    await assert_reported(nodes.source, vm, words, field="last_error")
 
 
 async def test_a_silent_target_is_told_with_both_addresses_and_the_way_of_the_packets(nodes: Nodes) -> None:
