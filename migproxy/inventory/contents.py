@@ -1,7 +1,7 @@
 """What a file of VMIs holds, and what can be wrong with it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from migproxy.text import excerpt
@@ -98,11 +98,13 @@ class Contents:
         entries: the VMIs in force, in the file's order; of one that is flawed now, its last good state.
         flaws: what is wrong now.
         ignored: objects of other kinds: the line and the kind.
+        is_line_ended: the last line has an end. YAML printers write one: a file that loses it is cut off.
     """
 
     entries: tuple[Entry, ...] = ()
     flaws: tuple[Flaw, ...] = ()
     ignored: tuple[tuple[int, str], ...] = ()
+    is_line_ended: bool = field(default=False, compare=False)
 
 
 EMPTY: Final = Contents()

@@ -12,7 +12,7 @@ the positions that the parser reports, so that comments, quoting, order and inde
 
 import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -47,34 +47,45 @@ def read(text: str, last: Contents) -> Contents:
 
     Raises:
         NothingInIt: there is no document; `last` stays in force.
-        SyntaxFlaw: the text does not parse; likewise.
+        SyntaxFlaw: the text does not parse, or its last line has lost its end; likewise.
     """
+    former = _Former(last.entries)
     entries: list[Entry] = []
     flaws: list[Flaw] = []
+    cuts: list[Flaw] = []
     ignored: list[tuple[int, str]] = []
-    is_cut = False
+    is_line_ended = text.endswith("\n")
     with _collector_paused():
         documents = _compose(_masked(_split_mark(text)[1]))
         if all(map(_is_null, documents)):
             raise NothingInIt
+        if last.is_line_ended and not is_line_ended and not _is_json(_split_mark(text)[1]):
+            raise SyntaxFlaw(
+                "the last line has no line break any more, so the file is cut off: write it whole", text.count("\n") + 1
+            )
         for node, kind in _objects(documents):
             line = _line(node)
             if kind == VMI_KIND:
                 try:
-                    entries.append(Entry(_vmi(node), line, _revision(node)))
+                    vmi = _vmi(node)
+                    _check_whole(vmi, former.of(node))
+                    entries.append(Entry(vmi, line, _revision(node)))
                 except InvalidVMI as error:
-                    flaws.append(Flaw(str(error), line))
-                    entries += [replace(one, line=line) for one in last.entries if _is_same(one.vmi, node)]
-                    is_cut = is_cut or not _says_which(node)
-            elif kind is None:
-                flaws.append(Flaw("this is no Kubernetes object: it has no kind", line))
-                is_cut = True  # kubectl prints a List's kind after its items
+                    (flaws if _uid(node) else cuts).append(Flaw(str(error), line))
+                    entries += [replace(one, line=line) for one in former.of(node)]
+            elif kind is None:  # kubectl prints a List's kind after its items
+                cuts.append(Flaw("this is no Kubernetes object: it has no kind", line))
+            elif _is_beginning(kind) and not _text(_value(node, "metadata", "name")):
+                reason = f"this is no Kubernetes object: its kind is {excerpt(kind)}, and it has no name"
+                cuts.append(Flaw(reason, line))
             else:
                 ignored.append((line, printable(kind[:100])))
-    if is_cut:  # what is missing may be any of those before
+    if cuts:  # what is missing may be any of those before
         found = {entry.vmi.uid for entry in entries}
-        entries += [one for one in last.entries if one.vmi.uid not in found]
-    return Contents(tuple(entries), tuple(flaws), tuple(ignored))
+        if others := [one for uid, one in former.by_uid.items() if uid not in found]:
+            entries += others
+            cuts = [replace(cut, reason=f"{cut.reason}; VMIs that the file held before stay in force") for cut in cuts]
+    return Contents(tuple(entries), (*flaws, *cuts), tuple(ignored), is_line_ended)
 
 
 def publish(text: str, uid: str, migration_uid: str | None, address: str, ports: Mapping[str, int]) -> str | None:
@@ -305,14 +316,62 @@ def _shown(node: Node) -> str:
     return printable(_name(node)[:MAX_REASON])
 
 
-def _is_same(vmi: VMI, node: Node) -> bool:
-    """By UID; by name where the document has lost its UID."""
-    uid = _text(_value(node, "metadata", "uid"))
-    return vmi.uid == uid if uid else f"{vmi.namespace}/{vmi.name}" == _name(node)
+def _uid(node: Node) -> str:
+    return _text(_value(node, "metadata", "uid")) or ""
 
 
-def _says_which(node: Node) -> bool:
-    return any(_text(_value(node, "metadata", name)) for name in ("uid", "name"))
+def _is_beginning(kind: str) -> bool:
+    """Whether a kind may be what a cut has left of one that counts."""
+    return any(known.startswith(kind) for known in (VMI_KIND, *LIST_KINDS))
+
+
+# What was read before
+
+
+class _Former:
+    """The entries of a file as it was before: of each UID the one that counts."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        copies: dict[str, list[Entry]] = {}
+        for entry in entries:
+            copies.setdefault(entry.vmi.uid, []).append(entry)
+        self.by_uid = {uid: several[newest(one.revision for one in several)] for uid, several in copies.items()}
+        self._by_name: dict[str, list[Entry]] = {}
+        for entry in self.by_uid.values():
+            self._by_name.setdefault(f"{entry.vmi.namespace}/{entry.vmi.name}", []).append(entry)
+
+    def of(self, node: Node) -> list[Entry]:
+        """Those of a VMI: by UID; by name where the document has lost its UID, or a part of it."""
+        uid = _uid(node)
+        if uid in self.by_uid:
+            return [self.by_uid[uid]]
+        return [one for one in self._by_name.get(_name(node), ()) if one.vmi.uid.startswith(uid)]
+
+
+def _check_whole(vmi: VMI, former: Iterable[Entry]) -> None:
+    """Refuse what is left of a VMI that was cut off.
+
+    KubeVirt takes neither status.migrationState nor status.nodeName away before the migration is over.
+
+    Raises:
+        InvalidVMI: it has lost something that it had before.
+    """
+    for before in (entry.vmi for entry in former):
+        if before.migration is None or before.is_done() or before.has_ended() or vmi.has_ended():
+            continue
+        lost = None
+        if vmi.uid != before.uid:
+            lost = "a part of metadata.uid"
+        elif vmi.migration is None:
+            lost = "status.migrationState"
+        elif before.node_name and not vmi.node_name:
+            lost = "status.nodeName"
+        if lost:
+            migration = f"migration {before.migration.migration_uid or 'without a UID'}"
+            raise InvalidVMI(
+                f"VMI {vmi.namespace}/{vmi.name} has lost {lost}, and {migration} is not over: what was read before"
+                " stays in force; write the whole VMI, or remove it to end the migration"
+            )
 
 
 # Publishing

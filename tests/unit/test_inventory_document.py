@@ -103,9 +103,97 @@ def test_what_is_cut_off_may_be_any_of_the_vmis_before() -> None:
     for text in cuts:
         contents = read(text, before)
         assert contents.entries == before.entries
-        assert len(contents.flaws) == 1
+        (flaw,) = contents.flaws
+        assert flaw.reason.endswith("; VMIs that the file held before stay in force")
     one = yaml.safe_dump(vmi("a", "1", phase="Failed")) + "---\nkind: VirtualMachineInstance\n"
     assert [(entry.vmi.name, entry.vmi.phase) for entry in read(one, before).entries] == [("a", "Failed"), ("b", None)]
+
+
+RUNNING = vmi(
+    "vm1",
+    "6a1a24a1-4061-4607-8bf4-a3963d0c5895",
+    activePods={"6a1a24a1-4061-4607-8bf4-a3963d0c5896": "node-1"},
+    migrationMethod="BlockMigration",
+    migrationState={"migrationUid": "m-1", "sourceNode": "node-1", "startTimestamp": "2026-01-01T00:00:00Z"},
+    nodeName="node-1",
+) | {"spec": {"evictionStrategy": "LiveMigrate", "volumes": [{"name": "root"}]}}
+RUNNING["metadata"]["namespace"] = "prod"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        yaml.safe_dump(RUNNING),
+        yaml.safe_dump({"apiVersion": "v1", "items": [RUNNING, vmi("b", "2")], "kind": "List", "metadata": {}}),
+    ],
+)
+def test_a_running_migration_outlives_a_cut_at_any_place(text: str) -> None:
+    before = read(text, EMPTY)
+    (running,) = [entry.vmi for entry in before.entries if entry.vmi.name == "vm1"]
+    for place in range(text.index("node-1", text.index("nodeName")) + len("node-1")):
+        try:
+            cut = read(text[:place], before)
+        except SyntaxFlaw:
+            continue  # everything stays in force
+        assert running in [entry.vmi for entry in cut.entries], text[:place]
+        assert cut.flaws, text[:place]
+
+
+@pytest.mark.parametrize(
+    ("last", "lost"),
+    [
+        ("kind: Virtual", "its kind is 'Virtual', and it has no name; VMIs that the file held before stay in force"),
+        ("name: vm1", "metadata.uid is missing; VMIs that the file held before stay in force"),
+        ("uid: 6a1a24a1", "VMI prod/vm1 has lost a part of metadata.uid, and migration m-1 is not over"),
+        ("evictionStrategy: Live", "VMI prod/vm1 has lost status.migrationState, and migration m-1 is not over"),
+        ("migrationUid: m", "VMI prod/vm1 has lost status.nodeName, and migration m-1 is not over"),
+    ],
+)
+def test_a_cut_is_seen_too_where_files_never_end_in_a_line_break(last: str, lost: str) -> None:
+    text = yaml.safe_dump(RUNNING).rstrip()
+    before = read(text, EMPTY)
+    cut = read(text[: text.index(last) + len(last)], before)
+    assert cut.entries == before.entries
+    (flaw,) = cut.flaws
+    assert lost in flaw.reason
+
+
+def test_a_file_that_loses_the_end_of_its_last_line_is_cut_off() -> None:
+    text = yaml.safe_dump(RUNNING)
+    with pytest.raises(SyntaxFlaw, match="no line break any more") as raised:
+        read(text[:-2], read(text, EMPTY))
+    assert raised.value.line == text.count("\n")
+    assert read(json.dumps(RUNNING), read(text, EMPTY)).entries[0].vmi.uid == RUNNING["metadata"]["uid"]
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"phase": "Failed"},
+        {"nodeName": "node-2", "migrationState": RUNNING["status"]["migrationState"] | {"migrationUid": "m-2"}},
+    ],
+)
+def test_a_vmi_that_has_ended_or_migrates_anew_is_not_held_for_cut_off(status: dict[str, Any]) -> None:
+    contents = read(yaml.safe_dump(RUNNING | {"status": status}), read(yaml.safe_dump(RUNNING), EMPTY))
+    assert not contents.flaws
+    (entry,) = contents.entries
+    assert (entry.vmi.phase, entry.vmi.node_name) == (status.get("phase"), status.get("nodeName"))
+
+
+def test_once_a_migration_is_over_its_state_may_be_removed() -> None:
+    state = RUNNING["status"]["migrationState"] | {"completed": True, "endTimestamp": "2026-01-01T00:01:00Z"}
+    over = read(yaml.safe_dump(RUNNING | {"status": RUNNING["status"] | {"migrationState": state}}), EMPTY)
+    contents = read(yaml.safe_dump(RUNNING | {"status": {}}), over)
+    assert not contents.flaws
+    assert contents.entries[0].vmi.migration is None
+
+
+def test_copies_of_a_broken_vmi_do_not_grow_in_number() -> None:
+    good, bad = yaml.safe_dump(vmi()), yaml.safe_dump(vmi(nodeName=["a"]))
+    contents = read(f"{good}---\n{good}", EMPTY)
+    for _ in range(3):
+        contents = read(f"{bad}---\n{bad}", contents)
+    assert [entry.line for entry in contents.entries] == [1, 11]
 
 
 def test_one_bad_vmi_is_reported_by_line_and_keeps_its_last_good_state() -> None:
