@@ -231,11 +231,12 @@ class FileInventory:
         if news.everything:
             feed.reset()
         look = self._follow(feed)
-        problems = dict(feed.unwatched)
+        problems, looped = dict(feed.unwatched), dict[str, str]()
         for path, way in look.ways.items():
             if way.error:
-                problems[path] = f"{_explained('cannot read', path, way.error)}; {_STAYS}"
-        unseen = {*problems, *([self._path] if look.error else [])}
+                where = looped if way.error.errno == errno.ELOOP else problems
+                where[path] = f"{_explained('cannot read', path, way.error)}; {_STAYS}"
+        unseen = {*problems, *looped, *([self._path] if look.error else [])}
         if not self._unseen <= unseen:  # what has happened there meanwhile was told to nobody
             news.everything = True
         self._unseen = unseen
@@ -251,7 +252,7 @@ class FileInventory:
             problems[self._path] = f"{what}; those read before stay in force"
         else:
             self._missing = {self._path: self._missing[self._path]}
-        self._merge(problems, changed)
+        self._merge(problems, looped, changed)
 
     async def _read(self, look: _Look, news: "_News", *, retries: bool) -> set[str]:
         """Reads the files that may have changed; returns those that have."""
@@ -303,9 +304,9 @@ class FileInventory:
         del self._missing[path]
         return True
 
-    def _merge(self, problems: dict[str, str], changed: Collection[str]) -> None:
+    def _merge(self, problems: dict[str, str], looped: Mapping[str, str], changed: Collection[str]) -> None:
         """Make one state of all files, and report what is wrong."""
-        found: list[tuple[str, int | None, str]] = []
+        found: list[tuple[str, int | None, str]] = [(path, None, what) for path, what in looped.items()]
         copies: dict[str, list[tuple[str, Entry]]] = {}
         for path, file in reversed(self._files.items()):
             if file.flaw and file.unreadable:
@@ -318,7 +319,7 @@ class FileInventory:
                 for line, kind in file.contents.ignored:
                     log.debug("object is no VMI: ignored", path=path, line=line, kind=kind)
         self._merges += 1
-        self._since = {
+        self._since = self._first_of(copies.keys()) | {
             (path, uid): self._since.get((path, uid), self._merges)
             for uid, several in copies.items()
             for path, _ in several
@@ -327,6 +328,13 @@ class FileInventory:
         for uid, several in copies.items():
             found += self._choose(uid, several)
         self._report(problems, sorted(found, key=lambda flaw: (flaw[0], flaw[1] or 0)), changed)
+
+    def _first_of(self, uids: Collection[str]) -> dict[tuple[str, str], int]:
+        """The first places of UIDs that are still known: a file that is missing for a while comes back to its own."""
+        first: dict[str, int] = {}
+        for (_, uid), merge in self._since.items():
+            first[uid] = min(first.get(uid, merge), merge)
+        return {key: merge for key, merge in self._since.items() if key[1] in uids and merge == first[key[1]]}
 
     def _choose(self, uid: str, copies: list[tuple[str, Entry]]) -> Iterator[tuple[str, int | None, str]]:
         """Decides which of the copies of a VMI counts; yields what is wrong with the others.
@@ -714,6 +722,7 @@ _REMEDIES: Final = {
     errno.EACCES: "give the daemon's user the right to it",
     errno.EPERM: "give the daemon's user the right to it",
     errno.EMFILE: MORE_FILES,
+    errno.ELOOP: "remove the symbolic link, or let it lead to a file",
     errno.EIO: "look at the node's disks (dmesg)",
     errno.ESTALE: "mount it anew",
     errno.EROFS: "use a writable folder (a ConfigMap mount never is)",

@@ -290,12 +290,20 @@ async def test_links_out_of_the_folder_are_followed(watcher: Watcher, folder: Pa
         assert await reader.phases() == {"b": None}
 
 
-async def test_links_in_a_circle_do_no_harm(watcher: Watcher, folder: Path) -> None:
-    (folder / "a.yaml").symlink_to("b.yaml")
-    (folder / "b.yaml").symlink_to("a.yaml")
+async def test_links_in_a_circle_are_a_flaw_and_no_problem(watcher: Watcher, folder: Path) -> None:
+    file, other = folder / "a.yaml", folder / "b.yaml"
+    file.write_text(text("a"))
     (folder / "c.yaml").write_text(text("c"))
     async with reading(watcher, folder) as reader:
-        assert await reader.phases() == {"c": "Running"}
+        assert await reader.phases() == {"a": "Running", "c": "Running"}
+        file.unlink()
+        file.symlink_to("b.yaml")
+        other.symlink_to("a.yaml")
+        loop = "Too many levels of symbolic links (remove the symbolic link, or let it lead to a file); what was read"
+        await reader.until_flaws(f"{file}: cannot read {file}: {loop}", f"{other}: cannot read {other}: {loop}")
+        await reader.nothing_for(1)
+        replace_file(file, text("a", phase="Failed"))
+        assert await reader.phases() == {"a": "Failed"}
 
 
 @pytest.mark.parametrize("vanish", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("away"))])
@@ -537,6 +545,21 @@ async def test_of_equal_copies_the_one_that_was_there_first_counts_and_is_publis
         assert await reader.phases() == {"x": "Running"}
         assert not reader.inventory.flaws
     assert [(log["log_level"], log["path"]) for log in logs] == [("error", str(second)), ("info", str(second))]
+
+
+async def test_an_original_that_was_missing_for_a_while_counts_again(watcher: Watcher, folder: Path) -> None:
+    original, backup = folder / "vm1.yaml", folder / "vm1-backup.yaml"
+    async with reading(watcher, folder) as reader:
+        await reader.batch()
+        original.write_text(copy("Running"))
+        await reader.batch()
+        backup.write_text(copy("as backed up"))
+        await reader.until_flaws(f"{backup}:1: ")
+        original.unlink()
+        assert await reader.phases() == {"x": "as backed up"}
+        original.write_text(copy("Failed"))
+        assert await reader.phases() == {"x": "Failed"}
+        await reader.until_flaws(f"{backup}:1: VMI default/x has the UID uid-x that {original}:1 has; that one counts")
 
 
 async def test_the_newer_of_two_copies_counts_and_is_published_into(watcher: Watcher, folder: Path) -> None:
