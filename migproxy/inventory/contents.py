@@ -9,7 +9,7 @@ from migproxy.vmi import VMI
 
 
 class SyntaxFlaw(ValueError):
-    """The text is not YAML.
+    """The text is not YAML, or it is cut off.
 
     Args:
         reason: what the parser says, without the position.
@@ -98,7 +98,7 @@ class Contents:
         entries: the VMIs in force, in the file's order; of one that is flawed now, its last good state.
         flaws: what is wrong now.
         ignored: objects of other kinds: the line and the kind.
-        is_line_ended: the last line has an end. YAML printers write one: a file that loses it is cut off.
+        is_line_ended: the last line has a line break. YAML printers write one: a file that loses it is cut off.
     """
 
     entries: tuple[Entry, ...] = ()

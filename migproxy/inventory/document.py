@@ -47,7 +47,7 @@ def read(text: str, last: Contents) -> Contents:
 
     Raises:
         NothingInIt: there is no document; `last` stays in force.
-        SyntaxFlaw: the text does not parse, or its last line has lost its end; likewise.
+        SyntaxFlaw: the text does not parse, or its last line has lost its line break; likewise.
     """
     former = _Former(last.entries)
     entries: list[Entry] = []
@@ -66,13 +66,14 @@ def read(text: str, last: Contents) -> Contents:
         for node, kind in _objects(documents):
             line = _line(node)
             if kind == VMI_KIND:
+                before = former.of(node)
                 try:
                     vmi = _vmi(node)
-                    _check_whole(vmi, former.of(node))
+                    _check_whole(vmi, before)
                     entries.append(Entry(vmi, line, _revision(node)))
                 except InvalidVMI as error:
                     (flaws if _uid(node) else cuts).append(Flaw(str(error), line))
-                    entries += [replace(one, line=line) for one in former.of(node)]
+                    entries += [replace(one, line=line) for one in before]
             elif kind is None:  # kubectl prints a List's kind after its items
                 cuts.append(Flaw("this is no Kubernetes object: it has no kind", line))
             elif _is_beginning(kind) and not _text(_value(node, "metadata", "name")):

@@ -5,7 +5,7 @@ the way to it was set anew (ConfigMap mounts replace a folder's link), never whi
 counts as deleted when it has been missing for a moment: some editors rename the old file away before they
 write the new one, and to believe that the VMI is gone would end its running migration. For the same reason nothing
 else is taken for its end: neither an error, which is a problem and tried again until it is over, nor a file that has
-turned empty or does not parse.
+turned empty, is cut off or does not parse.
 """
 
 import asyncio
