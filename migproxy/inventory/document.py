@@ -68,9 +68,9 @@ def read(text: str, last: Contents) -> Contents:
             if kind == VMI_KIND:
                 before = former.of(node)
                 try:
-                    vmi = _vmi(node)
-                    _check_whole(vmi, before)
-                    entries.append(Entry(vmi, line, _revision(node)))
+                    entry = Entry(_vmi(node), line, _revision(node))
+                    _check_whole(entry, before)
+                    entries.append(entry)
                 except InvalidVMI as error:
                     (flaws if _uid(node) else cuts).append(Flaw(str(error), line))
                     entries += [replace(one, line=line) for one in before]
@@ -349,16 +349,20 @@ class _Former:
         return [one for one in self._by_name.get(_name(node), ()) if one.vmi.uid.startswith(uid)]
 
 
-def _check_whole(vmi: VMI, former: Iterable[Entry]) -> None:
+def _check_whole(entry: Entry, former: Iterable[Entry]) -> None:
     """Refuse what is left of a VMI that was cut off.
 
     KubeVirt takes neither status.migrationState nor status.nodeName away before the migration is over.
 
     Raises:
-        InvalidVMI: it has lost something that it had before.
+        InvalidVMI: it has lost something that it had before; an older state, as in a copy, may never have had it.
     """
-    for before in (entry.vmi for entry in former):
+    vmi = entry.vmi
+    for one in former:
+        before = one.vmi
         if before.migration is None or before.is_done() or before.has_ended() or vmi.has_ended():
+            continue
+        if one.revision.newer_than(entry.revision):
             continue
         lost = None
         if vmi.uid != before.uid:

@@ -188,6 +188,13 @@ def test_once_a_migration_is_over_its_state_may_be_removed() -> None:
     assert contents.entries[0].vmi.migration is None
 
 
+def test_an_older_copy_without_the_migration_is_not_held_for_cut_off() -> None:
+    old, new = (RUNNING | {"metadata": RUNNING["metadata"] | {"resourceVersion": version}} for version in ("9", "11"))
+    text = yaml.safe_dump_all([old | {"status": {}}, new])
+    before = read(text, EMPTY)
+    assert read(text + "# edited\n", before) == before
+
+
 def test_copies_of_a_broken_vmi_do_not_grow_in_number() -> None:
     good, bad = yaml.safe_dump(vmi()), yaml.safe_dump(vmi(nodeName=["a"]))
     contents = read(f"{good}---\n{good}", EMPTY)
