@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -25,7 +26,7 @@ from migproxy.tlserrors import Reason, TLSError
 from migproxy.transport import Transport
 
 _PIPES = {Way.SPLICED: 2, Way.KTLS: 2, Way.TLS: 0}
-_REMEMBERED = 10  # looks at the peer's window, one each second
+_REMEMBERED = 10.0  # seconds that it is known that the peer has shut its window
 _CLOSED = 1 << 14  # bytes: a window that is smaller than any connection's first
 _SOONEST, _LATEST = 1.0, 10.0  # seconds between two looks at the other node
 _STOP_SECONDS = 1.0  # that the relay may take to count the last bytes of a connection that is broken off
@@ -81,6 +82,9 @@ class Connection(ABC):
     def _forget_tcp(self) -> None:
         """Keeps TCP's last view of the connection, which is about to be closed."""
         self._last_tcp_info, self._observed = self.tcp_info, None
+
+    def glance(self) -> None:  # noqa: B027 - what has ended has nothing to see
+        """Looks whether the peer has shut its window, as it does for moments; to be called some times a second."""
 
     def limited(self, *, sends: bool, cpu: float) -> Limits | None:
         """What limited the connection since this was asked last; None the first time, and where there is no telling.
@@ -147,7 +151,7 @@ class RelayedConnection(Connection):
         self._tallies = tallies
         self._seen: Sending | Receiving | None = None
         self._widest = 0
-        self._shut: deque[bool] = deque(maxlen=_REMEMBERED)
+        self._shut_until = -math.inf
 
     @classmethod
     def adopt(cls, lease: Lease, left: Left) -> RelayedConnection:
@@ -175,19 +179,29 @@ class RelayedConnection(Connection):
         return None
 
     def _send_sample(self, info: tcpinfo.TCPInfo, cpu: float) -> Sending:
-        if (window := info.peer_window) is not None:
-            self._widest = max(self._widest, window)
-            self._shut.append(window < max(_CLOSED, self._widest / 2))
+        self._look_at_window(info)
+        now = time.monotonic()
         return Sending(
-            at=time.monotonic(),
+            at=now,
             backlog=tcpinfo.unread(self._unix),
             busy=info.busy,
             window_limited=info.window_limited,
             buffer_limited=info.buffer_limited,
             unsent=info.unsent,
-            is_shut=any(self._shut),
+            is_shut=now < self._shut_until,
             cpu=cpu,
         )
+
+    def glance(self) -> None:
+        """See Connection."""
+        if self._observed and (info := self.tcp_info):
+            self._look_at_window(info)
+
+    def _look_at_window(self, info: tcpinfo.TCPInfo) -> None:
+        if (window := info.peer_window) is not None:
+            self._widest = max(self._widest, window)
+            if window < max(_CLOSED, self._widest / 2):
+                self._shut_until = time.monotonic() + _REMEMBERED
 
     def _receive_sample(self) -> Receiving:
         return Receiving(time.monotonic(), tcpinfo.unread(self._tcp), tcpinfo.unsent(self._unix))

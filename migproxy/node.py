@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_GLANCE_SECONDS = 0.1  # between two looks at connections that send
 _FIRST_RETRY, _LAST_RETRY = 0.05, 2.0  # seconds
 _START_SECONDS = 10.0  # what a daemon needs to know is known in less, or will not be for a while
 _WITHDRAW_SECONDS = 5.0  # that a daemon which ends tries to take back what it has announced
@@ -235,16 +236,27 @@ class Node:
 
     async def _sample(self) -> None:
         while True:
-            await asyncio.sleep(1)
+            await self._look_for_a_second()
             self._around.budget.look_again()
             # Of certificates, and of an inventory's trouble that is over, nobody tells.
             if self._adopted or self._beside() != self._known_beside:
                 self._replan()
-            if any(proxy.role is Role.SOURCE and proxy.open_connections for proxy in self._proxies()):
+            if self._sending():
                 await asyncio.to_thread(self._around.busiest.look, self._around.relay.pid)  # thousands of threads
             for proxy in self._proxies():
                 proxy.sample()
                 proxy.note()
+
+    async def _look_for_a_second(self) -> None:
+        end = self._clock() + 1
+        while (left := end - self._clock()) > 0:
+            sending = self._sending()
+            await asyncio.sleep(min(left, _GLANCE_SECONDS) if sending else left)
+            for proxy in sending:
+                proxy.glance()
+
+    def _sending(self) -> list[Proxy]:
+        return [proxy for proxy in self._proxies() if proxy.role is Role.SOURCE and proxy.open_connections]
 
     async def _await_start(self) -> None:
         while self._starts_until:

@@ -228,6 +228,12 @@ class Proxy(ABC):
         now_sent, now_received = self._moved()
         return (now_sent - sent) / seconds, (now_received - received) / seconds
 
+    def glance(self) -> None:
+        """Looks at what changes within a second; to be called ten times in each, while connections are open."""
+        for traffic in self.traffic.values():
+            for connection in traffic.open:
+                connection.glance()
+
     def sample(self) -> None:
         """Remembers the counters for `rate` and `history`, and what limited it; to be called each second."""
         self._samples.append((time.monotonic(), *self._moved()))

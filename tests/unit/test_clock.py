@@ -22,6 +22,7 @@ RELAY = ("relay.carrier", "relay.process", "relay.worker", "relay.workers")
 
 REASONS = {
     "connection.Connection.__init__": "a duration that is measured",
+    "connection.RelayedConnection._look_at_window": "a duration that is measured",
     "connection.RelayedConnection._receive_sample": "a duration that is measured",
     "connection.RelayedConnection._send_sample": "a duration that is measured",
     "failsafe._Acting.begin": "runs in a thread",

@@ -94,9 +94,12 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
 @pytest.fixture
 def configured() -> Iterator[None]:
     """Restores how this process logs."""
-    before = structlog.get_config()
+    before, lines = structlog.get_config(), output.lines
+    write, describe_loss = lines.write, lines.describe_loss
     structlog.reset_defaults()
     yield
+    lines.flush()
+    lines.write, lines.describe_loss = write, describe_loss
     structlog.configure(**before)
     logs._journal().close()
     logs._journal.cache_clear()
