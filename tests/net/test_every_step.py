@@ -44,6 +44,7 @@ class Dying:
     def __init__(self, node: Daemon, which: str, steps: Path) -> None:
         self._node, self._steps = node, steps
         self._process = node if which == "daemon" else node.relay
+        self._at = 0
         self._ended: asyncio.Task[int] | None = None
 
     @property
@@ -53,6 +54,7 @@ class Dying:
 
     async def start(self, at: int) -> None:
         """Starts one that is to die at a step, in place of the one before."""
+        self._at = at
         await self._process.stop(signal.SIGKILL)
         self._steps.unlink(missing_ok=True)
         await self._process.start(prefix=(sys.executable, "-m", "tests.net.dying", str(self._steps), str(at)))
@@ -68,6 +70,8 @@ class Dying:
         assert self._ended
         await asyncio.wait([work, self._ended], return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait([self._ended], timeout=NOTED)  # what is over is noted a moment later
+        if len(self.steps) >= self._at:  # it dies, and beside load its end is heard of late
+            await asyncio.wait([self._ended], timeout=PATIENCE)
         return self._ended.done()
 
 
