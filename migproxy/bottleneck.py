@@ -144,9 +144,10 @@ def describe(limits: Limits, *, loss: float = 0.0, encrypts: bool = False) -> st
     total = sum(limits.values())
     if total <= 0:
         return ""
-    facts = {By.NETWORK: f" (loss {100 * loss:.1f} %)" if loss >= 0.0005 else "", By.SOURCE: ""}
-    if encrypts:
-        facts[By.SOURCE] = " (TLS in user space)"
+    facts = {
+        By.NETWORK: f" (loss {100 * loss:.1f} %)" if loss >= 0.0005 else "",
+        By.SOURCE: " (TLS in user space)" if encrypts else "",
+    }
     shares = sorted(((seconds / total, by) for by, seconds in limits.items()), reverse=True)
     return ", ".join(
         f"{100 * share:.0f} % by {_WORDS[by]}{facts.get(by, '')}" for share, by in shares if share >= _TOLD

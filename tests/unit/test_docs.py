@@ -90,8 +90,9 @@ OTHERS = {os.strerror(number) for number in errno.errorcode} | {
     "401 Unauthorized",
     "certificate verify failed",
     "Cannot connect to host",
+    "Dirty rate",
 }
-"""What the kernel, the API server, OpenSSL and aiohttp say."""
+"""What the kernel, the API server, OpenSSL, aiohttp and virsh say."""
 
 
 def seen(page: str) -> list[str]:
@@ -116,9 +117,10 @@ def test_what_a_table_of_troubles_quotes_is_said_by_the_code(page: str) -> None:
     assert {quote: words for quote in quotes if (words := unknown_words(quote, texts))} == {}
 
 
-def test_quotations_elsewhere_are_said_by_the_code() -> None:
+@pytest.mark.parametrize("page", ["docs/observability.md", "docs/slow.md"])
+def test_quotations_elsewhere_are_said_by_the_code(page: str) -> None:
     texts = literals()
-    prose = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / "docs/observability.md").read_text(), flags=re.DOTALL)
+    prose = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
     quotes = [" ".join(quote.split()) for quote in re.findall(r'"([^"]+)"', prose)]
     assert len(quotes) > 3
     assert {quote: words for quote in quotes if (words := unknown_words(quote, texts))} == {}

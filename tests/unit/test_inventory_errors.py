@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from migproxy.inventory import files
@@ -49,12 +48,6 @@ def faults(tmp_path: Path) -> Iterator[Faults]:
     faults = Faults(tmp_path / "faults")
     with injected(faults):
         yield faults
-
-
-@pytest.fixture
-def logs() -> Iterator[list[EventDict]]:
-    with capture_logs() as logs:
-        yield logs
 
 
 @contextlib.asynccontextmanager

@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from migproxy.inventory import InventoryError, PublishError, files
@@ -114,12 +113,6 @@ def folder(tmp_path: Path) -> Path:
 async def watcher() -> AsyncIterator[Watcher]:
     async with Watcher() as watcher:
         yield watcher
-
-
-@pytest.fixture
-def logs() -> Iterator[list[EventDict]]:
-    with capture_logs() as logs:
-        yield logs
 
 
 @contextlib.asynccontextmanager
